@@ -1,0 +1,1 @@
+"""From any file to tensors: conversations, tokens, batches."""

@@ -1,0 +1,74 @@
+"""Words for people: pick a language, and end a program on a user's mistake in one clear line.
+
+Imports nothing of ours, so that every other file may use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import locale
+import os
+import sys
+from typing import Callable
+
+EXIT_USER_ERROR = 2
+
+
+def language() -> str:
+    """'zh' or 'en': LORA_PRACTICE_LANG first, then the locale variables, then the system's locale."""
+    for name in ("LORA_PRACTICE_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        value = os.environ.get(name)
+        if value:
+            return "zh" if value.lower().startswith("zh") else "en"
+    system = locale.getlocale()[0] or ""
+    return "zh" if system.lower().startswith(("zh", "chinese")) else "en"
+
+
+def text(zh: str, en: str) -> str:
+    """The one of two spellings that this user reads."""
+    return zh if language() == "zh" else en
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Shown as one line, without a traceback, exit code 2.
+
+    Args:
+        what: what is wrong, already in the user's language (use `text`).
+        where: file, line or field; may be empty.
+        fix: what to do about it; may be empty.
+    """
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        cure = f" {text('→', '->')} {self.fix}" if self.fix else ""
+        return f"{place}{self.what}{cure}"
+
+
+def tell(line: str) -> None:
+    """Print one line for the person at the terminal (stderr, so that answers on stdout stay clean)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def door(main: Callable[..., int | None]) -> Callable[..., None]:
+    """Wrap a script's `main`: user errors become one line and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(main)
+    def guarded(*args: object, **kwargs: object) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a Chinese Windows console is GBK: never die on a character
+                stream.reconfigure(errors="replace")
+        try:
+            code = main(*args, **kwargs)
+        except UserError as error:
+            tell(f"{text('错误：', 'Error: ')}{error}")
+            code = EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            tell(text("已中断。", "Interrupted."))
+            code = 130
+        sys.exit(code or 0)
+
+    return guarded
