@@ -1,0 +1,240 @@
+"""用 LoRA 微调 SmolLM2-135M：一条命令，笔记本 CPU 或老显卡都行。
+Fine-tune SmolLM2-135M with LoRA: one command, on a laptop CPU or an old card.
+
+    python fine_tuning_practice.py                      全部默认 / all defaults
+    python fine_tuning_practice.py --embedded           不用 Hub / without the Hub
+    python fine_tuning_practice.py --lora_r 8 --max_steps 20
+
+改默认值：改下面的 TrainSettings，或用同名参数。
+To change a default, edit TrainSettings below or pass the flag of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from lora_practice.artifacts import DEFAULT_OUTPUT_DIR, OutputFolder
+from lora_practice.errors import door, tell, text
+from lora_practice.settings import named_by_user, parse, setting
+
+
+@dataclass
+class TrainSettings:
+    """Everything a run can be told. Each field: default, why (zh), why (en), limits."""
+
+    # 模型和数据 / model and data
+    model_name: str = setting(
+        "HuggingFaceTB/SmolLM2-135M",
+        "底座模型：Hub 名字或文件夹；135M 小到 CPU 也练得动",
+        "base model: Hub name or folder; 135M is small enough for a CPU",
+    )
+    chat_template_path: str = setting(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "聊天模板从哪来：底座没有对话格式，借 Instruct 版的",
+        "where the chat template comes from: the base has none, so it borrows Instruct's",
+    )
+    dataset_path: str = setting(
+        "HuggingFaceTB/smoltalk",
+        "数据：Hub 名字，或本地 JSONL/JSON/CSV/Parquet 文件",
+        "data: Hub name, or a local JSONL/JSON/CSV/Parquet file",
+    )
+    dataset_name: str = setting(
+        "everyday-conversations",
+        "Hub 数据集的子集：短的日常对话",
+        "the data set's subset: short everyday chats",
+    )
+    train_subset_size: int = setting(2000, "最多用多少行；0 是全部", "rows used at most; 0 takes all", minimum=0)
+    eval_subset_size: int = setting(
+        0,
+        "留出多少行不训练，只在前后各测一次损失",
+        "rows held out; their loss is measured before and after",
+        minimum=0,
+    )
+    skip_bad_rows: bool = setting(
+        False, "坏行跳过并计数；默认遇到就停", "skip and count bad rows; by default they stop the run"
+    )
+    embedded: bool = setting(
+        False,
+        "用内置模型和对话（来自 PyPI），不碰 Hub",
+        "use the embedded model and chats (from PyPI), no Hub",
+    )
+    # 输出 / output
+    output_dir: str = setting(DEFAULT_OUTPUT_DIR, "结果放哪里", "where the results go")
+    overwrite: bool = setting(False, "换掉 output_dir 里已有的结果", "replace the earlier run in output_dir")
+    resume: bool = setting(False, "从最新的完整存盘点继续", "go on from the newest whole checkpoint")
+    # 序列 / sequences
+    max_length: int = setting(
+        512,
+        "一行最多多少 token；越长越慢、越占内存",
+        "tokens in a row at most; longer is slower and larger",
+        minimum=8,
+    )
+    packing: bool = setting(
+        False,
+        "把短行拼成一行（互不可见）：更快，但每步样本变多",
+        "join short rows (blind to each other): other batches",
+    )
+    assistant_only_loss: bool = setting(
+        True, "只学助手的话，不学用户的提问", "learn only the assistant's words, not the questions"
+    )
+    # 训练 / training
+    per_device_train_batch_size: int = setting(
+        1, "一次前向的行数：小内存用 1", "rows in one forward pass: 1 for little memory", minimum=1
+    )
+    gradient_accumulation_steps: int = setting(
+        8, "攒几次梯度走一步：等效批量 1x8", "passes per optimizer step: effective batch 1x8", minimum=1
+    )
+    num_train_epochs: float = setting(
+        1.0, "数据过几遍：小数据多了会背下来", "passes over the data: many on little data is rote", above=0
+    )
+    max_steps: int = setting(
+        -1,
+        "走多少步就停，大于 0 时代替 epoch",
+        "stop after so many steps; above 0 it overrides epochs",
+        minimum=-1,
+    )
+    learning_rate: float = setting(
+        2e-4,
+        "LoRA 的学习率比全参大十倍",
+        "ten times that of full fine-tuning, usual for LoRA",
+        above=0,
+        maximum=1,
+    )
+    lr_scheduler_type: str = setting(
+        "constant",
+        "学习率怎么变：短训练不衰减最简单",
+        "how the rate changes: constant is simplest for a short run",
+        choices=("constant", "constant_with_warmup", "linear", "cosine"),
+    )
+    warmup_ratio: float = setting(
+        0.03,
+        "预热占总步数的比例（constant 不用）",
+        "share of steps for warm-up (constant ignores it)",
+        minimum=0,
+        maximum=0.99,
+    )
+    max_grad_norm: float = setting(
+        0.3,
+        "梯度裁剪：小批量噪声大，裁紧一点",
+        "gradient clipping: tight, since small batches are noisy",
+        above=0,
+    )
+    optim: str = setting(
+        "adamw_torch",
+        "优化器：到处都能跑的那个；融合版要自己选",
+        "optimizer: the one that runs everywhere; fused only when asked for",
+        choices=("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"),
+    )
+    seed: int = setting(42, "随机种子：同样的数重现同样的训练", "same seed, same run", minimum=0, maximum=2**32 - 1)
+    # LoRA
+    lora_r: int = setting(
+        6,
+        "秩：适配器有多大，6 约 1.8M 参数",
+        "rank: how large the adapter is; 6 is about 1.8M parameters",
+        minimum=1,
+    )
+    lora_alpha: int = setting(8, "缩放：更新乘以 alpha/r", "scale: the update is multiplied by alpha/r", minimum=1)
+    lora_dropout: float = setting(
+        0.05, "随机丢弃：防止背诵", "random zeros against rote learning", minimum=0, maximum=0.95
+    )
+    # 精度和内存 / precision and memory
+    bf16: bool = setting(False, "用 bf16：硬件真支持才开", "use bf16: only where the hardware truly has it")
+    gradient_checkpointing: str = setting(
+        "auto",
+        "用时间换内存：auto 只在内存不够时开",
+        "trade time for memory: auto only when memory needs it",
+        choices=("auto", "on", "off"),
+        bare="on",
+    )
+    # 记录 / records
+    logging_steps: int = setting(10, "每几步记一次 loss", "steps between logged losses", minimum=1)
+    save_strategy: str = setting(
+        "epoch",
+        "何时存盘：每个 epoch、每 N 步、不存",
+        "when to save a checkpoint",
+        choices=("epoch", "steps", "no"),
+    )
+    save_steps: int = setting(
+        100,
+        "save_strategy=steps 时每几步存一次",
+        "steps between checkpoints with save_strategy=steps",
+        minimum=1,
+    )
+    save_total_limit: Optional[int] = setting(
+        None, "最多留几个存盘点；不写就全留", "checkpoints kept at most; all if not given", minimum=1
+    )
+    report_to: str = setting(
+        "none",
+        "把曲线发给哪个工具",
+        "tracker that gets the curve",
+        choices=("none", "tensorboard", "wandb", "trackio", "swanlab"),
+    )
+    # 训练之后 / afterwards
+    merge_adapter: bool = setting(
+        False, "另写一份合并好的完整模型到 merged/", "also write the merged whole model to merged/"
+    )
+    run_inference: bool = setting(
+        False,
+        "训练后答四个问题，底座和微调并排",
+        "answer four prompts afterwards, base and adapter side by side",
+    )
+    skip_login: bool = setting(False, "不用 HF_TOKEN 登录", "do not log in with HF_TOKEN")
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The whole story: settings, sources, data, model, training, files."""
+    settings = parse(
+        TrainSettings,
+        argv,
+        prog="fine_tuning_practice.py",
+        description=text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"),
+    )
+    from lora_practice.sources import check_login, find_dataset, find_model, prepare_environment
+
+    prepare_environment()
+    plain_settings = dataclasses.asdict(settings)
+    folder = OutputFolder.claim(settings.output_dir, settings.resume, settings.overwrite, plain_settings)
+    check_login(settings.skip_login or settings.embedded)
+    base = find_model(settings.model_name, not named_by_user(settings, "model_name"), settings.embedded)
+    data = find_dataset(settings.dataset_path, not named_by_user(settings, "dataset_path"), settings.embedded)
+    for source in (base, data):
+        if source.note:
+            tell(source.note)
+    # the default subset belongs to the default data set
+    subset_is_meant = named_by_user(settings, "dataset_name") or not named_by_user(settings, "dataset_path")
+
+    from lora_practice import export, generate, model, record, train
+    from lora_practice.data.prepare import prepare
+    from lora_practice.machine import decide, look
+
+    machine = decide(look(), settings.bf16)
+    template_is_meant = named_by_user(settings, "chat_template_path")
+    tokenizer = model.load_tokenizer(base, settings.chat_template_path, template_is_meant)
+    rows = prepare(data, settings.dataset_name if subset_is_meant else None, tokenizer, settings)
+    lora = model.add_lora(model.load_base(base, model.weights_dtype(machine, base)), settings, base)
+    trainer = train.build_trainer(lora, tokenizer, rows.train, settings, machine, folder)
+    tell(train.announce(machine, base, data, rows, trainer))
+
+    notes = record.opening(settings, machine, base, data, rows, sys.argv[1:] if argv is None else argv)
+    folder.begin(notes)
+    notes.update(train.run(trainer, rows.held_out))
+    if notes["interrupted"]:
+        folder.write_record({**notes, "status": "interrupted"})
+        tell(record.how_to_resume(notes))
+        return 130
+    if settings.run_inference:
+        notes["samples"] = generate.compare(lora, tokenizer)
+    train.finish(trainer, notes)
+    if settings.merge_adapter:
+        export.merge(folder.path)
+    tell(record.farewell(folder.path, notes))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""和训练好的模型聊天。 / Talk to what was trained.
+
+python inference.py                                   聊天 / chat
+python inference.py --prompt "What is AI?"            问一句 / one question
+python inference.py --model-dir outputs/x/checkpoint-250 --prompt Hi --prompt Bye
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
+from lora_practice.errors import UserError, door, text
+from lora_practice.settings import parse, setting
+
+
+@dataclass
+class InferenceSettings:
+    """How to answer. Each field: default, why (zh), why (en), limits."""
+
+    model_dir: str = setting(
+        DEFAULT_OUTPUT_DIR,
+        "训练结果、存盘点、合并后的文件夹，或 Hub 名字",
+        "output, checkpoint or merged folder, or a Hub name",
+    )
+    prompt: Optional[list[str]] = setting(
+        None, "要问的话，可以写多次；不写就开始聊天", "what to ask, repeatable; without it a chat begins"
+    )
+    base_model: str = setting(
+        "",
+        "底座和分词器的来源，文件夹里没有时用",
+        "where base and tokenizer come from if the folder lacks them",
+    )
+    max_new_tokens: int = setting(128, "回答最多多少 token", "tokens in an answer at most", minimum=1)
+    temperature: float = setting(
+        0.0,
+        "0 每次取最可能的词；越大越随意",
+        "0 takes the likeliest word; higher is freer",
+        minimum=0,
+        maximum=5,
+    )
+    top_p: float = setting(
+        1.0,
+        "temperature 大于 0 时，只在累计概率这么多的词里选",
+        "with a temperature: choose within this probability",
+        above=0,
+        maximum=1,
+    )
+    device: str = setting("auto", "在哪里算", "where to compute", choices=("auto", "cpu", "cuda"))
+    system: str = setting("", "系统提示；空的就用模板自带的", "system prompt; empty leaves the template's own")
+    seed: int = setting(42, "随机种子（temperature 大于 0 时有用）", "random seed, for temperature above 0", minimum=0)
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Load once, then answer each prompt, or chat."""
+    settings = parse(
+        InferenceSettings,
+        argv,
+        prog="inference.py",
+        description=text("和训练好的模型聊天", "talk to what was trained"),
+    )
+    if not settings.prompt and not sys.stdin.isatty():
+        raise UserError(text("没有 --prompt，也不在终端里", "no --prompt, and this is no terminal"), fix='--prompt "…"')
+    from lora_practice.sources import prepare_environment
+
+    prepare_environment()
+    from transformers import set_seed
+
+    from lora_practice import generate
+    from lora_practice.machine import decide, look
+
+    set_seed(settings.seed)
+    talk = generate.load(settings.model_dir, decide(look(), device=settings.device), settings.base_model or None)
+    options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    if not settings.prompt:
+        generate.chat(talk, settings.system, **options)
+        return 0
+    for prompt in settings.prompt:
+        messages = [*generate.opening(settings.system), {"role": "user", "content": prompt}]
+        if len(settings.prompt) > 1:
+            print(f"> {prompt}")
+        talk.answer(messages, on_text=generate.show, **options)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

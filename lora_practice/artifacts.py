@@ -1,0 +1,221 @@
+"""The output folder: claimed before anything is computed, written whole or not at all, checked when read.
+
+DIR/                      adapter, tokenizer, card and run_record.json of a finished run
+DIR/checkpoint-N/         state after N steps; `checkpoint.json`, written last, means that it is whole
+DIR/run_record.json       status "running", "interrupted" or "finished", with settings and losses
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice import manifest
+from lora_practice.errors import UserError, tell, text
+
+DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
+RECORD = "run_record.json"
+CHECKPOINT_MANIFEST = "checkpoint.json"
+# A resumed run that changes one of these would no longer be the same run.
+FIXED_ON_RESUME = (
+    *("model_name", "chat_template_path", "dataset_path", "dataset_name", "embedded", "train_subset_size"),
+    *("eval_subset_size", "max_length", "packing", "assistant_only_loss", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"),
+    *("warmup_ratio", "max_grad_norm", "optim", "seed", "lora_r", "lora_alpha", "lora_dropout", "bf16"),
+)
+
+
+class OutputFolder:
+    """One run's folder. `claim` decides what may happen to it and touches nothing; `begin` makes it."""
+
+    def __init__(self, path: Path, replace: bool = False, checkpoint: Optional[Path] = None) -> None:
+        self.path, self.replace, self.checkpoint = path, replace, checkpoint
+        self._replaced: Optional[Path] = None
+
+    @classmethod
+    def claim(cls, output_dir: str, resume: bool, overwrite: bool, settings: dict[str, Any]) -> OutputFolder:
+        """Look before training.
+
+        Raises:
+            UserError: it is a file, cannot be written, holds a run that is neither to be resumed nor to be
+                replaced, holds someone else's files, or resuming would change the run.
+        """
+        path = Path(output_dir).expanduser()
+        _check_writable(path)
+        record = read_record(path)
+        if not path.exists() or not any(path.iterdir()):
+            if resume:
+                raise UserError(text("这里没有可以继续的训练", "there is no run to resume here"), where=str(path))
+            return cls(path)
+        if record is None:
+            raise UserError(
+                text(
+                    "这个文件夹里有别的文件，不会写进去",
+                    "this folder holds other files; nothing is written to it",
+                ),
+                where=str(path),
+                fix=text("换一个 --output_dir", "choose another --output_dir"),
+            )
+        if overwrite and not resume:
+            return cls(path, replace=True)
+        if record.get("status") == "finished":
+            raise _already_finished(path, record)
+        if not resume:
+            raise _unfinished(path, record)
+        _check_same_run(path, record, settings)
+        return cls(path, checkpoint=newest_whole_checkpoint(path))
+
+    def begin(self, record: dict[str, Any]) -> None:
+        """Make the folder (an earlier run that is replaced is kept aside until this one is finished)."""
+        if self.replace:
+            self._replaced = self.path.with_name(f"{self.path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(self.path, self._replaced)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_record({**record, "status": "running"})
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write run_record.json whole."""
+        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def finish(self, staged: Path, record: dict[str, Any]) -> None:
+        """Move the finished files in place, the record last: "finished" means that everything is there."""
+        for file in sorted(staged.iterdir()):
+            os.replace(file, self.path / file.name)
+        self.write_record({**record, "status": "finished"})
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced)
+
+    def add_checkpoint(self, staged: Path, keep: Optional[int]) -> None:
+        """Seal a staged `checkpoint-N`, move it in place, and drop the oldest beyond `keep`."""
+        manifest.write(staged, CHECKPOINT_MANIFEST)
+        target = self.path / staged.name
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(staged, target)
+        if keep:
+            for old in checkpoints(self.path)[:-keep]:
+                shutil.rmtree(old)
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A hidden folder beside the files, on the same disk; gone afterwards, whatever happened."""
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path) as name:
+            yield Path(name)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(content, "utf-8")
+    os.replace(scratch, path)
+
+
+def read_record(folder: Path) -> Optional[dict[str, Any]]:
+    """run_record.json of an output folder or of the folder above a checkpoint; None if there is none."""
+    for place in (folder, folder.parent if folder.name.startswith("checkpoint-") else folder):
+        try:
+            record = json.loads((place / RECORD).read_text("utf-8"))
+            if isinstance(record, dict):
+                return record
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-N folders, by N."""
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest checkpoint whose manifest fits; damaged newer ones are named. None if there is none at all.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        fault = manifest.damage(checkpoint, CHECKPOINT_MANIFEST)
+        if not fault:
+            return checkpoint
+        tell(text(f"{checkpoint} 不完整（{fault}），不用它", f"{checkpoint} is not whole ({fault}), passed over"))
+    if found:
+        raise UserError(
+            text("没有完整的存盘点可以继续", "no whole checkpoint is left to resume from"),
+            where=str(folder),
+            fix=text("用 --overwrite 重新训练", "train anew with --overwrite"),
+        )
+    return None
+
+
+def free_disk_check(path: Path, needed: int) -> None:
+    """UserError if fewer than `needed` bytes are free where `path` is or will be."""
+    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            text(
+                f"磁盘空间不够：需要约 {needed / 1e6:.0f} MB，只剩 {free / 1e6:.0f} MB",
+                f"not enough disk: about {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
+            ),
+            where=str(path),
+            fix=text("腾出空间，或换一个 --output_dir", "free some, or choose another --output_dir"),
+        )
+
+
+def _check_writable(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(
+            text("这是一个文件，不是文件夹", "this is a file, not a folder"),
+            where=str(path),
+            fix=text("换一个 --output_dir", "choose another --output_dir"),
+        )
+    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            text("没有写权限", "no permission to write"),
+            where=str(place),
+            fix=text("换一个 --output_dir，或改权限", "choose another --output_dir, or change its rights"),
+        )
+
+
+def _already_finished(path: Path, record: dict[str, Any]) -> UserError:
+    when, steps = record.get("finished_at", "?"), record.get("steps", "?")
+    return UserError(
+        text(f"这里已有训练完成的结果（{when}，{steps} 步）", f"a finished run is here ({when}, {steps} steps)"),
+        where=str(path),
+        fix=text(
+            "要留着它：换一个 --output_dir；要换掉它：--overwrite",
+            "to keep it, choose another --output_dir; to replace it, --overwrite",
+        ),
+    )
+
+
+def _unfinished(path: Path, record: dict[str, Any]) -> UserError:
+    found = checkpoints(path)
+    at = found[-1].name if found else text("还没有存盘点", "no checkpoint yet")
+    return UserError(
+        text(f"这里有一次没完成的训练（{at}）", f"an unfinished run is here ({at})"),
+        where=str(path),
+        fix=text("继续：--resume；从头再来：--overwrite", "go on: --resume; begin anew: --overwrite"),
+    )
+
+
+def _check_same_run(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    before = record.get("settings", {})
+    changed = [name for name in FIXED_ON_RESUME if name in before and before[name] != settings.get(name)]
+    if changed:
+        listed = ", ".join(f"{name}: {before[name]} -> {settings.get(name)}" for name in changed)
+        raise UserError(
+            text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
+            where=str(path),
+            fix=text("改回原来的参数，或用另一个 --output_dir", "restore them, or use another --output_dir"),
+        )

@@ -1,0 +1,242 @@
+"""Any row in a usual shape -> Conversation, or a BadRow that says what is wrong and how to mend it.
+
+Shapes, told apart by their keys, row by row:
+    messages       [{role, content}, ...]            OpenAI, TRL
+    conversations  [{from, value}, ...]              ShareGPT
+    instruction    (+ input) + output or response    Alpaca, Dolly
+    prompt         + completion or response          TRL; text, or lists of messages
+    question       + answer;  query + response
+    text           plain text, trained on as it is
+Each but the last may carry `system` (text) and, for pairs, `history` ([[user, assistant], ...]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from lora_practice.data.files import RowFile, open_rows
+from lora_practice.data.rows import BadRow
+from lora_practice.data.turns import Message, bad_row, check_order, content_of, kind_of, listed, read_turns
+from lora_practice.errors import UserError, text
+
+PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+)
+SHAPES = "messages | conversations | " + " | ".join(f"{ask} + {answer}" for ask, answer in PAIRS) + " | text"
+SHOWN = 5  # bad rows shown in full, and remembered per cause
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row to train on: turns (an optional system, then user and assistant by turns), or plain text."""
+
+    messages: tuple[Message, ...]
+    origin: str
+    raw_text: str = ""
+
+    def as_dicts(self) -> list[dict[str, str]]:
+        """Fresh copies of the turns, for `tokenizer.apply_chat_template`."""
+        return [{"role": turn["role"], "content": turn["content"]} for turn in self.messages]
+
+
+Outcome = Union[Conversation, BadRow]
+
+
+@dataclass(frozen=True)
+class ConversationFile:
+    """Iterating reads the file from its start, lazily, one Conversation or BadRow per row."""
+
+    rows: RowFile
+
+    @property
+    def encoding(self) -> str:
+        """Python's name of the file's encoding ("utf-8", "gb18030", ...); empty for Parquet."""
+        return self.rows.encoding
+
+    def __iter__(self) -> Iterator[Outcome]:
+        for located in self.rows:
+            yield located if isinstance(located, BadRow) else _outcome(located[1], located[0])
+
+
+def read_file(path: str | Path) -> ConversationFile:
+    """Open a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file of conversations.
+
+    Raises:
+        UserError: now, if the file cannot be read at all; while iterating, if a JSON document, a table's
+            header or a Parquet file turns out to be broken.
+    """
+    return ConversationFile(open_rows(path))
+
+
+def read_dataset(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Outcome]:
+    """Rows of a `datasets.Dataset` or any iterable of dicts; origins are "name:row N", N from 0."""
+    for number, row in enumerate(rows):
+        yield _outcome(row, f"{name}:row {number}")
+
+
+def _outcome(row: Any, origin: str) -> Outcome:
+    try:
+        return from_row(row, origin)
+    except BadRow as bad:
+        return bad.with_traceback(None)  # a traceback would keep the whole row alive
+
+
+def from_row(row: Any, origin: str) -> Conversation:
+    """One row, of any shape named at the top of this file.
+
+    Raises:
+        BadRow: with cause, fix and the place inside the row.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            raise bad_row(
+                text("这一行不是对象", "the row is not an object"),
+                text('每行写成 {"messages": [...]}', 'write each row as {"messages": [...]}'),
+                kind_of(row),
+            )
+        ask, answer = _shape(row)
+        if ask == "text":
+            return Conversation((), origin, content_of(row["text"], "text"))
+        turns = _pair(row, ask, answer) if answer else read_turns(row[ask], ask)
+        system = row.get("system")
+        if given(system) and not (turns and turns[0] == {"role": "system", "content": system}):
+            turns.insert(0, {"role": "system", "content": content_of(system, "system")})
+        check_order(turns)
+        return Conversation(tuple(turns), origin)
+    except BadRow as bad:
+        bad.origin = origin
+        raise
+
+
+def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(key, "") for turns and text, (asking key, answering key) for a pair. A null column counts as absent
+    at first (Parquet fills columns so), then as present, so that the complaint is about the null."""
+    for present in ({key for key, value in row.items() if value is not None}, row.keys()):
+        for key in ("messages", "conversations"):
+            if key in present:
+                return key, ""
+        for ask, answer in PAIRS:
+            if ask in present and answer in present:
+                return ask, answer
+        if "text" in present:
+            return "text", ""
+    raise bad_row(
+        text("认不出这一行的格式", "no known shape of row"),
+        text(f"改成其中一种：{SHAPES}", f"use one of: {SHAPES}"),
+        text("它的键是 ", "its keys are ")
+        + (", ".join(repr(str(key)[:30]) for key in list(row)[:8]) or text("（没有）", "(none)")),
+    )
+
+
+def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
+    turns: list[Message] = []
+    history = listed(row["history"], "history") if given(row.get("history")) else []
+    for number, past in enumerate(history, 1):
+        where = f"history {number}"
+        if not isinstance(past, (list, tuple)) or len(past) != 2:
+            raise bad_row(
+                text("history 的写法不对", "history is not in pairs"),
+                text("写成 [[问, 答], ...]", "write it as [[question, answer], ...]"),
+                where,
+            )
+        turns.append({"role": "user", "content": content_of(past[0], where)})
+        turns.append({"role": "assistant", "content": content_of(past[1], where)})
+    if isinstance(row[ask], (list, tuple)):
+        turns += read_turns(row[ask], ask)
+    else:
+        question = content_of(row[ask], ask)
+        for key in ("input", "context"):
+            if given(row.get(key)):
+                question += "\n" + content_of(row[key], key)
+        turns.append({"role": "user", "content": question})
+    if isinstance(row[answer], (list, tuple)):
+        return turns + read_turns(row[answer], answer)
+    return [*turns, {"role": "assistant", "content": content_of(row[answer], answer)}]
+
+
+def given(value: Any) -> bool:
+    """False for what an optional field holds when it is left out: null, "" or blanks."""
+    return bool(value) and not (isinstance(value, str) and value.isspace())
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What `collect` saw: rows kept, and bad rows by cause (in the user's language)."""
+
+    good: int
+    causes: dict[str, int]
+    first: tuple[BadRow, ...]  # the first few bad rows, for show
+
+    @property
+    def bad(self) -> int:
+        return sum(self.causes.values())
+
+    def __str__(self) -> str:
+        """One line such as "2 bad rows left out: broken JSON x2 (a.jsonl:3, a.jsonl:9)"; empty if none."""
+        if not self.bad:
+            return ""
+        parts = []
+        for cause, count in self.causes.items():
+            origins = [bad.origin for bad in self.first if bad.cause == cause]
+            more = "..." if count > len(origins) else ""
+            parts.append(f"{cause} x{count}" + (f" ({', '.join(origins)}{more and ', ' + more})" if origins else ""))
+        return text(f"跳过 {self.bad} 行坏数据：", f"{self.bad} bad rows left out: ") + "; ".join(parts)
+
+
+def collect(
+    rows: Iterable[Outcome], limit: int | None, skip_bad_rows: bool, where: str = ""
+) -> tuple[list[Conversation], Tally]:
+    """The first `limit` good rows (all if None), reading no further than needed, and what was bad among them.
+
+    `where` names the data set in errors.
+
+    Raises:
+        UserError: bad rows and not `skip_bad_rows` (up to 5 are shown, all up to the end or the limit are
+            counted); or no good row at all.
+    """
+    good: list[Conversation] = []
+    causes: dict[str, int] = {}
+    first: list[BadRow] = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            # the first of each cause, so that Tally can place every cause
+            if causes.get(row.cause, 0) < SHOWN:
+                first.append(row)
+            causes[row.cause] = causes.get(row.cause, 0) + 1
+            continue
+        good.append(row)
+        if limit is not None and len(good) >= limit:
+            break
+    tally = Tally(len(good), causes, tuple(first))
+    if tally.bad and not (skip_bad_rows and good):
+        raise _refusal(tally, where)
+    if not good:
+        raise UserError(
+            text("数据里一行也没有", "the data set holds no rows"),
+            where,
+            text("换一个有数据的文件或数据集", "name a file or data set that holds rows"),
+        )
+    return good, tally
+
+
+def _refusal(tally: Tally, where: str) -> UserError:
+    shown = "".join(f"\n  {bad}" for bad in tally.first[:SHOWN])
+    more = tally.bad - min(SHOWN, len(tally.first))
+    if more:
+        shown += "\n  " + text(f"……还有 {more} 行", f"... and {more} more")
+    total = tally.good + tally.bad
+    return UserError(
+        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{tally.bad} bad rows among the {total} read:") + shown + "\n",
+        where,
+        text("改好它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
+        if tally.good
+        else text("一行能用的也没有：请改好它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
+    )

@@ -1,0 +1,98 @@
+"""A source of data -> the examples of one run, with everything that was lost on the way told once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from lora_practice.data import conversations
+from lora_practice.data.conversations import Conversation
+from lora_practice.data.tokens import Encoder, Example, count_trained, preview
+from lora_practice.errors import UserError, tell, text
+from lora_practice.sources import Source, load_hub_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`train` and `held_out` examples; `facts` for the record."""
+
+    train: list[Example]
+    held_out: list[Example]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the training rows, once."""
+        return sum(len(example.input_ids) for example in self.train)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Those of them that have a loss."""
+        return sum(count_trained(example.labels) for example in self.train)
+
+
+def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any) -> Rows:
+    """Read, check, hold out and tokenise. `settings` holds TrainSettings' fields.
+
+    Raises:
+        UserError: the data cannot be read, holds wrong rows, is empty, or has nothing to train on.
+    """
+    limit = settings.train_subset_size + settings.eval_subset_size if settings.train_subset_size else None
+    found, tally = conversations.collect(_open(source, config), limit, settings.skip_bad_rows, source.name)
+    if tally.bad:
+        tell(str(tally))
+    kept, held_out = hold_out(found, settings.eval_subset_size, settings.seed)
+    if not kept:
+        raise UserError(
+            text(f"留出 {settings.eval_subset_size} 行后没有可训练的了", "no row is left to train on"),
+            where="--eval_subset_size",
+            fix=text("改小一点", "make it smaller"),
+        )
+    encoder = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
+    train = list(encoder.encode(kept))
+    for line in encoder.lost.lines(settings.max_length):
+        tell(line)
+    if not train:
+        raise UserError(
+            text("没有一行有可学的 token", "not one row has a token to train on"),
+            where=source.name,
+            fix=text(
+                "加大 --max_length，或检查数据里有没有助手的回答",
+                "raise --max_length, or look for answers in the data",
+            ),
+        )
+    held_out_examples = list(Encoder(tokenizer, settings.max_length).encode(held_out))
+    facts = {
+        "rows_read": len(found),
+        "rows_trained": len(train),
+        "rows_held_out": len(held_out_examples),
+        "rows_lost": encoder.lost.counts,
+        "bad_rows_skipped": tally.causes,
+        "first_row": preview(tokenizer, train[0]),
+    }
+    return Rows(train, held_out_examples, facts)
+
+
+def hold_out(rows: list[Conversation], count: int, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Take `count` rows out at random; no row with the same content stays in the training set."""
+    if not count:
+        return rows, []
+    chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    contents = {_content(rows[i]) for i in chosen}
+    return [row for row in rows if _content(row) not in contents], [rows[i] for i in sorted(chosen)]
+
+
+def _content(row: Conversation) -> tuple[Any, ...]:
+    return (row.raw_text, *((m["role"], m["content"]) for m in row.messages))
+
+
+def _open(source: Source, config: Optional[str]) -> Iterable[Any]:
+    if source.kind == "hub":
+        return conversations.read_dataset(load_hub_rows(source, config), source.name)
+    assert source.path is not None
+    reader = conversations.read_file(source.path)
+    if reader.encoding not in ("", "utf-8"):
+        tell(text(f"{source.name} 的编码是 {reader.encoding}", f"{source.name} is encoded in {reader.encoding}"))
+    return reader

@@ -1,0 +1,92 @@
+"""Merge: base + adapter -> one plain model that needs neither.
+
+It goes to DIR/merged/, not into DIR itself: in a folder that holds both, transformers sees adapter_config.json
+first and loads the base named there, so the merged weights would never be read, or the adapter added twice
+(huggingface/peft#1381). docs/merge.md shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_practice import adapter
+from lora_practice.artifacts import free_disk_check
+from lora_practice.errors import UserError, text
+from lora_practice.generate import find_base
+from lora_practice.model import load_base, load_tokenizer
+from lora_practice.sources import Source
+
+MERGED = "merged"
+
+
+def merge(folder: Path) -> tuple[Path, float]:
+    """Write DIR/merged/ from the finished adapter in DIR; no training is needed.
+
+    The sum W + (alpha/r) B A is taken in fp32 and rounded once to the precision that the base is stored in.
+
+    Returns:
+        The merged folder, and the largest difference of a logit between adapter and merged model.
+
+    Raises:
+        UserError: DIR holds no adapter, its base cannot be found, or DIR/merged exists.
+    """
+    target = folder / MERGED
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(text("这里没有适配器", "no adapter here"), where=str(folder))
+    if target.exists():
+        raise UserError(
+            text("已经合并过了", "already merged"),
+            where=str(target),
+            fix=text("要重做就先删掉它", "delete it first to merge again"),
+        )
+    import torch
+    from peft import PeftModel
+
+    base = find_base(folder)
+    stored = stored_dtype(base)
+    tokenizer = load_tokenizer(Source("folder", str(folder), folder))
+    model = PeftModel.from_pretrained(load_base(base, "fp32"), str(folder)).eval()
+    free_disk_check(folder, sum(p.numel() for p in model.parameters()) * 4)
+    probe = tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(probe).logits
+    merged = model.merge_and_unload().to(getattr(torch, stored))
+    merged.config.use_cache = True
+    _set_ends(merged, tokenizer)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+        whole = Path(scratch) / MERGED
+        merged.save_pretrained(str(whole), safe_serialization=True)
+        adapter.save_tokenizer(tokenizer, whole)
+        adapter.give_umask_rights(whole)
+        again = load_base(Source("folder", str(whole), whole), "fp32").eval()
+        with torch.no_grad():
+            difference = float((again(probe).logits - expected).abs().max())
+        os.replace(whole, target)
+    return target, difference
+
+
+def stored_dtype(base: Source) -> str:
+    """The torch dtype in which the base's weights lie on disk, such as "float16"."""
+    assert base.path is not None
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    for file in sorted(base.path.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+        if kinds:
+            return names.get(kinds[0], "float32")
+    return "float32"
+
+
+def _set_ends(model: Any, tokenizer: Any) -> None:
+    """The merged model stops where the adapter's chats end, in any program."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    stop = sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)})
+    model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id

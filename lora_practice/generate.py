@@ -1,0 +1,263 @@
+"""Load what was trained and let it answer: an output folder, a checkpoint, a merged folder or a Hub name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from lora_practice import embedded
+from lora_practice.artifacts import read_record
+from lora_practice.errors import UserError, tell, text
+from lora_practice.machine import Machine
+from lora_practice.model import load_base, load_tokenizer
+from lora_practice.sources import Source, fetch_repository, find_model
+
+SAMPLE_PROMPTS = (
+    "What is the capital of France? Answer in one sentence.",
+    "My printer is not printing. What should I do?",
+    "Tell me a joke.",
+    "Do you have feelings?",
+)
+
+
+@dataclass
+class Talker:
+    """A model that answers chats. `adapter` is None for a plain or merged model."""
+
+    model: Any
+    tokenizer: Any
+    stop_ids: list[int]
+
+    def answer(
+        self,
+        messages: Sequence[dict[str, str]],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_text: Optional[Callable[[str], None]] = None,
+    ) -> str:
+        """The model's next turn, as it wrote it; ends at the end-of-turn token, which is not part of it.
+
+        `temperature` 0 takes the likeliest token each time. `on_text` receives the answer piece by piece.
+        """
+        import torch
+
+        words = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = ids.to(self.model.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        streamer = _Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=streamer,
+            )
+        written = [token for token in output[0, ids.shape[1] :].tolist() if token not in self.stop_ids]
+        return self.tokenizer.decode(written)
+
+
+class _Pieces:
+    """transformers' streamer protocol; holds a piece back while a character is still half written."""
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int], on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt_passed = False
+
+    def put(self, value: Any) -> None:
+        if not self.prompt_passed:  # the first call brings the prompt
+            self.prompt_passed = True
+            return
+        self.ids += [token for token in value.flatten().tolist() if token not in self.stop_ids]
+        words = self.tokenizer.decode(self.ids)
+        if not words.endswith("\ufffd"):
+            self._show(words)
+
+    def end(self) -> None:
+        self._show(self.tokenizer.decode(self.ids))
+
+    def _show(self, words: str) -> None:
+        self.on_text(words[self.shown :])
+        self.shown = len(words)
+
+
+def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> Talker:
+    """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
+
+    Raises:
+        UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
+    """
+    folder = _local_folder(model_dir)
+    if (folder / "adapter_config.json").is_file():
+        base = find_base(folder, base_model)
+        model = _with_adapter(load_base(base, _dtype(machine)), folder)
+        tokens = Source("folder", str(folder), folder)
+        if not (folder / "tokenizer_config.json").is_file():
+            tell(
+                text(
+                    f"文件夹里没有分词器，用 {base.name} 的",
+                    f"no tokenizer in the folder: using {base.name}'s",
+                )
+            )
+            tokens = base
+        tokenizer = load_tokenizer(tokens)
+    else:
+        source = Source("folder", str(folder), folder)
+        model = load_base(source, _dtype(machine))
+        tokens = source
+        if not (folder / "tokenizer_config.json").is_file() and base_model:
+            tell(
+                text(
+                    f"文件夹里没有分词器，用 {base_model} 的",
+                    f"no tokenizer in the folder: using {base_model}'s",
+                )
+            )
+            tokens = find_model(base_model, is_default=False)
+        tokenizer = load_tokenizer(tokens)
+    return talker(model.to(machine.device), tokenizer)
+
+
+def talker(model: Any, tokenizer: Any) -> Talker:
+    """A Talker that stops at the tokenizer's end of turn and at the model's own ends of text."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    stop_ids = sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)})
+    model.config.use_cache = True
+    return Talker(model.eval(), tokenizer, stop_ids)
+
+
+def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
+    """The base that this adapter was trained on, found on this machine again.
+
+    The adapter's own word comes first; an embedded base is found in the cache wherever that is now.
+    """
+    if base_model:
+        return find_model(base_model, is_default=False)
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            text("adapter_config.json 读不了", "adapter_config.json cannot be read"), where=str(folder)
+        ) from error
+    record = read_record(folder) or {}
+    was_embedded = record.get("model", {}).get("kind") == "embedded"
+    if was_embedded or Path(str(named)).name == embedded.MODEL.folder:
+        return find_model("", is_default=True, want_embedded=True)
+    return find_model(str(named), is_default=False)
+
+
+def chat(talk: Talker, system: str, **options: Any) -> None:
+    """A conversation at the terminal, until Ctrl-D or /exit; /reset begins anew."""
+    tell(text("开始聊天：/reset 重来，/exit 或 Ctrl-D 退出", "chat: /reset begins anew, /exit or Ctrl-D ends"))
+    messages = opening(system)
+    while True:
+        try:
+            line = input(text("你> ", "you> ")).strip()
+        except EOFError:
+            print()
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            messages = opening(system)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        words = talk.answer(messages, on_text=show, **options)
+        print()
+        messages.append({"role": "assistant", "content": words})
+
+
+def opening(system: str) -> list[dict[str, str]]:
+    """The messages before the first question."""
+    return [{"role": "system", "content": system}] if system else []
+
+
+def show(piece: str) -> None:
+    """Print a piece of an answer at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[str, str]]:
+    """Four prompts answered by the base and by the adapter of one PEFT model, shown side by side.
+
+    Returns:
+        For the record: one {"prompt", "base", "adapter"} each.
+    """
+    model.gradient_checkpointing_disable()
+    both = talker(model, tokenizer)
+    samples = []
+    for prompt in SAMPLE_PROMPTS:
+        messages = [{"role": "user", "content": prompt}]
+        with model.disable_adapter():
+            base = both.answer(messages, max_new_tokens)
+        adapted = both.answer(messages, max_new_tokens)
+        samples.append({"prompt": prompt, "base": base, "adapter": adapted})
+        print(f"\n{text('问', 'prompt')}: {prompt}")
+        print(f"  {text('底座', 'base')}: {base.strip()}")
+        print(f"  {text('微调', 'adapter')}: {adapted.strip()}", flush=True)
+    return samples
+
+
+def _dtype(machine: Machine) -> str:
+    return "fp32" if machine.device == "cpu" and machine.precision != "bf16" else machine.precision
+
+
+def _local_folder(model_dir: str) -> Path:
+    folder = Path(model_dir).expanduser()
+    if folder.is_dir():
+        if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                text(
+                    "里面没有训练好的模型（没有 adapter_config.json）",
+                    "no trained model here (no adapter_config.json)",
+                ),
+                where=model_dir,
+                fix=text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py"),
+            )
+        return folder
+    if folder.exists() or model_dir.count("/") != 1 or model_dir.startswith((".", "/", "~", "outputs/")):
+        raise UserError(
+            text("没有这个文件夹", "no such folder"),
+            where=model_dir,
+            fix=text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py"),
+        )
+    return fetch_repository(model_dir)
+
+
+def _with_adapter(base: Any, folder: Path) -> Any:
+    """Base and adapter merged in memory, which answers the same and faster."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            text(f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}"),
+            where=str(folder),
+        ) from error
+    changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
+    if changes and max(changes) == 0:
+        tell(
+            text(
+                "注意：这个适配器全是零，回答与底座相同",
+                "note: this adapter is all zero: answers are the base's",
+            )
+        )
+    return model.merge_and_unload()

@@ -1,0 +1,55 @@
+"""A manifest, written last, says which files a folder must hold: if it is there and fits, the folder is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.errors import text
+
+
+def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> None:
+    """Note size, time and SHA-256 of every file below `folder` in `folder/name`, together with `extra`."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            note = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
+            files[path.relative_to(folder).as_posix()] = note
+    content = json.dumps({**(extra or {}), "files": files}, indent=1, ensure_ascii=False)
+    (folder / name).write_text(content + "\n", "utf-8")
+
+
+def damage(folder: Path, name: str) -> str:
+    """What keeps `folder` from being whole, in a few words; "" if it is whole.
+
+    A file whose size and modification time are as noted is trusted; otherwise its SHA-256 decides.
+    """
+    try:
+        files = json.loads((folder / name).read_text("utf-8"))["files"]
+        for relative, noted in files.items():
+            path = folder / relative
+            if not path.is_file():
+                return text(f"缺少 {relative}", f"{relative} is missing")
+            stat = path.stat()
+            intact = stat.st_size == noted["size"] and (
+                stat.st_mtime_ns == noted["mtime_ns"] or sha256(path) == noted["sha256"]
+            )
+            if not intact:
+                return text(f"{relative} 已损坏", f"{relative} is damaged")
+    except FileNotFoundError:
+        return text("没有写完", "it was not written to the end")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return text(f"{name} 读不了", f"{name} cannot be read")
+    return ""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

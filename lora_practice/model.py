@@ -1,0 +1,136 @@
+"""Base model, tokenizer and LoRA: three things loaded, each in one function."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.errors import UserError, tell, text
+from lora_practice.machine import Machine
+from lora_practice.sources import Source, find_template
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = False) -> Any:
+    """The base model's tokenizer, with a chat template, a pad token, and the template's end of turn as eos.
+
+    Args:
+        template: folder, .jinja file or Hub name whose template is borrowed where the base has none.
+        template_is_meant: the user named it, so it also replaces a template that the base has.
+
+    Raises:
+        UserError: there is no template, or it uses special tokens that this tokenizer does not have.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_folder(AutoTokenizer, base.path, text("分词器", "tokenizer"))
+    if template and (template_is_meant or tokenizer.chat_template is None):
+        _take_template(tokenizer, find_template(template))
+    if tokenizer.chat_template is None:
+        raise UserError(
+            text("这个模型没有聊天模板", "this model has no chat template"),
+            where=base.name,
+            fix="--chat_template_path HuggingFaceTB/SmolLM2-135M-Instruct",
+        )
+    _check_template_tokens(tokenizer)
+    _end_turns_with_template(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(base: Source, dtype: str) -> Any:
+    """The base model in `dtype` ("fp32", "fp16" or "bf16"), from safetensors only."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    options = {"dtype": torch_dtype, "use_safetensors": True, "local_files_only": True}
+    return _from_folder(AutoModelForCausalLM, base.path, text("模型", "model"), **options)
+
+
+def weights_dtype(machine: Machine, base: Source) -> str:
+    """fp32 weights wherever they fit (mixed precision then loses nothing); half on a card too small for them."""
+    if machine.device == "cpu":
+        return "fp32"
+    stored = sum(file.stat().st_size for file in Path(base.path or "").glob("*.safetensors"))
+    return "fp32" if stored * 2 < machine.facts.gpu_memory * 0.4 else "fp16"
+
+
+def add_lora(model: Any, settings: Any, base: Source) -> Any:
+    """PEFT's LoRA on all linear layers; the LoRA weights are fp32 whatever the base is.
+
+    W x + (alpha / r) B A x, with A (r, in) and B (out, r), B zero at first (Hu et al. 2021, arXiv 2106.09685).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model.config.use_cache = False  # training never reads the key-value cache
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base.name if base.kind == "hub" else str(base.path)
+    not_fp32 = [n for n, p in adapted.named_parameters() if p.requires_grad and str(p.dtype) != "torch.float32"]
+    assert not not_fp32, f"trainable tensors must be fp32: {not_fp32[:3]}"
+    return adapted
+
+
+def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return loader.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            text(f"{thing}读不了：{reason}", f"the {thing} cannot be loaded: {reason}"),
+            where=str(folder),
+            fix=text("文件可能损坏或不完整，重新下载", "a file may be damaged or missing: fetch it again"),
+        ) from error
+
+
+def _take_template(tokenizer: Any, template: Path) -> None:
+    if template.is_file():
+        tokenizer.chat_template = template.read_text("utf-8")
+        return
+    from transformers import AutoTokenizer
+
+    other = _from_folder(AutoTokenizer, template, text("聊天模板", "chat template"))
+    if other.chat_template is None:
+        raise UserError(text("这里没有聊天模板", "there is no chat template here"), where=str(template))
+    tokenizer.chat_template = other.chat_template
+
+
+def _check_template_tokens(tokenizer: Any) -> None:
+    """A mark such as <|im_start|> that is no single token would be learnt letter by letter."""
+    marks = set(re.findall(r"<\|[^|<>\s]+\|>", tokenizer.chat_template))
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted(mark for mark in marks if mark not in vocabulary)
+    if missing:
+        raise UserError(
+            text(
+                f"聊天模板用了分词器没有的标记 {missing}",
+                f"the chat template uses marks the tokenizer lacks: {missing}",
+            ),
+            fix=text("换一个与模型相配的 --chat_template_path", "choose a --chat_template_path that fits the model"),
+        )
+
+
+def _end_turns_with_template(tokenizer: Any) -> None:
+    """Generation must stop where the template ends an answer (a base model's own eos is often another one)."""
+    from lora_practice.data.tokens import end_of_turn
+
+    mark = end_of_turn(tokenizer)
+    if mark is None:
+        tell(text("注意：聊天模板没有结束标记，回答可能停不下来", "note: the template ends answers with no mark"))
+    elif mark != tokenizer.eos_token:
+        tokenizer.eos_token = mark

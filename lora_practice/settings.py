@@ -1,0 +1,242 @@
+"""Flags, help and checks from any dataclass. Loads no torch, so `--help` answers at once.
+
+A field is written `lora_r: int = setting(6, "为什么", "why", minimum=1)`; the two sentences become the help
+text, the README table and the report. `parse` turns `--lora_r 8`, `--lora-r 8` or `--lora_r=8` into the
+dataclass; booleans are `--merge_adapter` / `--no-merge_adapter`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any, Optional, TypeVar
+
+from lora_practice.errors import UserError, text
+
+T = TypeVar("T")
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def setting(
+    default: Any,
+    zh: str,
+    en: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    bare: str | None = None,
+) -> Any:
+    """A dataclass field with its line of why and its limits.
+
+    `minimum`/`maximum` are inclusive, `above` is exclusive; `bare` is the value that the flag alone stands
+    for (`--gradient_checkpointing` means "on").
+    """
+    metadata: dict[str, Any] = {"zh": zh, "en": en, "minimum": minimum, "maximum": maximum, "above": above}
+    metadata.update(choices=tuple(choices), bare=bare)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
+    """Read the flags of dataclass `cls`. All problems are gathered and raised once as a UserError."""
+    parser = _build_parser(cls, prog, description)
+    values, unknown = parser.parse_known_args(argv)
+    issues = [_unknown_flag(word, cls) for word in unknown]
+    types = typing.get_type_hints(cls)
+    chosen: dict[str, Any] = {}
+    for field in _fields(cls):
+        raw = getattr(values, field.name)
+        if raw is None:
+            continue
+        try:
+            if isinstance(raw, list):
+                chosen[field.name] = [_convert(one, str, field) for one in raw]
+            else:
+                chosen[field.name] = _convert(raw, types[field.name], field)
+        except ValueError as problem:
+            issues.append(str(problem))
+    if issues:
+        raise UserError("; ".join(issues), fix=text(f"用 {prog} --help 看全部选项", f"see {prog} --help"))
+    result = cls(**chosen)
+    validate(result)
+    return result
+
+
+def validate(values: Any) -> None:
+    """Check every field against its type and limits (a learner may have edited a default wrongly).
+
+    Raises:
+        UserError: naming each wrong field in one line.
+    """
+    types = typing.get_type_hints(type(values))
+    issues = []
+    for field in _fields(type(values)):
+        try:
+            _check(getattr(values, field.name), types[field.name], field)
+        except ValueError as problem:
+            issues.append(str(problem))
+    if issues:
+        raise UserError("; ".join(issues))
+
+
+def named_by_user(values: Any, name: str) -> bool:
+    """True if this field no longer holds its default."""
+    return getattr(values, name) != default_of(type(values), name)
+
+
+def default_of(cls: Any, name: str) -> Any:
+    """The default value that dataclass `cls` gives to field `name`."""
+    return next(field.default for field in dataclasses.fields(cls) if field.name == name)
+
+
+def markdown_table(cls: Any) -> str:
+    """The README's table of settings, made from the same strings as --help."""
+    head = text("| 参数 | 默认值 | 为什么 |", "| setting | default | why |")
+    rows = [f"| `{f.name}` | `{_shown_default(f)}` | {_why(f)} |" for f in _fields(cls)]
+    return "\n".join([head, "|---|---|---|", *rows])
+
+
+def _fields(cls: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if "zh" in field.metadata]
+
+
+def _why(field: dataclasses.Field) -> str:
+    return text(field.metadata["zh"], field.metadata["en"])
+
+
+def _shown_default(field: dataclasses.Field) -> Any:
+    if field.default is dataclasses.MISSING:
+        return ""
+    return "" if field.default is None else field.default
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message, fix=text(f"用 {self.prog} --help 看全部选项", f"see {self.prog} --help"))
+
+
+class _Help(argparse.HelpFormatter):
+    """One flag spelling in the help, though three are accepted; Chinese is wrapped by the terminal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {action.metavar or ''}".rstrip()
+
+
+def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentParser:
+    usage = f"{prog} [{text('选项', 'options')}]"
+    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
+    types = typing.get_type_hints(cls)
+    for field in _fields(cls):
+        name, kind = field.name, types[field.name]
+        default = _shown_default(field)
+        note = "" if default == "" else text(f"（默认 {default}）", f" (default {default})")
+        options: dict[str, Any] = {"dest": name, "default": None, "help": (_why(field) + note).replace("%", "%%")}
+        flags = _spellings(name)
+        if kind is bool:
+            parser.add_argument(*flags, nargs="?", const="true", metavar="", **options)
+            hidden = dict(options, help=argparse.SUPPRESS)
+            parser.add_argument(*_spellings("no-" + name), action="store_const", const="false", **hidden)
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(*flags, action="append", metavar="…", **options)
+        elif field.metadata["bare"]:
+            parser.add_argument(*flags, nargs="?", const=field.metadata["bare"], metavar="…", **options)
+            hidden = dict(options, help=argparse.SUPPRESS)
+            parser.add_argument(*_spellings("no-" + name), action="store_const", const="off", **hidden)
+        else:
+            parser.add_argument(*flags, metavar=_metavar(kind, field), **options)
+    return parser
+
+
+def _spellings(name: str) -> list[str]:
+    spellings = [f"--{name}", "--" + name.replace("_", "-"), "--" + name.replace("-", "_")]
+    return list(dict.fromkeys(spellings))
+
+
+def _metavar(kind: Any, field: dataclasses.Field) -> str:
+    if field.metadata["choices"]:
+        return "|".join(field.metadata["choices"])
+    return {"int": "N", "float": "X"}.get(getattr(_plain(kind), "__name__", ""), "…")
+
+
+def _plain(kind: Any) -> Any:
+    """Optional[X] -> X."""
+    inner = [one for one in typing.get_args(kind) if one is not type(None)]
+    return inner[0] if typing.get_origin(kind) is typing.Union and inner else kind
+
+
+def _unknown_flag(word: str, cls: Any) -> str:
+    if not word.startswith("-"):
+        return text(f"多余的参数 {word!r}", f"unexpected argument {word!r}")
+    flags = [flag for field in _fields(cls) for flag in _spellings(field.name)]
+    wanted = word.split("=")[0]
+    near = difflib.get_close_matches(wanted, flags, n=1, cutoff=0.5)
+    hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
+    return text(f"没有 {wanted} 这个选项{hint}", f"unknown flag {wanted}{hint}")
+
+
+def _convert(raw: str, kind: Any, field: dataclasses.Field) -> Any:
+    """One flag's text -> its value; ValueError with a sentence for the user."""
+    kind = _plain(kind)
+    value: Any = raw
+    if kind is bool:
+        if raw.lower() not in TRUE + FALSE:
+            raise ValueError(_expected(field, text("true 或 false", "true or false"), raw))
+        value = raw.lower() in TRUE
+    elif kind is int:
+        if not re.fullmatch(r"[+-]?\d[\d_]*", raw.strip()):
+            raise ValueError(_expected(field, text("整数", "a whole number"), raw))
+        value = int(raw)
+    elif kind is float:
+        try:
+            value = float(raw)
+        except ValueError:
+            raise ValueError(_expected(field, text("数字", "a number"), raw)) from None
+    elif field.metadata["choices"]:
+        value = raw.lower()
+    _check(value, kind, field)
+    return value
+
+
+def _expected(field: dataclasses.Field, wanted: str, got: Any) -> str:
+    return text(f"--{field.name} 要的是{wanted}，得到 {got!r}", f"--{field.name} needs {wanted}, got {got!r}")
+
+
+def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:
+    if value is None and type(None) in typing.get_args(kind):
+        return
+    kind, limits = _plain(kind), field.metadata
+    if typing.get_origin(kind) is list:
+        return
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(_expected(field, kind.__name__, value))
+    choices: Optional[tuple] = limits["choices"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        hint = text(f"，最接近的是 {near[0]}", f", the nearest is {near[0]}") if near else ""
+        raise ValueError(_expected(field, text(" ", "one of ") + ", ".join(choices), value) + hint)
+    if kind not in (int, float):
+        return
+    if not math.isfinite(value):
+        raise ValueError(_expected(field, text("有限的数", "a finite number"), value))
+    for bound, bad, sign in (
+        (limits["minimum"], lambda b: value < b, ">="),
+        (limits["maximum"], lambda b: value > b, "<="),
+        (limits["above"], lambda b: value <= b, ">"),
+    ):
+        if bound is not None and bad(bound):
+            raise ValueError(_expected(field, text(f" {sign} {bound} 的值", f"a value {sign} {bound}"), value))

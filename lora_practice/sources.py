@@ -1,0 +1,320 @@
+"""Where the model and the data come from: Hub or mirror, folder or file, or the embedded default.
+
+The only reader of HF_* variables. A model or data set that the user named is never replaced; the defaults
+fall back to the embedded ones when the Hub cannot be reached, and say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice import embedded
+from lora_practice.errors import UserError, tell, text
+
+REACH_SECONDS = 4.0
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to load, found and on this disk.
+
+    `kind` is "hub", "folder", "file" or "embedded"; `name` what it is called in cards and records; `path` the
+    local folder or file (a Hub data set has none); `hub_id` its true name on the Hub, if it has one; `note`
+    says why it stands in for the default.
+    """
+
+    kind: str
+    name: str
+    path: Optional[Path] = None
+    hub_id: Optional[str] = None
+    revision: Optional[str] = None
+    note: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """For run_record.json."""
+        record = {"kind": self.kind, "name": self.name, "path": str(self.path) if self.path else None}
+        return {**record, "hub_id": self.hub_id, "revision": self.revision, "note": self.note}
+
+
+def prepare_environment() -> None:
+    """Read `.env` (real variables win) and mend HF_* variables, before the libraries are imported."""
+    from dotenv import load_dotenv
+
+    load_dotenv(Path.cwd() / ".env", override=False)
+    old = os.environ.get("TRANSFORMERS_CACHE")
+    if old and not os.environ.get("HF_HUB_CACHE"):
+        os.environ["HF_HUB_CACHE"] = old
+        tell(
+            text(
+                f"TRANSFORMERS_CACHE 已被 transformers 5 忽略：按 HF_HUB_CACHE={old} 使用",
+                f"transformers 5 ignores TRANSFORMERS_CACHE: using it as HF_HUB_CACHE={old}",
+            )
+        )
+    os.environ.pop("TRANSFORMERS_CACHE", None)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # renames announced for the libraries' next major version say nothing to a learner
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def hub_endpoint() -> str:
+    """HF_ENDPOINT (a mirror), else the Hub itself."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def offline_wanted() -> bool:
+    """HF_HUB_OFFLINE, in the spellings that huggingface_hub takes."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+@functools.lru_cache(maxsize=1)
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers within 4 seconds, name look-up included. Otherwise the process goes offline."""
+    if offline_wanted():
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(hub_endpoint() + "/api/models?limit=1", method="GET")
+        try:
+            with urllib.request.urlopen(request, timeout=REACH_SECONDS):
+                answered.set()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:  # even a refusal is an answer
+                answered.set()
+        except (OSError, ValueError):
+            pass
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(REACH_SECONDS)
+    if not answered.is_set():
+        go_offline()
+    return answered.is_set()
+
+
+def go_offline() -> None:
+    """No library may try the Hub from here on (they would wait through their retries)."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if "huggingface_hub" in sys.modules:
+        import huggingface_hub
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def find_model(name: str, is_default: bool, want_embedded: bool = False) -> Source:
+    """The base model, on this disk.
+
+    Raises:
+        UserError: the folder is no model, the Hub has no such model, or it cannot be reached and the model is
+            neither cached nor the default.
+    """
+    if want_embedded:
+        if not is_default:
+            raise UserError(
+                text(f"--embedded 与 --model_name {name} 矛盾", f"--embedded contradicts --model_name {name}"),
+                fix=text("两个里留一个", "keep one of the two"),
+            )
+        return _embedded_model()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Source("folder", str(name), _checked_model_folder(folder.resolve()))
+    if not _is_hub_id(name):
+        raise UserError(
+            text("没有这个模型文件夹", "no such model folder"),
+            where=name,
+            fix=text("检查路径，或写 Hub 上的名字（作者/模型）", "check the path, or give a Hub name (owner/model)"),
+        )
+    reachable = hub_is_reachable()
+    path = _snapshot(name, MODEL_FILES, local_only=not reachable)
+    if path is not None and any(path.glob("*.safetensors")):
+        return Source("hub", name, path, name, revision=path.name)
+    if path is not None and reachable:
+        raise UserError(
+            text("这个模型没有 safetensors 权重", "this model has no safetensors weights"),
+            where=name,
+            fix=text("换一个有 safetensors 的模型", "choose one that has them: pickled weights are not loaded"),
+        )
+    if is_default:
+        note = text(
+            f"连不上 {hub_endpoint()}：改用内置模型 SmolLM2-135M-Instruct（来自 PyPI）",
+            f"{hub_endpoint()} cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)",
+        )
+        return _embedded_model(note)
+    raise _unreachable(name, "--model_name")
+
+
+def fetch_repository(name: str) -> Path:
+    """Folder of an adapter or model that lies on the Hub (or in its cache)."""
+    found = _snapshot(name, MODEL_FILES, local_only=not hub_is_reachable())
+    if found is None:
+        raise _unreachable(name, "--model-dir")
+    return found
+
+
+def find_template(name: str) -> Path:
+    """Folder (or .jinja file) that holds a chat template: a path, or a Hub name."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if _is_hub_id(name):
+        found = _snapshot(name, ["*token*", "*.jinja", "config.json", "*.txt", "vocab.json"], not hub_is_reachable())
+        if found is not None:
+            return found
+        if name == embedded.MODEL_HUB_ID:
+            return embedded.model_dir()
+        raise _unreachable(name, "--chat_template_path")
+    raise UserError(text("没有这个聊天模板", "no such chat template"), where=f"--chat_template_path {name}")
+
+
+def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> Source:
+    """The data: a local file, a Hub data set, or the embedded conversations."""
+    if want_embedded and is_default:
+        return _embedded_conversations()
+    file = Path(path).expanduser()
+    if file.exists() or file.suffix.lower() in DATA_FILES or not _is_hub_id(path):
+        if not file.exists():
+            raise UserError(
+                text("没有这个数据文件", "no such data file"),
+                where=path,
+                fix=text("检查路径；Hub 上的数据集写 作者/名字", "check the path; a Hub data set is owner/name"),
+            )
+        return Source("file", file.name, file)
+    if hub_is_reachable() or not is_default:
+        return Source("hub", path, None, path)
+    if _dataset_is_cached(path):
+        return Source("hub", path, None, path)
+    note = text(
+        f"连不上 {hub_endpoint()}：改用内置的英文对话（chatterbot-corpus，来自 PyPI）",
+        f"{hub_endpoint()} cannot be reached: using the embedded English conversations (chatterbot-corpus, PyPI)",
+    )
+    return _embedded_conversations(note)
+
+
+def load_hub_rows(source: Source, config: Optional[str]) -> Any:
+    """The `train` split of a Hub data set, as a `datasets.Dataset`.
+
+    Raises:
+        UserError: no such data set, configuration or split, or the Hub cannot be reached.
+    """
+    reachable = hub_is_reachable()
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.name, config, split="train")
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        if not reachable:
+            raise _unreachable(source.name, "--dataset_path") from error
+        reason = str(error).strip().splitlines()[0][:300]
+        raise UserError(
+            text(f"读不了这个数据集：{reason}", f"cannot load this data set: {reason}"),
+            where=f"{source.name} ({config})" if config else source.name,
+            fix=text("检查 --dataset_path 和 --dataset_name", "check --dataset_path and --dataset_name"),
+        ) from error
+
+
+def check_login(skip: bool) -> None:
+    """Say whose token is used, before anything is fetched; a token that the Hub refuses stops the run here."""
+    if skip:
+        os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+        return
+    if not os.environ.get("HF_TOKEN") or not hub_is_reachable():
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        name = HfApi().whoami()["name"]
+    except OSError as error:
+        raise UserError(
+            text("Hub 不接受 HF_TOKEN", "the Hub does not accept HF_TOKEN"),
+            where="HF_TOKEN",
+            fix=text("换一个 token，或加 --skip_login 不登录", "use another token, or --skip_login to go without"),
+        ) from error
+    tell(text(f"已登录 Hugging Face：{name}", f"logged in to Hugging Face as {name}"))
+
+
+def _embedded_model(note: str = "") -> Source:
+    return Source("embedded", embedded.MODEL_HUB_ID, embedded.model_dir(), embedded.MODEL_HUB_ID, note=note)
+
+
+def _embedded_conversations(note: str = "") -> Source:
+    return Source("embedded", embedded.CONVERSATIONS.requirement, embedded.conversations_file(), note=note)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def _checked_model_folder(folder: Path) -> Path:
+    missing = "config.json" if not (folder / "config.json").is_file() else ""
+    missing = missing or ("" if any(folder.glob("*.safetensors")) else "*.safetensors")
+    if missing:
+        raise UserError(
+            text(f"这个文件夹不是模型：没有 {missing}", f"this folder is no model: {missing} is missing"),
+            where=str(folder),
+        )
+    return folder
+
+
+def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path]:
+    """The model's files at the top of its repository; None if they are neither cached nor to be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
+        return Path(snapshot_download(name, local_files_only=local_only, **options))
+    except GatedRepoError as error:
+        raise UserError(
+            text("这个模型要先在网页上同意条款", "this model asks you to accept its terms on its page first"),
+            where=name,
+            fix=text("同意后设置 HF_TOKEN", "then set HF_TOKEN"),
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            text("Hub 上没有这个名字（或没有权限）", "the Hub has no such name (or it is private)"),
+            where=name,
+            fix=text("检查拼写；私有的要设置 HF_TOKEN", "check the spelling; a private one needs HF_TOKEN"),
+        ) from error
+    except LocalEntryNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            text(f"下载中断：{type(error).__name__}", f"the download broke off: {type(error).__name__}"),
+            where=name,
+            fix=text("再运行一次，已下载的不会重来", "run again: what was fetched is kept"),
+        ) from error
+
+
+def _dataset_is_cached(path: str) -> bool:
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    return any(cache.glob(path.replace("/", "___").lower() + "/**/dataset_info.json")) or any(
+        cache.glob(path.replace("/", "___") + "/**/dataset_info.json")
+    )
+
+
+def _unreachable(name: str, flag: str) -> UserError:
+    return UserError(
+        text(
+            f"连不上 {hub_endpoint()}，本机也没有缓存",
+            f"{hub_endpoint()} cannot be reached and nothing is cached",
+        ),
+        where=f"{flag} {name}",
+        fix=text(
+            "检查网络、设镜像 HF_ENDPOINT，或用 --embedded 跑内置模型",
+            "check the network, set a mirror in HF_ENDPOINT, or use --embedded",
+        ),
+    )

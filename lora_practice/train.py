@@ -1,0 +1,226 @@
+"""The training itself: TRL's trainer with our examples, our checkpoints, and words for the person watching."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from transformers import PrinterCallback
+from trl import SFTTrainer
+
+from lora_practice import adapter, record, versions
+from lora_practice.artifacts import OutputFolder, free_disk_check
+from lora_practice.data.batches import Collator, pack
+from lora_practice.data.prepare import Rows
+from lora_practice.data.tokens import IGNORED, Example, count_trained
+from lora_practice.errors import tell, text
+from lora_practice.machine import Machine, matmul_gflops, peak_memory
+from lora_practice.sources import Source
+from lora_practice.watch import Interrupt, Progress
+
+SECONDS_GFLOPS_PER_TOKEN = 2.0  # what plain TRL needs for a token of SmolLM2-135M on a 1 GFLOP/s machine
+
+
+class PracticeTrainer(SFTTrainer):
+    """TRL's trainer; checkpoints are written whole or not at all, and nothing asks the Hub."""
+
+    model: Any
+    processing_class: Any
+    folder: OutputFolder
+    keep_checkpoints: Optional[int] = None
+    tokens_seen = 0
+    _staging: Optional[Path] = None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs["attention_mask"]
+        self.tokens_seen += int(mask.sum()) if mask.dim() == 2 else inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        free_disk_check(self.folder.path, 4 * weights + 20_000_000)  # adapter, two Adam moments, tokenizer
+        with self.folder.staging() as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            for checkpoint in staging.glob("checkpoint-*"):
+                self.folder.add_checkpoint(checkpoint, self.keep_checkpoints)
+
+    def _save(self, output_dir: Optional[str] = None, state_dict: Any = None) -> None:
+        adapter.save(self.model, self.processing_class, self.args, Path(output_dir or self.folder.path))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would write one per checkpoint; ours is written once, when the run is finished."""
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Any,
+    machine: Machine,
+    folder: OutputFolder,
+) -> PracticeTrainer:
+    """A trainer that is ready to run. `settings` holds TrainSettings' fields; no file is written here."""
+    from datasets import Dataset
+
+    rows = pack(examples, settings.max_length) if settings.packing else list(examples)
+    checkpointing = needs_checkpointing(model, rows, settings, machine)
+    arguments = versions.sft_config(
+        output_dir=str(folder.path),
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        save_strategy=settings.save_strategy,
+        save_steps=settings.save_steps,
+        optim=settings.optim,
+        max_grad_norm=settings.max_grad_norm,
+        warmup_ratio=settings.warmup_ratio,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        bf16=machine.precision == "bf16",
+        fp16=machine.precision == "fp16",
+        use_cpu=machine.device == "cpu",  # never MPS
+        gradient_checkpointing=checkpointing,
+        seed=settings.seed,
+        max_length=settings.max_length,
+        report_to=settings.report_to,
+        dataset_kwargs={"skip_prepare_dataset": True},  # the rows are tokenised, with their labels, already
+        remove_unused_columns=False,
+        dataloader_pin_memory=machine.device == "cuda",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    trainer = PracticeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list([_row(example) for example in rows]),
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[Interrupt()],
+    )
+    trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(lambda: trainer.tokens_seen))
+    return trainer
+
+
+def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer) -> str:
+    """The first lines that a user reads: device, precision, model, data, steps, expected time; and advice."""
+    minutes = rows.tokens * trainer.args.num_train_epochs * SECONDS_GFLOPS_PER_TOKEN / matmul_gflops() / 60
+    steps = steps_of(trainer)
+    if trainer.args.max_steps > 0:
+        minutes *= min(1.0, steps / max(1, _steps_per_epoch(trainer)))
+    lines = [record.announcement(machine, base, data, rows, steps, minutes), machine.reason, machine.advice]
+    return "\n".join(line for line in lines if line)
+
+
+def run(trainer: PracticeTrainer, held_out: Sequence[Example]) -> dict[str, Any]:
+    """Train to the end, or to the user's Ctrl-C.
+
+    Returns:
+        For the record: "steps", "interrupted", "losses" (one dict per logged step; `loss` in nats per trained
+        token), "held_out_loss", "seconds", "tokens_per_second", "peak_memory_mb".
+    """
+    pad = trainer.processing_class.pad_token_id
+    before = held_out_loss(trainer.model, held_out, pad) if held_out else None
+    checkpoint = trainer.folder.checkpoint
+    if checkpoint:
+        tell(text(f"从 {checkpoint} 继续", f"going on from {checkpoint}"))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    state = trainer.state
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    losses = [{key: entry[key] for key in keys if key in entry} for entry in state.log_history if "loss" in entry]
+    result = {
+        "steps": state.global_step,
+        "interrupted": state.global_step < state.max_steps,
+        "losses": losses,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
+        "peak_memory_mb": round(peak_memory() / 1e6),
+    }
+    if before is not None:
+        after = held_out_loss(trainer.model, held_out, pad)
+        result["held_out_loss"] = {"before": round(before, 4), "after": round(after, 4)}
+        tell(text(f"留出数据的损失：{before:.3f} → {after:.3f}", f"held-out loss: {before:.3f} -> {after:.3f}"))
+    return result
+
+
+def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
+    """Write the adapter, the tokenizer, the card and the record into the output folder."""
+    notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
+    with trainer.folder.staging() as staging:
+        trainer.save_model(str(staging))
+        (staging / "README.md").write_text(record.card(notes), "utf-8")
+        trainer.folder.finish(staging, notes)
+
+
+def steps_of(trainer: PracticeTrainer) -> int:
+    """Optimizer steps of the whole run."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return math.ceil(_steps_per_epoch(trainer) * trainer.args.num_train_epochs)
+
+
+def _steps_per_epoch(trainer: PracticeTrainer) -> int:
+    return math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+
+
+def needs_checkpointing(model: Any, rows: Sequence[Example], settings: Any, machine: Machine) -> bool:
+    """`gradient_checkpointing`: "on", "off", or by what a step on the longest rows would take.
+
+    Per token a layer keeps about 30 times its hidden size for the backward, and the head three copies of the
+    logits (measured on SmolLM2-135M with PEFT: 2 MB a token in fp32). Half of the free memory is the limit.
+    """
+    if settings.gradient_checkpointing != "auto":
+        return settings.gradient_checkpointing == "on"
+    config = model.config
+    tokens = max(len(row.input_ids) for row in rows) * settings.per_device_train_batch_size
+    width = 2 if machine.precision in ("fp16", "bf16") else 4
+    layers = config.num_hidden_layers * config.hidden_size * 30 * width
+    needed = tokens * (layers + config.vocab_size * 3 * 4)
+    free = machine.facts.gpu_memory if machine.device == "cuda" else machine.facts.memory
+    if free and needed > free / 2:
+        tell(
+            text(
+                f"内存紧：打开 gradient_checkpointing（要 {needed / 1e9:.1f} GB，空闲 {free / 1e9:.1f} GB）",
+                f"memory is short: gradient_checkpointing on ({needed / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free)",
+            )
+        )
+        return True
+    return False
+
+
+def held_out_loss(model: Any, examples: Sequence[Example], pad_token_id: int) -> float:
+    """Mean loss in nats per trained token over `examples`, without dropout or gradients."""
+    import torch
+
+    collate, total, count = Collator(pad_token_id), 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for example in examples:
+            batch = {name: tensor.to(model.device) for name, tensor in collate([_row(example)]).items()}
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch).logits[:, :-1].flatten(0, 1).float()
+            losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            total, count = total + float(losses), count + count_trained(example.labels)
+    model.train(was_training)
+    return total / count
+
+
+def _row(example: Example) -> dict[str, Any]:
+    return {"input_ids": example.input_ids, "labels": example.labels, "lengths": list(example.lengths)}

@@ -1,0 +1,63 @@
+"""The only file that knows how the libraries' versions differ; asked by signature, each with its reason."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lora_practice.errors import text
+
+
+def check_stack() -> None:
+    """Refuse a torch in which resuming cannot work, before anything is trained.
+
+    Raises:
+        UserError: torch < 2.6, where transformers refuses to load optimizer states (CVE-2025-32434).
+    """
+    import torch
+
+    from lora_practice.errors import UserError
+
+    major, minor = (int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if (major, minor) < (2, 6):
+        raise UserError(
+            text(
+                f"torch {torch.__version__} 太旧，存盘后无法续训",
+                f"torch {torch.__version__} is too old to resume",
+            ),
+            fix='pip install "torch>=2.6"',
+        )
+
+
+def sft_config(**wanted: Any) -> Any:
+    """`trl.SFTConfig` with these options; an option that this version does not know is an error.
+
+    `warmup_ratio` left transformers in 5.15; there `warmup_steps` takes a share below 1 instead.
+    """
+    from trl import SFTConfig
+
+    known = inspect.signature(SFTConfig.__init__).parameters
+    if "warmup_ratio" in wanted and "warmup_ratio" not in known:
+        wanted["warmup_steps"] = wanted.pop("warmup_ratio")
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise RuntimeError(f"trl.SFTConfig of this version has no {', '.join(unknown)}")
+    return SFTConfig(**wanted)
+
+
+def installed() -> dict[str, str]:
+    """Versions of the libraries that a run depends on."""
+    import platform
+    from importlib.metadata import version
+
+    names = [
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "huggingface-hub",
+        "tokenizers",
+    ]
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,0 +1,100 @@
+"""What a person sees and may do while it trains: a progress bar, and Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import Any, Callable
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lora_practice.errors import tell, text
+
+
+class Progress(TrainerCallback):
+    """A bar with step, loss, tokens/s and time left; plain lines at each logged step when nobody watches.
+
+    `tokens_seen()` gives the tokens trained on so far in this process.
+    """
+
+    def __init__(self, tokens_seen: Callable[[], int]) -> None:
+        self.tokens_seen = tokens_seen
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.loss, self.live = "", sys.stderr.isatty()
+        words = text("步", "step")
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            disable=not self.live,
+            dynamic_ncols=True,
+            bar_format=words + " {n_fmt}/{total_fmt} |{bar}| {postfix}",
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.set_postfix_str(self._words(state), refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last loss belongs to the record
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.loss = f"loss {logs['loss']:.3f}"
+        if self.live:
+            self.bar.set_postfix_str(self._words(state))
+        else:
+            tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {self._words(state)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+    def _words(self, state: Any) -> str:
+        done, elapsed = state.global_step - self.first_step, time.perf_counter() - self.started
+        if not done:
+            return self.loss
+        left = elapsed / done * (state.max_steps - state.global_step)
+        speed = f"{self.tokens_seen() / elapsed:.0f} tok/s"
+        return ", ".join(part for part in (self.loss, speed, text("剩 ", "") + clock(left) + text("", " left")) if part)
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C or SIGTERM saves a checkpoint after the running step and stops; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._ask)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.asked = True
+        tell(
+            text(
+                "\n收到中断：这一步完成后存盘退出（再按一次立即退出）",
+                "\ninterrupted: saving after this step (once more leaves at once)",
+            )
+        )
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15", 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

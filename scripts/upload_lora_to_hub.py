@@ -1,0 +1,24 @@
+"""把训练结果上传到 Hugging Face Hub：默认私有，先查 token，再逐个核对；不发送密钥和本机路径。
+
+Upload a training result to the Hugging Face Hub: private by default, the token is checked first and every
+file verified afterwards; secrets and this machine's paths are not sent.
+
+运行 / Run:
+    python scripts/upload_lora_to_hub.py --repo-id NAME/REPO --dry-run    # 先看会发送什么 / look first
+    HF_TOKEN=... python scripts/upload_lora_to_hub.py --repo-id NAME/REPO [--exclude-checkpoints] [--public]
+"""
+
+from __future__ import annotations
+
+from lora_practice.errors import door
+
+
+@door
+def main(argv: list[str] | None = None) -> int:
+    from lora_practice.hub.upload import main as upload
+
+    return upload(argv, "upload_lora_to_hub.py")
+
+
+if __name__ == "__main__":
+    main()
