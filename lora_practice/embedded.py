@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from lora_practice import manifest
-from lora_practice.errors import UserError, tell, text
+from lora_practice.errors import UserError, door, tell, text
 
 MANIFEST = "manifest.json"
 
@@ -196,3 +196,15 @@ def _turns(row: Any) -> tuple[str, ...]:
         row = [question, answer.strip("'\"")]
     turns = tuple(line.strip() for line in row)
     return turns if len(turns) > 1 and all(turns) else ()
+
+
+@door
+def main() -> int:
+    """Fetch both (the set-up scripts call it): python -m lora_practice.embedded"""
+    model_dir()
+    conversations_file()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

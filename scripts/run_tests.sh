@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# 一条命令：建环境、安装、检查、测试。参数传给 pytest。
+# One command: environment, install, checks, tests. Arguments go to pytest.
+#
+#   ./scripts/run_tests.sh                   全部 / everything
+#   ./scripts/run_tests.sh tests/quick       几十秒，不用模型 / seconds, without a model
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+prepare_environment test
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "${@:-tests}"
