@@ -51,7 +51,13 @@ class InferenceSettings:
     )
     device: str = setting("auto", "在哪里算", "where to compute", choices=("auto", "cpu", "cuda"))
     system: str = setting("", "系统提示；空的就用模板自带的", "system prompt; empty leaves the template's own")
-    seed: int = setting(42, "随机种子（temperature 大于 0 时有用）", "random seed, for temperature above 0", minimum=0)
+    seed: int = setting(
+        42,
+        "随机种子（temperature 大于 0 时有用）",
+        "random seed, for temperature above 0",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
 
 
 @door
@@ -65,25 +71,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     if not settings.prompt and not sys.stdin.isatty():
         raise UserError(text("没有 --prompt，也不在终端里", "no --prompt, and this is no terminal"), fix='--prompt "…"')
-    from lora_practice.sources import prepare_environment
+    from lora_practice.environment import prepare_environment
 
     prepare_environment()
     from transformers import set_seed
 
-    from lora_practice import generate
+    from lora_practice import generate, talk
     from lora_practice.machine import decide, look
 
     set_seed(settings.seed)
-    talk = generate.load(settings.model_dir, decide(look(), device=settings.device), settings.base_model or None)
+    talker = generate.load(settings.model_dir, decide(look(), device=settings.device), settings.base_model or None)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not settings.prompt:
-        generate.chat(talk, settings.system, **options)
+        talk.chat(talker, settings.system, **options)
         return 0
     for prompt in settings.prompt:
-        messages = [*generate.opening(settings.system), {"role": "user", "content": prompt}]
+        messages = [*talk.opening(settings.system), {"role": "user", "content": prompt}]
         if len(settings.prompt) > 1:
             print(f"> {prompt}")
-        talk.answer(messages, on_text=generate.show, **options)
+        talker.answer(messages, on_text=talk.show, **options)
         print()
     return 0
 

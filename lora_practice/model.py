@@ -53,10 +53,13 @@ def load_base(base: Source, dtype: str) -> Any:
     return _from_folder(AutoModelForCausalLM, base.path, text("模型", "model"), **options)
 
 
-def weights_dtype(machine: Machine, base: Source) -> str:
-    """fp32 weights wherever they fit (mixed precision then loses nothing); half on a card too small for them."""
+def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
+    """fp32 weights wherever they fit (autocast then loses nothing); half on a card too small for them.
+
+    The fast path keeps its residual stream in fp32 by itself, so on a CPU its weights may lie in bf16.
+    """
     if machine.device == "cpu":
-        return "fp32"
+        return "bf16" if machine.precision == "bf16" and fast != "off" else "fp32"
     stored = sum(file.stat().st_size for file in Path(base.path or "").glob("*.safetensors"))
     return "fp32" if stored * 2 < machine.facts.gpu_memory * 0.4 else "fp16"
 
@@ -65,9 +68,21 @@ def add_lora(model: Any, settings: Any, base: Source) -> Any:
     """PEFT's LoRA on all linear layers; the LoRA weights are fp32 whatever the base is.
 
     W x + (alpha / r) B A x, with A (r, in) and B (out, r), B zero at first (Hu et al. 2021, arXiv 2106.09685).
+
+    Raises:
+        UserError: packing is asked for, and this model has only an attention that would let the parts of a row
+            see each other ("sdpa" takes the mask of a packed row as it is).
     """
+    if settings.packing and model.config._attn_implementation != "sdpa":
+        raise UserError(
+            text("这个模型的注意力隔不开拼在一行里的样本", "this model's attention cannot keep packed examples apart"),
+            where="--packing",
+            fix="--no-packing",
+        )
+    import torch
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(settings.seed)  # A is drawn here, before the trainer sets its seed
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -90,7 +105,7 @@ def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any
     try:
         return loader.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             text(f"{thing}读不了：{reason}", f"the {thing} cannot be loaded: {reason}"),
             where=str(folder),

@@ -19,6 +19,7 @@ from typing import Any, Optional, TypeVar
 from lora_practice.errors import UserError, text
 
 T = TypeVar("T")
+_NO_VALUE: Any = object()  # what argparse stores for a flag whose value was left out
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -49,7 +50,8 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
     """Read the flags of dataclass `cls`. All problems are gathered and raised once as a UserError."""
     parser = _build_parser(cls, prog, description)
     values, unknown = parser.parse_known_args(argv)
-    issues = [_unknown_flag(word, cls) for word in unknown]
+    # the word after an unknown flag is most likely its value
+    issues = [_unknown_flag(w, cls) for b, w in zip(["", *unknown], unknown) if w[:1] == "-" or b[:1] != "-"]
     types = typing.get_type_hints(cls)
     chosen: dict[str, Any] = {}
     for field in _fields(cls):
@@ -67,6 +69,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
         raise UserError("; ".join(issues), fix=text(f"用 {prog} --help 看全部选项", f"see {prog} --help"))
     result = cls(**chosen)
     validate(result)
+    vars(result)["_given"] = frozenset(chosen)
     return result
 
 
@@ -87,20 +90,16 @@ def validate(values: Any) -> None:
         raise UserError("; ".join(issues))
 
 
-def named_by_user(values: Any, name: str) -> bool:
-    """True if this field no longer holds its default."""
-    return getattr(values, name) != default_of(type(values), name)
-
-
-def default_of(cls: Any, name: str) -> Any:
-    """The default value that dataclass `cls` gives to field `name`."""
-    return next(field.default for field in dataclasses.fields(cls) if field.name == name)
+def named_by_user(values: Any, name: str, shipped: Any) -> bool:
+    """True if this field was given as a flag, or its default in the source is no longer the one we `shipped`."""
+    return name in vars(values).get("_given", ()) or getattr(values, name) != shipped
 
 
 def markdown_table(cls: Any) -> str:
     """The README's table of settings, made from the same strings as --help."""
     head = text("| 参数 | 默认值 | 为什么 |", "| setting | default | why |")
     rows = [f"| `{f.name}` | `{_shown_default(f)}` | {_why(f)} |" for f in _fields(cls)]
+    rows = [row.replace("``", text("无", "none")) for row in rows]
     return "\n".join([head, "|---|---|---|", *rows])
 
 
@@ -113,9 +112,7 @@ def _why(field: dataclasses.Field) -> str:
 
 
 def _shown_default(field: dataclasses.Field) -> Any:
-    if field.default is dataclasses.MISSING:
-        return ""
-    return "" if field.default is None else field.default
+    return "" if field.default in (dataclasses.MISSING, None) else field.default
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,6 +126,9 @@ class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
 
+    def start_section(self, heading: Optional[str]) -> None:
+        super().start_section(text("选项", "options"))
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.dest == "help":
             return super()._format_action_invocation(action)
@@ -137,7 +137,9 @@ class _Help(argparse.HelpFormatter):
 
 def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentParser:
     usage = f"{prog} [{text('选项', 'options')}]"
-    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
+    looks: dict[str, Any] = {"usage": usage, "description": description, "formatter_class": _Help}
+    parser = _Parser(prog=prog, allow_abbrev=False, add_help=False, **looks)
+    parser.add_argument("-h", "--help", action="help", help=text("显示这些说明", "show this help"))
     types = typing.get_type_hints(cls)
     for field in _fields(cls):
         name, kind = field.name, types[field.name]
@@ -145,18 +147,18 @@ def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentPar
         note = "" if default == "" else text(f"（默认 {default}）", f" (default {default})")
         options: dict[str, Any] = {"dest": name, "default": None, "help": (_why(field) + note).replace("%", "%%")}
         flags = _spellings(name)
+        hidden = dict(options, help=argparse.SUPPRESS)
+        valued: dict[str, Any] = {"nargs": "?", "const": _NO_VALUE, **options}
         if kind is bool:
             parser.add_argument(*flags, nargs="?", const="true", metavar="", **options)
-            hidden = dict(options, help=argparse.SUPPRESS)
             parser.add_argument(*_spellings("no-" + name), action="store_const", const="false", **hidden)
-        elif typing.get_origin(kind) is list:
-            parser.add_argument(*flags, action="append", metavar="…", **options)
+        elif typing.get_origin(_plain(kind)) is list:
+            parser.add_argument(*flags, action="append", metavar="…", **valued)
         elif field.metadata["bare"]:
             parser.add_argument(*flags, nargs="?", const=field.metadata["bare"], metavar="…", **options)
-            hidden = dict(options, help=argparse.SUPPRESS)
             parser.add_argument(*_spellings("no-" + name), action="store_const", const="off", **hidden)
         else:
-            parser.add_argument(*flags, metavar=_metavar(kind, field), **options)
+            parser.add_argument(*flags, metavar=_metavar(kind, field), **valued)
     return parser
 
 
@@ -180,7 +182,11 @@ def _plain(kind: Any) -> Any:
 def _unknown_flag(word: str, cls: Any) -> str:
     if not word.startswith("-"):
         return text(f"多余的参数 {word!r}", f"unexpected argument {word!r}")
-    flags = [flag for field in _fields(cls) for flag in _spellings(field.name)]
+    names = [field.name for field in _fields(cls)]
+    if word.startswith("--no"):
+        kinds = typing.get_type_hints(cls)
+        names += ["no-" + field.name for field in _fields(cls) if kinds[field.name] is bool or field.metadata["bare"]]
+    flags = [flag for name in names for flag in _spellings(name)]
     wanted = word.split("=")[0]
     near = difflib.get_close_matches(wanted, flags, n=1, cutoff=0.5)
     hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
@@ -191,12 +197,14 @@ def _convert(raw: str, kind: Any, field: dataclasses.Field) -> Any:
     """One flag's text -> its value; ValueError with a sentence for the user."""
     kind = _plain(kind)
     value: Any = raw
+    if raw is _NO_VALUE:
+        raise ValueError(text(f"--{field.name} 后面要有一个值", f"--{field.name} needs a value"))
     if kind is bool:
         if raw.lower() not in TRUE + FALSE:
             raise ValueError(_expected(field, text("true 或 false", "true or false"), raw))
         value = raw.lower() in TRUE
     elif kind is int:
-        if not re.fullmatch(r"[+-]?\d[\d_]*", raw.strip()):
+        if not re.fullmatch(r"[+-]?\d(_?\d){0,30}", raw.strip()):
             raise ValueError(_expected(field, text("整数", "a whole number"), raw))
         value = int(raw)
     elif kind is float:
@@ -220,9 +228,8 @@ def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:
     kind, limits = _plain(kind), field.metadata
     if typing.get_origin(kind) is list:
         return
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(_expected(field, kind.__name__, value))
     choices: Optional[tuple] = limits["choices"]
     if choices and value not in choices:
@@ -231,7 +238,7 @@ def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:
         raise ValueError(_expected(field, text(" ", "one of ") + ", ".join(choices), value) + hint)
     if kind not in (int, float):
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(_expected(field, text("有限的数", "a finite number"), value))
     for bound, bad, sign in (
         (limits["minimum"], lambda b: value < b, ">="),

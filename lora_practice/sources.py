@@ -1,27 +1,27 @@
 """Where the model and the data come from: Hub or mirror, folder or file, or the embedded default.
 
-The only reader of HF_* variables. A model or data set that the user named is never replaced; the defaults
-fall back to the embedded ones when the Hub cannot be reached, and say so.
+A model or data set that the user named is never replaced; the defaults fall back to the embedded ones when the
+Hub cannot be reached, and say so.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-import sys
-import threading
-import urllib.error
-import urllib.request
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import embedded
-from lora_practice.errors import UserError, tell, text
+from lora_practice.environment import datasets_cache, hub_endpoint, hub_is_reachable, network_errors
+from lora_practice.errors import UserError, text
 
-REACH_SECONDS = 4.0
+# the defaults that we ship: only these may be stood in for, not what a learner writes in their place
+SHIPPED = {
+    "model_name": "HuggingFaceTB/SmolLM2-135M",
+    "chat_template_path": embedded.MODEL_HUB_ID,
+    "dataset_path": "HuggingFaceTB/smoltalk",
+    "dataset_name": "everyday-conversations",
+}
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -46,72 +46,6 @@ class Source:
         """For run_record.json."""
         record = {"kind": self.kind, "name": self.name, "path": str(self.path) if self.path else None}
         return {**record, "hub_id": self.hub_id, "revision": self.revision, "note": self.note}
-
-
-def prepare_environment() -> None:
-    """Read `.env` (real variables win) and mend HF_* variables, before the libraries are imported."""
-    from dotenv import load_dotenv
-
-    load_dotenv(Path.cwd() / ".env", override=False)
-    old = os.environ.get("TRANSFORMERS_CACHE")
-    if old and not os.environ.get("HF_HUB_CACHE"):
-        os.environ["HF_HUB_CACHE"] = old
-        tell(
-            text(
-                f"TRANSFORMERS_CACHE 已被 transformers 5 忽略：按 HF_HUB_CACHE={old} 使用",
-                f"transformers 5 ignores TRANSFORMERS_CACHE: using it as HF_HUB_CACHE={old}",
-            )
-        )
-    os.environ.pop("TRANSFORMERS_CACHE", None)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # renames announced for the libraries' next major version say nothing to a learner
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def hub_endpoint() -> str:
-    """HF_ENDPOINT (a mirror), else the Hub itself."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def offline_wanted() -> bool:
-    """HF_HUB_OFFLINE, in the spellings that huggingface_hub takes."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-@functools.lru_cache(maxsize=1)
-def hub_is_reachable() -> bool:
-    """Whether the Hub answers within 4 seconds, name look-up included. Otherwise the process goes offline."""
-    if offline_wanted():
-        return False
-    answered = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(hub_endpoint() + "/api/models?limit=1", method="GET")
-        try:
-            with urllib.request.urlopen(request, timeout=REACH_SECONDS):
-                answered.set()
-        except urllib.error.HTTPError as error:
-            if error.code < 500:  # even a refusal is an answer
-                answered.set()
-        except (OSError, ValueError):
-            pass
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(REACH_SECONDS)
-    if not answered.is_set():
-        go_offline()
-    return answered.is_set()
-
-
-def go_offline() -> None:
-    """No library may try the Hub from here on (they would wait through their retries)."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if "huggingface_hub" in sys.modules:
-        import huggingface_hub
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def find_model(name: str, is_default: bool, want_embedded: bool = False) -> Source:
@@ -212,37 +146,19 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
     reachable = hub_is_reachable()
     import datasets
 
+    kinds = network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
     try:
         return datasets.load_dataset(source.name, config, split="train")
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except kinds as error:
         if not reachable:
             raise _unreachable(source.name, "--dataset_path") from error
-        reason = str(error).strip().splitlines()[0][:300]
+        # the second line lists the configurations when none was named
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])[:400]
         raise UserError(
             text(f"读不了这个数据集：{reason}", f"cannot load this data set: {reason}"),
             where=f"{source.name} ({config})" if config else source.name,
             fix=text("检查 --dataset_path 和 --dataset_name", "check --dataset_path and --dataset_name"),
         ) from error
-
-
-def check_login(skip: bool) -> None:
-    """Say whose token is used, before anything is fetched; a token that the Hub refuses stops the run here."""
-    if skip:
-        os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
-        return
-    if not os.environ.get("HF_TOKEN") or not hub_is_reachable():
-        return
-    from huggingface_hub import HfApi
-
-    try:
-        name = HfApi().whoami()["name"]
-    except OSError as error:
-        raise UserError(
-            text("Hub 不接受 HF_TOKEN", "the Hub does not accept HF_TOKEN"),
-            where="HF_TOKEN",
-            fix=text("换一个 token，或加 --skip_login 不登录", "use another token, or --skip_login to go without"),
-        ) from error
-    tell(text(f"已登录 Hugging Face：{name}", f"logged in to Hugging Face as {name}"))
 
 
 def _embedded_model(note: str = "") -> Source:
@@ -271,7 +187,12 @@ def _checked_model_folder(folder: Path) -> Path:
 def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path]:
     """The model's files at the top of its repository; None if they are neither cached nor to be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
@@ -288,9 +209,15 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
             where=name,
             fix=text("检查拼写；私有的要设置 HF_TOKEN", "check the spelling; a private one needs HF_TOKEN"),
         ) from error
+    except HFValidationError as error:
+        raise UserError(
+            text("这不是 Hub 上的名字", "this is no name on the Hub"),
+            where=name,
+            fix=text("写 作者/模型，或一个存在的文件夹", "write owner/model, or a folder that exists"),
+        ) from error
     except LocalEntryNotFoundError:
         return None
-    except OSError as error:
+    except network_errors(OSError) as error:
         raise UserError(
             text(f"下载中断：{type(error).__name__}", f"the download broke off: {type(error).__name__}"),
             where=name,
@@ -299,11 +226,8 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
 
 
 def _dataset_is_cached(path: str) -> bool:
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
-    return any(cache.glob(path.replace("/", "___").lower() + "/**/dataset_info.json")) or any(
-        cache.glob(path.replace("/", "___") + "/**/dataset_info.json")
-    )
+    folder, cache = path.replace("/", "___"), datasets_cache()
+    return any(any(cache.glob(name + "/**/dataset_info.json")) for name in (folder, folder.lower()))
 
 
 def _unreachable(name: str, flag: str) -> UserError:

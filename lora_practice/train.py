@@ -5,60 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from transformers import PrinterCallback
-from trl import SFTTrainer
 
-from lora_practice import adapter, record, versions
+from lora_practice import fast, record, versions
 from lora_practice.artifacts import OutputFolder, free_disk_check
 from lora_practice.data.batches import Collator, pack
 from lora_practice.data.prepare import Rows
 from lora_practice.data.tokens import IGNORED, Example, count_trained
-from lora_practice.errors import tell, text
+from lora_practice.errors import UserError, tell, text
 from lora_practice.machine import Machine, matmul_gflops, peak_memory
 from lora_practice.sources import Source
+from lora_practice.trainer import PracticeTrainer
 from lora_practice.watch import Interrupt, Progress
 
 SECONDS_GFLOPS_PER_TOKEN = 2.0  # what plain TRL needs for a token of SmolLM2-135M on a 1 GFLOP/s machine
-
-
-class PracticeTrainer(SFTTrainer):
-    """TRL's trainer; checkpoints are written whole or not at all, and nothing asks the Hub."""
-
-    model: Any
-    processing_class: Any
-    folder: OutputFolder
-    keep_checkpoints: Optional[int] = None
-    tokens_seen = 0
-    _staging: Optional[Path] = None
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = inputs["attention_mask"]
-        self.tokens_seen += int(mask.sum()) if mask.dim() == 2 else inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        free_disk_check(self.folder.path, 4 * weights + 20_000_000)  # adapter, two Adam moments, tokenizer
-        with self.folder.staging() as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            for checkpoint in staging.glob("checkpoint-*"):
-                self.folder.add_checkpoint(checkpoint, self.keep_checkpoints)
-
-    def _save(self, output_dir: Optional[str] = None, state_dict: Any = None) -> None:
-        adapter.save(self.model, self.processing_class, self.args, Path(output_dir or self.folder.path))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL would write one per checkpoint; ours is written once, when the run is finished."""
 
 
 def build_trainer(
@@ -113,7 +76,31 @@ def build_trainer(
     trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen))
+    trainer.engine = build_engine(trainer, settings, machine)
     return trainer
+
+
+def build_engine(trainer: PracticeTrainer, settings: Any, machine: Machine) -> Optional[fast.Engine]:
+    """The fast engine for this model, or None for the plain path, with one line that says why.
+
+    Raises:
+        UserError: `--fast on`, and the fast path does not serve this model.
+    """
+    if settings.fast == "off" or (settings.fast == "auto" and machine.device != "cpu"):
+        return None
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.precision]
+    try:
+        if trainer.accelerator.num_processes > 1:
+            raise fast.NotServed("several processes")
+        return fast.build(trainer.model, dtype, seed=settings.seed)
+    except fast.NotServed as missing:
+        what = text(f"快速路径不支持：{missing.reason}", f"not served by the fast path: {missing.reason}")
+        if settings.fast == "on":
+            raise UserError(what, where="--fast on", fix="--fast auto") from missing
+        tell(text(f"{what}，用普通路径", f"{what}; taking the plain path"))
+        if machine.device == "cpu":
+            trainer.model.float()  # autocast wants float32 weights under it
+        return None
 
 
 def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer) -> str:
@@ -133,8 +120,7 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example]) -> dict[str, Any]
         For the record: "steps", "interrupted", "losses" (one dict per logged step; `loss` in nats per trained
         token), "held_out_loss", "seconds", "tokens_per_second", "peak_memory_mb".
     """
-    pad = trainer.processing_class.pad_token_id
-    before = held_out_loss(trainer.model, held_out, pad) if held_out else None
+    before = held_out_loss(trainer, held_out) if held_out else None
     checkpoint = trainer.folder.checkpoint
     if checkpoint:
         tell(text(f"从 {checkpoint} 继续", f"going on from {checkpoint}"))
@@ -153,7 +139,7 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example]) -> dict[str, Any]
         "peak_memory_mb": round(peak_memory() / 1e6),
     }
     if before is not None:
-        after = held_out_loss(trainer.model, held_out, pad)
+        after = held_out_loss(trainer, held_out)
         result["held_out_loss"] = {"before": round(before, 4), "after": round(after, 4)}
         tell(text(f"留出数据的损失：{before:.3f} → {after:.3f}", f"held-out loss: {before:.3f} -> {after:.3f}"))
     return result
@@ -162,6 +148,7 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example]) -> dict[str, Any]
 def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
     """Write the adapter, the tokenizer, the card and the record into the output folder."""
     notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
+    free_disk_check(trainer.folder.path, 30_000_000)
     with trainer.folder.staging() as staging:
         trainer.save_model(str(staging))
         (staging / "README.md").write_text(record.card(notes), "utf-8")
@@ -204,21 +191,19 @@ def needs_checkpointing(model: Any, rows: Sequence[Example], settings: Any, mach
     return False
 
 
-def held_out_loss(model: Any, examples: Sequence[Example], pad_token_id: int) -> float:
+def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> float:
     """Mean loss in nats per trained token over `examples`, without dropout or gradients."""
-    import torch
-
-    collate, total, count = Collator(pad_token_id), 0.0, 0
-    was_training = model.training
+    if trainer.engine is not None:
+        return trainer.engine.eval_loss([(example.input_ids, example.labels) for example in examples])
+    model, collate, total, count = trainer.model, Collator(trainer.processing_class.pad_token_id), 0.0, 0
     model.eval()
     with torch.no_grad():
         for example in examples:
-            batch = {name: tensor.to(model.device) for name, tensor in collate([_row(example)]).items()}
-            labels = batch.pop("labels")[:, 1:].flatten()
-            logits = model(**batch).logits[:, :-1].flatten(0, 1).float()
+            batch = collate([_row(example)])
+            labels = batch["labels"][:, 1:].flatten()
+            logits = model(batch["input_ids"].to(model.device)).logits[:, :-1].flatten(0, 1).float().cpu()
             losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             total, count = total + float(losses), count + count_trained(example.labels)
-    model.train(was_training)
     return total / count
 
 

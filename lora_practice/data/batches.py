@@ -2,7 +2,8 @@
 
 B rows, T tokens in the longest: `input_ids (B, T) int64`, `labels (B, T) int64` with -100 where not trained,
 `attention_mask (B, T) int64`, 1 on tokens and 0 on padding. A packed batch has `position_ids (B, T)`, counted
-anew in each part, and an `attention_mask (B, 1, T, T) bool` in which no part sees another.
+anew in each part, and an `attention_mask (B, 1, T, T) bool` in which no part sees another. `parts` are the examples
+again, as (input_ids, labels) lists without padding, for the fast path.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -53,10 +54,19 @@ class Collator:
             input_ids[i, :length] = torch.tensor(row["input_ids"])
             labels[i, :length] = torch.tensor(row["labels"])
             mask[i, :length] = 1
-        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        batch["parts"] = [part for row in rows for part in _parts(row)]
         if any(len(row.get("lengths") or ()) > 1 for row in rows):
             batch.update(_packed_view(rows, mask))
         return batch
+
+
+def _parts(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    ids, labels, start, parts = row["input_ids"], row["labels"], 0, []
+    for length in row.get("lengths") or [len(ids)]:
+        parts.append((ids[start : start + length], labels[start : start + length]))
+        start += length
+    return parts
 
 
 def _packed_view(rows: Sequence[dict[str, Any]], mask: torch.Tensor) -> dict[str, torch.Tensor]:

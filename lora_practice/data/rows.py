@@ -37,6 +37,7 @@ Located = Union[tuple[str, Any], BadRow]  # (origin, row) or the reason why ther
 
 
 def too_long(origin: str) -> BadRow:
+    """The bad row that stands for one of more than MAX_ROW characters."""
     return BadRow(
         origin,
         text(f"这一行超过 {MAX_ROW:,} 个字符", f"a row of more than {MAX_ROW:,} characters"),
@@ -48,6 +49,7 @@ def too_long(origin: str) -> BadRow:
 
 
 def too_deep(origin: str) -> BadRow:
+    """The bad row that stands for JSON that nests deeper than Python reads."""
     return BadRow(
         origin,
         text("JSON 嵌套太深", "JSON nested too deep"),

@@ -7,6 +7,7 @@ it needs no `{% generation %}` marks in the template.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -63,7 +64,6 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> None:
         self.tokenizer, self.max_length, self.assistant_only = tokenizer, max_length, assistant_only_loss
-        self.specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self.lost = Lost()
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
@@ -94,7 +94,7 @@ class Encoder:
         messages = conversation.as_dicts()
         whole = self._render(messages, conversation)
         parts: list[tuple[str, bool]] = []
-        done = 0
+        done, rewritten = 0, False
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -102,26 +102,32 @@ class Encoder:
             before = self._render(messages[:index], conversation, add_generation_prompt=True)
             after = whole if is_last else self._render(messages[: index + 1], conversation)
             start = len(before)
-            end = self._end_of_answer(after, start, message["content"])
+            end = self._end_of_answer(after)
             if not after.startswith(before) or whole[:end] != after[:end] or start < done:
                 if is_last:
                     raise _unstable_template(conversation.origin)
-                self.lost.add("rewritten", conversation.origin)
+                rewritten = True
                 continue
             parts += [(whole[done:start], False), (whole[start:end], True)]
             done = end
+        if rewritten:
+            self.lost.add("rewritten", conversation.origin)
         parts.append((whole[done:], False))
         return [part for part in parts if part[0]]
 
-    def _end_of_answer(self, rendered: str, start: int, content: str) -> int:
-        """Where the answer that begins at `start` ends: after its end-of-turn token, before a line break."""
-        body = content.strip()
-        found = rendered.rfind(body, start)
-        tail = found + len(body) if found >= 0 else start
-        ends = [rendered.find(mark, tail) + len(mark) for mark in self.specials if mark in rendered[tail:]]
-        if not ends:
-            return len(rendered)
-        return min(ends) if found >= 0 else max(ends)
+    def _end_of_answer(self, rendered: str) -> int:
+        """Where the answer that `rendered` ends with ends itself: after its end-of-turn token, before a line break.
+
+        The template's own tail is measured, not searched for: an answer may hold or be a piece of the mark.
+        """
+        tail, kept = self._tail
+        return len(rendered) - len(tail) + kept if rendered.endswith(tail) else len(rendered)
+
+    @functools.cached_property
+    def _tail(self) -> tuple[str, int]:
+        """The template's tail, and how many characters of it reach to the end of its end-of-turn token."""
+        tail, mark = answer_tail(self.tokenizer), end_of_turn(self.tokenizer)
+        return tail, tail.find(mark) + len(mark) if mark else len(tail)
 
     def _render(self, messages: list[dict[str, str]], row: Conversation, add_generation_prompt: bool = False) -> str:
         from jinja2.exceptions import TemplateError
@@ -143,8 +149,11 @@ class Encoder:
         input_ids = [token for ids, _ in parts for token in ids]
         everything = not self.assistant_only
         labels = [token if trained or everything else IGNORED for ids, trained in parts for token in ids]
-        last = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1)
-        if last >= self.max_length:
+        length = answered = 0  # tokens up to here, and up to the end of the last answer
+        for ids, trained in parts:
+            length += len(ids)
+            answered = length if trained else answered
+        if answered > self.max_length:
             self.lost.add("cut", origin)
         input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         if count_trained(labels) == 0:
@@ -160,11 +169,16 @@ def count_trained(labels: list[int]) -> int:
 
 def end_of_turn(tokenizer: Any) -> Optional[str]:
     """The special token with which the chat template ends an answer; None if it ends with none."""
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "marker-of-the-answer"}]
-    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("marker-of-the-answer")[2]
+    tail = answer_tail(tokenizer)
     found = [(tail.find(str(token)), str(token)) for token in tokenizer.added_tokens_decoder.values()]
     present = sorted((place, token) for place, token in found if place >= 0)
     return present[0][1] if present else None
+
+
+def answer_tail(tokenizer: Any) -> str:
+    """What the chat template writes after the last answer, such as "<|im_end|>" and a line break."""
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "marker-of-the-answer"}]
+    return tokenizer.apply_chat_template(messages, tokenize=False).rpartition("marker-of-the-answer")[2]
 
 
 def preview(tokenizer: Any, example: Example, colour: bool = False) -> str:

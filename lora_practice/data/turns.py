@@ -32,6 +32,7 @@ class Message(TypedDict):
 
 
 def bad_row(cause: str, fix: str, detail: str = "") -> BadRow:
+    """A BadRow whose origin is not known here; the reader of the file adds it."""
     return BadRow("", cause, fix, detail)
 
 
@@ -75,6 +76,7 @@ def listed(value: Any, key: str) -> list[Any]:
 
 
 def read_turns(value: Any, key: str) -> list[Message]:
+    """The list under `key` as messages; BadRow is raised for the first turn that is none."""
     turns: list[Message] = []
     for number, turn in enumerate(listed(value, key), 1):
         where = f"{key} {number}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lora_practice.environment import network_errors
 from lora_practice.errors import UserError, tell, text
 from lora_practice.hub.rights import TOKEN_PAGE
 
@@ -101,7 +101,7 @@ class Link:
                 )
                 fix = text("检查 HF_ENDPOINT", "check HF_ENDPOINT")
                 return Trouble(UserError(text(zh, en), self.endpoint, fix))
-            if isinstance(one, _connection_errors()) or type(one).__module__.startswith("hf_xet"):
+            if isinstance(one, network_errors()) or type(one).__module__.startswith("hf_xet"):
                 return self._explain_connection(one)
         return None
 
@@ -173,19 +173,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _connection_errors() -> tuple[type[BaseException], ...]:
-    """The network errors of whichever HTTP library huggingface_hub has loaded."""
-    kinds: list[type[BaseException]] = [ConnectionError, TimeoutError]
-    for module, names in (
-        ("httpx2", ("TransportError",)),
-        ("httpx", ("TransportError",)),
-        ("requests.exceptions", ("ConnectionError", "Timeout", "ChunkedEncodingError")),
-    ):
-        if module in sys.modules:
-            kinds += [getattr(sys.modules[module], name) for name in names]
-    return tuple(kinds)
 
 
 def _status_words(status: int, repo_id: str, said: str) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from lora_practice.environment import hub_endpoint, offline_wanted
 from lora_practice.errors import UserError, tell, text
-from lora_practice.sources import hub_endpoint, offline_wanted
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lora_practice.environment import hub_endpoint, prepare_environment
 from lora_practice.errors import UserError, tell, text
 from lora_practice.hub.link import Link, open_link, plain_transfer
 from lora_practice.hub.parcel import Parcel, pack
@@ -23,7 +24,6 @@ from lora_practice.hub.rights import (
     resolve_repo_id,
 )
 from lora_practice.settings import parse, setting
-from lora_practice.sources import hub_endpoint, prepare_environment
 
 PATHS_AT_ONCE = 100
 LOOKS = 2  # a listing may lag a little behind the commit

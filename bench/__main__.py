@@ -1,0 +1,119 @@
+"""Side by side with plain TRL. Run: python -m bench [--quick] [--json FILE]
+
+Each variant trains in a process of its own; the processes alternate, so that a slow minute of the machine falls
+on all. Tokens per second count the examples' own tokens: work that is skipped shows up as speed. The first
+optimizer step of each process warms up and is not counted; the best round of each variant is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.examples import write_examples
+from bench.variants import VARIANTS
+
+
+def main() -> None:
+    options = parse()
+    names = [v for v in VARIANTS if not options.only or any(word in v.name for word in options.only)]
+    loads = {"short": (8, options.short_steps), "long": (options.long_window, options.long_steps)}
+    results: dict[str, dict[str, list[dict]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        examples = Path(scratch) / "examples.json"
+        counts = [window * (steps + 1) for window, steps in loads.values()]
+        write_examples(examples, counts[0], counts[1], options.assistant_only)
+        for round_number in range(options.rounds):
+            for load in options.loads:
+                for variant in names:
+                    spec = {
+                        "variant": asdict(variant),
+                        "load": load,
+                        "window": loads[load][0],
+                        "examples": str(examples),
+                        "scratch": scratch,
+                        "threads": options.threads,
+                        "clock": options.clock,
+                        "dropout": options.dropout,
+                    }
+                    print(f"round {round_number + 1}, {load}: {variant.name} ...", file=sys.stderr, flush=True)
+                    result = run(spec)
+                    results.setdefault(load, {}).setdefault(variant.name, []).append(result)
+    report = {"machine": machine(options), "options": vars(options), "results": results}
+    print(table(report))
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer steps, one round: a few minutes")
+    parser.add_argument("--json", metavar="FILE", help="also write everything to FILE")
+    parser.add_argument("--rounds", type=int, help="times that each variant runs (default 2; quick 1)")
+    parser.add_argument("--loads", nargs="+", default=["short", "long"], choices=["short", "long"])
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="variants whose name contains a WORD")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor seconds, for a machine that others use too; with --threads 1 only",
+    )
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--assistant-only", action="store_true", help="labels on answers only (default: all tokens)")
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu needs --threads 1: waiting threads burn processor time")
+    options.rounds = options.rounds or (1 if options.quick else 2)
+    options.short_steps = 3 if options.quick else 10
+    options.long_window, options.long_steps = (2, 1) if options.quick else (8, 2)
+    return options
+
+
+def run(spec: dict) -> dict:
+    command = [sys.executable, "-m", "bench.worker", json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{spec['variant']['name']} failed:\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1][len("RESULT ") :])
+
+
+def machine(options: argparse.Namespace) -> dict[str, str]:
+    from lora_practice.machine import _cpu_flags
+    from lora_practice.versions import installed
+
+    return {"processor": _cpu_flags()[0], "system": platform.platform(terse=True), **installed()}
+
+
+def table(report: dict) -> str:
+    """Markdown: one table per load."""
+    lines = []
+    for load, variants in report["results"].items():
+        best = {name: max(runs, key=lambda run: run["tokens_per_second"]) for name, runs in variants.items()}
+        base = next(iter(best.values()))["tokens_per_second"]
+        lines += [
+            f"\n### {load}\n",
+            "| variant | tok/s | ratio | peak MB | share of the GEMM ceiling | losses |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, result in best.items():
+            share = ""
+            if "gflops" in result:
+                gflops, ceiling = result["gflops"], result["ceiling_gflops"]
+                share = f"{gflops / ceiling:.0%} of {ceiling:.0f} GFLOP/s"
+            losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:4])
+            speed = result["tokens_per_second"]
+            memory = result["peak_memory_mb"]
+            lines.append(f"| {name} | {speed:.1f} | {speed / base:.2f} | {memory:.0f} | {share} | {losses} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

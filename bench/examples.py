@@ -1,0 +1,39 @@
+"""The two loads: short chats as they come, and long ones made of several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+LONG_TOKENS = 480
+
+
+def write_examples(path: Path, short: int, long: int, assistant_only: bool) -> None:
+    """JSON {"short": [...], "long": [...]} of {"input_ids", "labels"} rows from the embedded conversations."""
+    from lora_practice import embedded
+    from lora_practice.data.conversations import collect, read_file
+    from lora_practice.data.tokens import Encoder
+    from lora_practice.model import load_tokenizer
+    from lora_practice.sources import Source
+
+    folder = embedded.model_dir()
+    tokenizer = load_tokenizer(Source("folder", str(folder), folder))
+    found, _ = collect(read_file(embedded.conversations_file()), None, False)
+    encoder = Encoder(tokenizer, 512, assistant_only)
+    rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in encoder.encode(found)]
+    step = max(1, len(rows) // short)  # spread over all topics
+    path.write_text(json.dumps({"short": rows[::step][:short], "long": _joined(rows, long)}), encoding="utf-8")
+
+
+def _joined(rows: list[dict], count: int) -> list[dict]:
+    """Chats one after the other until a row is long; each begins elsewhere in the corpus."""
+    made = []
+    for index in range(count):
+        ids: list[int] = []
+        labels: list[int] = []
+        at = index * 37
+        while len(ids) < LONG_TOKENS:
+            row = rows[at % len(rows)]
+            ids, labels, at = ids + row["input_ids"], labels + row["labels"], at + 1
+        made.append({"input_ids": ids[:512], "labels": labels[:512]})
+    return made

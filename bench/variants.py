@@ -1,0 +1,29 @@
+"""What is compared. Each variant trains the same LoRA on the same examples in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train. `engine` None: plain TRL; else options of fast.build."""
+
+    name: str
+    dtype: str  # "fp32" or "bf16": TRL's autocast flag, or the engine's compute dtype
+    engine: dict | None = None
+    checkpointing: bool = False
+    batch: int = 1  # examples per micro-batch; batch x accumulation is the same for all
+
+
+VARIANTS = [
+    Variant("TRL, reference settings", "fp32", checkpointing=True),
+    Variant("TRL tuned, fp32", "fp32", batch=8),
+    Variant("TRL tuned, bf16", "bf16", batch=8),
+    Variant("ours, fp32", "fp32", {}),
+    Variant("ours, bf16", "bf16", {}),
+    Variant("ours, fp32, no sharing", "fp32", {"share_prefix": False}),
+    Variant("ours, bf16, no sharing", "bf16", {"share_prefix": False}),
+    Variant("ours, fp32, torch only", "fp32", {"kernels": False}),
+    Variant("ours, bf16, torch only", "bf16", {"kernels": False}),
+]

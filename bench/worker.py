@@ -1,0 +1,186 @@
+"""One variant in a process of its own: trains a few steps, prints one line of JSON. Started by `python -m bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any, Callable
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    import torch
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    with open(spec["examples"], encoding="utf-8") as file:
+        rows = json.load(file)[spec["load"]]
+    trainer, engine = build(spec, Dataset.from_list(rows))
+    trainer.remove_callback(PrinterCallback)
+    clock = CLOCKS[spec["clock"]]
+    timer = step_timer(clock)
+    trainer.add_callback(timer)
+    trainer.train()
+    seconds = sum(timer.seconds[1:])  # the first step warms up
+    tokens = sum(timer_tokens(trainer, rows, spec)[1:])
+    result = {
+        "tokens_per_second": tokens / seconds,
+        "tokens": tokens,
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory_mb(),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if engine is not None:
+        result.update(kernels=engine.ops.name, **share_of_ceiling(engine, trainer, rows, spec, seconds, clock))
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
+    """(trainer, engine or None): plain TRL, or TRL's loop with the engine's step."""
+    import torch
+    from trl import SFTTrainer
+
+    from lora_practice import embedded, fast, model, versions
+    from lora_practice.data.batches import Collator
+    from lora_practice.sources import Source
+    from lora_practice.trainer import PracticeTrainer
+
+    variant, folder = SimpleNamespace(**spec["variant"]), embedded.model_dir()
+    source = Source("folder", str(folder), folder)
+    ours = variant.engine is not None
+    settings = SimpleNamespace(seed=42, lora_r=6, lora_alpha=8, lora_dropout=spec["dropout"], packing=False)
+    base = model.load_base(source, variant.dtype if ours else "fp32")
+    adapted, tokenizer = model.add_lora(base, settings, source), model.load_tokenizer(source)
+    window = spec["window"]
+    batch = window if variant.batch > 1 else 1
+    arguments = versions.sft_config(
+        output_dir=spec["scratch"],
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=window // batch,
+        max_steps=len(dataset) // window,
+        learning_rate=2e-4,
+        max_grad_norm=0.3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=variant.dtype == "bf16" and not ours,
+        gradient_checkpointing=variant.checkpointing,
+        max_length=512,
+        seed=42,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        log_level="error",
+    )
+    collate = Collator(tokenizer.pad_token_id)
+
+    def without_parts(batch_rows: Any) -> Any:
+        made = collate(batch_rows)
+        made.pop("parts")
+        return made
+
+    trainer = (PracticeTrainer if ours else SFTTrainer)(
+        model=adapted,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        data_collator=collate if ours else without_parts,
+    )
+    if ours:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[variant.dtype]
+        trainer.engine = fast.build(trainer.model, dtype, seed=42, **variant.engine)
+    return trainer, trainer.engine if ours else None
+
+
+def step_timer(clock: Callable[[], float]) -> Any:
+    """A trainer callback with `seconds`, one per optimizer step, optimizer included."""
+    from transformers import TrainerCallback
+
+    class Timer(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = clock()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds.append(clock() - self.started)
+
+    return Timer()
+
+
+def step_rows(trainer: Any, rows: list[dict], spec: dict) -> list[list[dict]]:
+    """The examples of each optimizer step, in the order of the trainer's own (seeded) sampler."""
+    import torch
+
+    generator = torch.Generator()
+    generator.manual_seed(42)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    window = spec["window"]
+    return [[rows[i] for i in order[at : at + window]] for at in range(0, len(order) - window + 1, window)]
+
+
+def timer_tokens(trainer: Any, rows: list[dict], spec: dict) -> list[int]:
+    """Tokens of each step's examples, computed or shared."""
+    return [sum(len(row["input_ids"]) for row in step) for step in step_rows(trainer, rows, spec)]
+
+
+def share_of_ceiling(
+    engine: Any, trainer: Any, rows: list[dict], spec: dict, seconds: float, clock: Callable[[], float]
+) -> dict[str, float]:
+    """GFLOP/s that the step's matrix products truly need, against the same products alone on this machine."""
+    import torch
+
+    from lora_practice.fast.plan import plan_step
+
+    groups = [group for layer in engine.weights.layers for group in layer.groups]
+    linear = sum(group.matrix.shape[0] * group.width for group in groups)
+    head = engine.weights.head.numel()
+    needed, sizes = 0.0, []
+    for step in step_rows(trainer, rows, spec)[1:]:
+        pairs = [(row["input_ids"], row["labels"]) for row in step]
+        for plan in plan_step(pairs, engine.token_budget, engine.share_prefix):
+            needed += 4.0 * (plan.rows * linear + plan.label_rows.numel() * head)
+            sizes.append(plan.rows)
+    n = sizes[len(sizes) // 2]
+    operations = taken = 0.0
+    for group in [*groups[:4], None]:
+        matrix = engine.weights.head if group is None else group.matrix
+        rows_now = min(n, 128) if group is None else n
+        times = rows_now * len(groups) // 4 if group is not None else rows_now  # weight of this shape in the model
+        x = torch.randn(rows_now, matrix.shape[1]).to(matrix.dtype)
+        y = torch.randn(rows_now, matrix.shape[0]).to(matrix.dtype)
+        best = min(_seconds(clock, lambda x=x, m=matrix: x @ m.t(), lambda y=y, m=matrix: y @ m) for _ in range(8))
+        weight = times / rows_now
+        operations += weight * 4.0 * rows_now * matrix.numel()
+        taken += weight * best
+    ceiling = operations / taken / 1e9
+    return {"gflops": needed / seconds / 1e9, "ceiling_gflops": ceiling, "rows_per_micro_batch": n}
+
+
+def _seconds(clock: Callable[[], float], *products: Callable[[], Any]) -> float:
+    started = clock()
+    for product in products:
+        product()
+    return clock() - started
+
+
+def peak_memory_mb() -> float:
+    """Most resident memory of this process so far."""
+    from lora_practice.machine import peak_memory
+
+    return peak_memory() / 1e6
+
+
+if __name__ == "__main__":
+    main()

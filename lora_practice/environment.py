@@ -1,0 +1,138 @@
+"""The variables that steer the Hub's libraries, and whether the Hub can be reached at all.
+
+The only reader of HF_* variables. `prepare_environment` comes before those libraries are imported, since they
+read their variables once, then.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+from lora_practice.errors import UserError, tell, text
+
+REACH_SECONDS = 4.0
+
+
+def prepare_environment() -> None:
+    """Read `.env` (real variables win) and mend HF_* variables, before the libraries are imported."""
+    from dotenv import load_dotenv
+
+    file = Path.cwd() / ".env"
+    try:
+        load_dotenv(file, override=False, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            text(".env 不是 UTF-8", ".env is not UTF-8"),
+            where=str(file),
+            fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
+        ) from error
+    old = os.environ.get("TRANSFORMERS_CACHE")
+    if old and not os.environ.get("HF_HUB_CACHE"):
+        os.environ["HF_HUB_CACHE"] = old
+        tell(
+            text(
+                f"TRANSFORMERS_CACHE 已被 transformers 5 忽略：按 HF_HUB_CACHE={old} 使用",
+                f"transformers 5 ignores TRANSFORMERS_CACHE: using it as HF_HUB_CACHE={old}",
+            )
+        )
+    os.environ.pop("TRANSFORMERS_CACHE", None)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # renames announced for the libraries' next major version say nothing to a learner
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def hub_endpoint() -> str:
+    """HF_ENDPOINT (a mirror), else the Hub itself."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def offline_wanted() -> bool:
+    """HF_HUB_OFFLINE, in the spellings that huggingface_hub takes."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+@functools.lru_cache(maxsize=1)
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers within 4 seconds, name look-up included. Otherwise the process goes offline."""
+    if offline_wanted():
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(hub_endpoint() + "/api/models?limit=1", method="GET")
+        try:
+            with urllib.request.urlopen(request, timeout=REACH_SECONDS):
+                answered.set()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:  # even a refusal is an answer
+                answered.set()
+        except (OSError, ValueError, http.client.HTTPException):
+            pass
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(REACH_SECONDS)
+    if not answered.is_set():
+        go_offline()
+    return answered.is_set()
+
+
+def go_offline() -> None:
+    """No library may try the Hub from here on (they would wait through their retries)."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
+
+
+def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
+    """The network errors of whichever HTTP library huggingface_hub has loaded, and `others`, for an `except`."""
+    kinds: list[type[BaseException]] = [ConnectionError, TimeoutError, *others]
+    for module, names in (
+        ("httpx2", ("TransportError",)),
+        ("httpx", ("TransportError",)),
+        ("requests.exceptions", ("ConnectionError", "Timeout", "ChunkedEncodingError")),
+    ):
+        if module in sys.modules:
+            kinds += [getattr(sys.modules[module], name) for name in names]
+    return tuple(kinds)
+
+
+def datasets_cache() -> Path:
+    """Where `datasets` keeps what it has loaded: HF_DATASETS_CACHE, else a folder in HF_HOME."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    return Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+
+
+def check_login(skip: bool) -> None:
+    """Say whose token is used, before anything is fetched; a token that the Hub refuses stops the run here."""
+    if skip:
+        os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+        return
+    if not os.environ.get("HF_TOKEN") or not hub_is_reachable():
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        name = HfApi().whoami()["name"]
+    except network_errors(OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status not in (401, 403):
+            tell(text("Hub 没说 HF_TOKEN 对不对，先用着", "the Hub did not say whether HF_TOKEN is right: going on"))
+            return
+        raise UserError(
+            text("Hub 不接受 HF_TOKEN", "the Hub does not accept HF_TOKEN"),
+            where="HF_TOKEN",
+            fix=text("换一个 token，或加 --skip_login 不登录", "use another token, or --skip_login to go without"),
+        ) from error
+    tell(text(f"已登录 Hugging Face：{name}", f"logged in to Hugging Face as {name}"))

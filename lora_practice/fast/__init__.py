@@ -1,0 +1,13 @@
+"""LoRA training without autograd, for a CPU or an old card: same loss, same gradients, less work.
+
+Reading order: plan (what is computed), noise (dropout as a function), ops (the small pieces), attention, linear
+(LoRA inside one matrix product), loss, layer (forward and backward of a decoder layer), weights (from a PEFT
+model to layers), native (optional compiled pieces), engine (the step). Imports torch only.
+"""
+
+from __future__ import annotations
+
+from .engine import Engine, build
+from .weights import NotServed
+
+__all__ = ["Engine", "NotServed", "build"]

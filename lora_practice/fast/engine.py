@@ -1,0 +1,154 @@
+"""The whole step: examples in, loss out, gradients added to PEFT's own LoRA parameters. No autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+
+from . import native
+from .layer import Pass, Saved
+from .linear import LoraWeights
+from .loss import head_loss
+from .noise import Noise
+from .ops import Plain, wide_of
+from .plan import Example, Plan, count_labels, plan_step
+from .weights import Weights, read
+
+
+def build(
+    peft_model: Any,
+    compute_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    token_budget: Optional[int] = 1024,
+    share_prefix: bool = True,
+    kernels: bool = True,
+) -> Engine:
+    """An engine for a PeftModel.
+
+    Args:
+        peft_model: its weights stay where they are; see `weights`.
+        compute_dtype: of the matrix products. A base in the same dtype is shared, else copied once.
+        seed: of the dropout masks.
+        token_budget: rows computed at once, at most; bounds memory. None: a whole optimizer step at once.
+        share_prefix: compute a beginning that several examples of a step share only once.
+        kernels: use the compiled kernels where a compiler is at hand.
+
+    Raises:
+        NotServed: the model, adapter or setting is not known here; train on the plain path.
+    """
+    weights = read(peft_model, compute_dtype)
+    ops = native.load(compute_dtype, weights.embedding.device) if kernels else Plain()
+    return Engine(weights, compute_dtype, seed, token_budget, share_prefix, ops)
+
+
+class Engine:
+    """Forward and backward of one model. `step` counts optimizer steps and names the dropout masks."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        dtype: torch.dtype,
+        seed: int,
+        token_budget: Optional[int],
+        share_prefix: bool,
+        ops: Plain,
+    ) -> None:
+        self.weights, self.dtype, self.ops = weights, dtype, ops
+        self.seed, self.step = seed, 0
+        self.token_budget, self.share_prefix = token_budget, share_prefix
+        self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups])
+
+    @torch.no_grad()
+    def step_loss_and_backward(
+        self, examples: Sequence[Example], num_items: Optional[int] = None, loss_scale: float = 1.0
+    ) -> float:
+        """Add the gradients of loss_scale * (sum of token losses) / num_items to .grad of every LoRA parameter.
+
+        Args:
+            examples: (input_ids, labels) pairs of one optimizer step, labels unshifted, -100 = not trained.
+            num_items: divisor; None: the number of trained tokens of these examples.
+            loss_scale: for fp16 gradient scaling.
+
+        Returns: sum of token losses / num_items, in nats, without loss_scale.
+        """
+        num_items = count_labels(examples) if num_items is None else num_items
+        threshold = self.weights.threshold
+        noise = Noise(self.seed, self.step, threshold) if threshold else None
+        keep_rate = noise.keep_rate if noise else 1.0
+        self.lora.take(keep_rate)
+        total = 0.0
+        for plan in plan_step(examples, self.token_budget, self.share_prefix):
+            total += self._forward_backward(plan, noise, loss_scale / num_items)
+            noise = noise and noise._replace(row0=noise.row0 + plan.rows)
+        self.lora.give(keep_rate)
+        self.step += 1
+        return total / max(num_items, 1)
+
+    @torch.no_grad()
+    def eval_loss(self, examples: Sequence[Example]) -> float:
+        """Mean loss per trained token, in nats, without dropout and without gradients."""
+        self.lora.take(1.0)
+        total = 0.0
+        for plan in plan_step(examples, self.token_budget, self.share_prefix):
+            now = self._pass(plan, None)
+            h = self._embed(now.plan)
+            for layer in self.weights.layers:
+                h, _ = layer.forward(h, now)
+            total += self._loss(h, now, None)[0]
+        return total / max(count_labels(examples), 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream of dropout masks."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.step = state["seed"], state["step"]
+
+    def close(self) -> None:
+        """Give the model's weights storage of their own again (contiguous), for saving or merging the base."""
+        for parameter, view in self.weights.moved:
+            if parameter.data_ptr() == view.data_ptr():
+                parameter.data = view.contiguous()
+        self.weights.moved.clear()
+
+    def _pass(self, plan: Plan, noise: Optional[Noise]) -> Pass:
+        device = self.weights.embedding.device
+        plan = plan if device.type == "cpu" else plan.to(device)
+        wide = torch.empty(0, dtype=wide_of(self.dtype), device=device)
+        cos, sin = self.weights.rotary(wide, plan.positions[None])
+        half = cos.shape[-1] // 2
+        return Pass(plan, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), noise, self.ops)
+
+    def _embed(self, plan: Plan) -> torch.Tensor:
+        h = self.weights.embedding[plan.ids].to(wide_of(self.dtype))
+        return h * self.weights.embedding_scale if self.weights.embedding_scale != 1.0 else h
+
+    def _loss(self, h: torch.Tensor, now: Pass, scale: Optional[float]) -> tuple[float, Optional[torch.Tensor]]:
+        """(summed loss, d_h (n, K) wide or None)."""
+        weights, rows = self.weights, now.plan.label_rows
+        labelled = h[rows]
+        x = torch.empty(labelled.shape, dtype=self.dtype, device=h.device)
+        rstd = now.ops.norm(labelled, weights.final_norm, weights.eps, x)
+        total, d_x = head_loss(x, weights.head, now.plan, scale, now.ops)
+        if d_x is None:
+            return total, None
+        d_labelled = torch.zeros_like(labelled)
+        now.ops.norm_backward(d_x, labelled, weights.final_norm, rstd, d_labelled)
+        d_h = torch.zeros_like(h)
+        d_h[rows] = d_labelled
+        return total, d_h
+
+    def _forward_backward(self, plan: Plan, noise: Optional[Noise], scale: float) -> float:
+        now = self._pass(plan, noise)
+        saved: list[Saved] = []
+        h = self._embed(now.plan)
+        for layer in self.weights.layers:
+            h, kept = layer.forward(h, now)
+            saved.append(kept)
+        total, d_h = self._loss(h, now, scale)
+        assert d_h is not None
+        for index in range(len(saved) - 1, -1, -1):
+            d_h = self.weights.layers[index].backward(d_h, saved.pop(), now, need_d_h=index > 0)
+        return total

@@ -1,0 +1,244 @@
+// Compiled spellings of ops.Plain, each one pass over memory. Same names, same formulas; see ops.py and noise.py.
+// Compiled once per compute dtype T (-DT=float or -DT=Half); everything is computed in float.
+// n rows, ld* row pitches in elements.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+// keep[j], keep[j + half] for j in [begin, end): noise.keep_mask of one row, as floats 0 or 1.
+void keep_row(float* low, float* high, uint32_t counter, const Site& s, uint32_t threshold, int64_t count) {
+    #pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+        uint32_t bits = counter + uint32_t(j) + s.key0;
+        bits ^= bits >> 16;
+        bits *= 0x7feb352dU;
+        bits ^= bits >> 15;
+        bits += s.key1;
+        bits *= 0x846ca68bU;
+        bits ^= bits >> 16;
+        low[j] = (bits & 0xffffU) >= threshold ? 1.0f : 0.0f;
+        high[j] = (bits >> 16) >= threshold ? 1.0f : 0.0f;
+    }
+}
+
+// One site, `count` columns of one row: d_down += d_u x (one row per rank), total += keep * (d_u down).
+// x comes masked. Vectors of LANES columns stay in registers over the ranks.
+void lora_site(const float* x, const float* keep, const float* d_u, int64_t ranks, const float* down, float* d_down,
+               int64_t K, float* total, int64_t count) {
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        const Lanes input = *(const Lanes*)(x + j);
+        Lanes back = {};
+        for (int64_t k = 0; k < ranks; ++k) {
+            *(Lanes*)(d_down + k * K + j) += d_u[k] * input;
+            back += d_u[k] * *(const Lanes*)(down + k * K + j);
+        }
+        *(Lanes*)(total + j) += back * *(const Lanes*)(keep + j);
+    }
+    for (; j < count; ++j) {
+        float back = 0;
+        for (int64_t k = 0; k < ranks; ++k) {
+            d_down[k * K + j] += d_u[k] * x[j];
+            back += d_u[k] * down[k * K + j];
+        }
+        total[j] += back * keep[j];
+    }
+}
+
+// Columns [begin, begin + count) and the same shifted by K / 2: d_down += d_u^T (x * keep), d_x += (d_u A) * keep.
+void lora_columns(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, int64_t K, const float* down,
+                  const Site* sites, int64_t site_count, uint32_t threshold, int64_t row0, T* d_x, int64_t lddx,
+                  float* d_down, int64_t begin, int64_t count) {
+    const int64_t half = K / 2;
+    std::vector<float> keep(2 * count, 1.0f), masked(2 * count), total(2 * count), g(sites[site_count - 1].rank_end);
+    for (int64_t i = 0; i < n; ++i) {
+        std::fill(total.begin(), total.end(), 0.0f);
+        for (size_t k = 0; k < g.size(); ++k) g[k] = wide(d_u[i * ldu + int64_t(k)]);
+        for (int64_t s = 0; s < site_count; ++s) {
+            const int64_t rank = sites[s].rank_begin, ranks = sites[s].rank_end - rank;
+            if (threshold)
+                keep_row(keep.data(), keep.data() + count, uint32_t((row0 + i) * half + begin), sites[s], threshold,
+                         count);
+            for (int side = 0; side < 2; ++side) {
+                const int64_t from = begin + side * half, at = side * count;
+                float *m = masked.data() + at, *kept = keep.data() + at;
+                const T* xi = x + i * ldx + from;
+#pragma omp simd
+                for (int64_t j = 0; j < count; ++j) m[j] = wide(xi[j]) * kept[j];
+                lora_site(m, kept, g.data() + rank, ranks, down + rank * K + from, d_down + rank * K + from, K,
+                          total.data() + at, count);
+            }
+        }
+        for (int side = 0; side < 2 && d_x; ++side) {
+            T* dx = d_x + i * lddx + begin + side * half;
+            const float* sum = total.data() + side * count;
+#pragma omp simd
+            for (int64_t j = 0; j < count; ++j) dx[j] = narrow(wide(dx[j]) + sum[j]);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void norm(const float* h, int64_t ldh, const float* weight, int64_t n, int64_t K, float eps, float* rstd, T* out,
+          int64_t ldo, int again, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const float* x = h + i * ldh;
+        if (!again) {
+            float sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < K; ++j) sum += x[j] * x[j];
+            rstd[i] = 1.0f / std::sqrt(sum / float(K) + eps);
+        }
+        const float r = rstd[i];
+        T* y = out + i * ldo;
+        #pragma omp simd
+        for (int64_t j = 0; j < K; ++j) y[j] = narrow(x[j] * r * weight[j]);
+    }
+}
+
+void norm_backward(const T* d_out, int64_t ldd, const float* h, int64_t ldh, const float* weight, const float* rstd,
+                   int64_t n, int64_t K, float* d_h, int64_t lddh, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const T* g = d_out + i * ldd;
+        const float* x = h + i * ldh;
+        float* d = d_h + i * lddh;
+        const float r = rstd[i];
+        float dot = 0;
+        #pragma omp simd reduction(+ : dot)
+        for (int64_t j = 0; j < K; ++j) dot += wide(g[j]) * weight[j] * x[j];
+        const float mean = dot * r * r / float(K);
+        #pragma omp simd
+        for (int64_t j = 0; j < K; ++j) d[j] += r * (wide(g[j]) * weight[j] - x[j] * mean);
+    }
+}
+
+void gate(const T* gate_up, int64_t ldg, int64_t n, int64_t F, T* out, int64_t ldo, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const T *g = gate_up + i * ldg, *up = g + F;
+        T* y = out + i * ldo;
+        #pragma omp simd
+        for (int64_t j = 0; j < F; ++j) {
+            const float x = wide(g[j]);
+            y[j] = narrow(x / (1.0f + exponential(-x)) * wide(up[j]));
+        }
+    }
+}
+
+void gate_backward(const T* d_out, int64_t ldd, const T* gate_up, int64_t ldg, int64_t n, int64_t F, T* d_gate_up,
+                   int64_t lddg, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const T *g = gate_up + i * ldg, *up = g + F, *d = d_out + i * ldd;
+        T *d_gate = d_gate_up + i * lddg, *d_up = d_gate + F;
+        #pragma omp simd
+        for (int64_t j = 0; j < F; ++j) {
+            const float x = wide(g[j]), dy = wide(d[j]);
+            const float s = 1.0f / (1.0f + exponential(-x));
+            d_up[j] = narrow(dy * x * s);
+            d_gate[j] = narrow(dy * wide(up[j]) * s * (1.0f + x * (1.0f - s)));
+        }
+    }
+}
+
+void lora_down(const T* x, int64_t ldx, int64_t n, int64_t K, const float* down, const Site* sites, int64_t count,
+               uint32_t threshold, int64_t row0, T* u, int64_t ldu, int threads) {
+    const int64_t half = K / 2;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> row(K), keep(K), masked(K);
+#pragma omp for
+        for (int64_t i = 0; i < n; ++i) {
+            #pragma omp simd
+            for (int64_t j = 0; j < K; ++j) row[j] = wide(x[i * ldx + j]);
+            for (int64_t s = 0; s < count; ++s) {
+                const float* input = row.data();
+                if (threshold) {
+                    keep_row(keep.data(), keep.data() + half, uint32_t((row0 + i) * half), sites[s], threshold, half);
+                    #pragma omp simd
+                    for (int64_t j = 0; j < K; ++j) masked[j] = row[j] * keep[j];
+                    input = masked.data();
+                }
+                for (int64_t k = sites[s].rank_begin; k < sites[s].rank_end; ++k) {
+                    const float* a = down + k * K;
+                    float dot = 0;
+                    #pragma omp simd reduction(+ : dot)
+                    for (int64_t j = 0; j < K; ++j) dot += input[j] * a[j];
+                    u[i * ldu + k] = narrow(dot);
+                }
+            }
+        }
+    }
+}
+
+void lora_down_backward(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, int64_t K, const float* down,
+                        const Site* sites, int64_t count, uint32_t threshold, int64_t row0, T* d_x, int64_t lddx,
+                        float* d_down, int threads) {
+    const int64_t half = K / 2;
+    const int64_t width = ((half + threads - 1) / threads + 15) / 16 * 16;
+    const int64_t parts = (half + width - 1) / width;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t p = 0; p < parts; ++p)
+        lora_columns(x, ldx, d_u, ldu, n, K, down, sites, count, threshold, row0, d_x, lddx, d_down, p * width,
+                     std::min(width, half - p * width));
+}
+
+// Loss of each row, logits -> gradient in place when scale is not 0. Labels of row i: labels[first[i], first[i + 1]).
+void cross_entropy(T* logits, int64_t ld, int64_t n, int64_t V, const int64_t* first, const int64_t* labels,
+                   float scale, double* loss, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int64_t i = 0; i < n; ++i) {
+        T* z = logits + i * ld;
+        float top = wide(z[0]), sum = 0;
+        #pragma omp simd reduction(max : top)
+        for (int64_t j = 1; j < V; ++j) top = wide(z[j]) > top ? wide(z[j]) : top;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < V; ++j) sum += exponential(wide(z[j]) - top);
+        const int64_t begin = first[i], end = first[i + 1];
+        const float log_sum = top + std::log(sum), factor = scale * float(end - begin);
+        std::vector<float> mine;
+        loss[i] = 0;
+        for (int64_t p = begin; p < end; ++p) {
+            mine.push_back(wide(z[labels[p]]));
+            loss[i] += double(log_sum) - double(mine.back());
+        }
+        if (scale == 0) continue;
+        #pragma omp simd
+        for (int64_t j = 0; j < V; ++j) z[j] = narrow(factor * exponential(wide(z[j]) - log_sum));
+        for (int64_t p = begin; p < end; ++p) {
+            float same = 0;
+            for (int64_t q = begin; q < end; ++q) same += labels[q] == labels[p];
+            z[labels[p]] = narrow(factor * std::exp(mine[p - begin] - log_sum) - scale * same);
+        }
+    }
+}
+
+void rotate(float* x, int64_t ld, int64_t n, int64_t heads, int64_t half, const float* cosines,
+                           const float* sines, float sign, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) {
+        const float *c = cosines + i * half, *s = sines + i * half;
+        for (int64_t head = 0; head < heads; ++head) {
+            float *a = x + i * ld + head * 2 * half, *b = a + half;
+            #pragma omp simd
+            for (int64_t j = 0; j < half; ++j) {
+                const float first = a[j], second = b[j];
+                a[j] = first * c[j] - second * s[j] * sign;
+                b[j] = second * c[j] + first * s[j] * sign;
+            }
+        }
+    }
+}
+
+}  // extern "C"

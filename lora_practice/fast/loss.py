@@ -1,0 +1,42 @@
+"""The head and the loss, on labelled rows only, a few rows of logits at a time, gradient made on the way.
+
+    loss = sum over labels y of row i of  logsumexp(z_i) - z_iy,      z = x W^T   (W frozen, V rows)
+    d_x = scale * (count * softmax(z) - onehots) W
+
+The scale (loss_scale / num_items of the whole optimizer step) is known beforehand, so the forward pass leaves
+d_x behind and no logits are kept or computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from .ops import Plain, rows_buffer
+from .plan import Plan
+
+CHUNK_ROWS = 128  # x 49152 float32 logits = 25 MB
+
+
+def head_loss(
+    x: torch.Tensor, weight: torch.Tensor, plan: Plan, scale: Optional[float], ops: Plain
+) -> tuple[float, Optional[torch.Tensor]]:
+    """x (L, K): normed hidden states of plan.label_rows. Returns the summed loss in nats and d_x (None without scale)."""
+    total = 0.0
+    d_x = torch.empty_like(x) if scale is not None else None
+    for first in range(0, x.shape[0], CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, x.shape[0])
+        logits = rows_buffer(last - first, weight.shape[0], x.dtype, x.device)
+        torch.mm(x[first:last], weight.t(), out=logits)
+        mine = (plan.pair_slots >= first) & (plan.pair_slots < last)
+        slots, labels = plan.pair_slots[mine] - first, plan.pair_labels[mine]
+        total += ops.cross_entropy(logits, plan.label_counts[first:last], slots, labels, scale)
+        if d_x is not None:
+            torch.mm(logits, weight, out=d_x[first:last])
+    return total, d_x
+
+
+def loss_plainly(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The specification, for one example: logits (T, V), labels (T,) unshifted; the sum in nats."""
+    return torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")

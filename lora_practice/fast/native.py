@@ -1,0 +1,272 @@
+"""Optional compiled kernels: built once with the machine's own compiler, never required.
+
+`load` returns a `Native` (ops.Plain with some pieces replaced) or the plain pieces, each with a `name` that says
+which and why. One small library per compute dtype, in the user's cache folder; its file name carries a hash of the
+sources, the compiler and the processor, so that a change of any of them builds anew. torch and the kernels must
+share one OpenMP runtime (two would fight over the cores), so the library is linked to the one torch has loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from .attention import Heads
+from .noise import Noise
+from .ops import Activation, Plain
+from .plan import Plan
+
+SOURCES = ("kernels.cpp", "attention.cpp", "numbers.h")
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+]
+FLAGS += ["-fassociative-math", "-fopenmp-simd"]  # not -ffast-math: it switches off denormals for the process
+TYPES = {torch.float32: "float", torch.bfloat16: "Half"}
+
+
+def load(dtype: torch.dtype, device: torch.device) -> Plain:
+    """Kernels for this compute dtype, or the torch pieces with the reason in `name`."""
+    if device.type != "cpu" or dtype not in TYPES:
+        return _plain(f"{dtype} on {device.type}".replace("torch.", ""))
+    try:
+        return Native(_library(TYPES[dtype]))
+    except (OSError, subprocess.SubprocessError) as error:
+        return _plain(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+
+
+def _plain(reason: str) -> Plain:
+    ops = Plain()
+    ops.name = f"torch ({reason})"
+    return ops
+
+
+@functools.cache
+def _library(type_name: str) -> ctypes.CDLL:
+    """Build if needed, then load. Raises OSError or SubprocessError when that cannot be done."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-practice"
+    here = Path(__file__).parent
+    runtime = _openmp_runtime()
+    text = "".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
+    words = (text, type_name, compiler or "", runtime or "", torch.__version__, _processor(), *FLAGS)
+    path = folder / f"kernels-{type_name}-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        if compiler is None:
+            raise OSError("no C++ compiler found")
+        _compile(compiler, type_name, runtime, here, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    sources = [str(here / name) for name in SOURCES if name.endswith(".cpp")]
+    openmp = ["-fopenmp"] if runtime else []
+    command = [
+        compiler,
+        *FLAGS,
+        *openmp,
+        f"-DT={type_name}",
+        *sources,
+        "-o",
+        scratch,
+        *([runtime] if runtime else []),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+        os.replace(scratch, path)  # whole or not at all, also when two processes build at once
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+
+
+def _openmp_runtime() -> Optional[str]:
+    """Path of the OpenMP library that torch has loaded; None where it cannot be told (kernels run on one core)."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
+    return next((path for path in sorted(paths) if "libgomp" in path or "libiomp5" in path), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+class _Site(ctypes.Structure):
+    _fields_ = (
+        ("rank_begin", ctypes.c_int64),
+        ("rank_end", ctypes.c_int64),
+        ("key0", ctypes.c_uint32),
+        ("key1", ctypes.c_uint32),
+    )
+
+
+def _at(x: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """(address, row pitch) of a matrix whose rows are contiguous."""
+    assert x.stride(-1) == 1
+    return ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0))
+
+
+def _flat(x: Optional[torch.Tensor]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+_int, _float = ctypes.c_int64, ctypes.c_float
+
+
+class Native(Plain):
+    """ops.Plain with compiled pieces; shapes and meanings are documented there."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.name = "compiled kernels"
+        self._site_arrays: dict[int, tuple] = {}
+
+    def norm(self, h, weight, eps, out):
+        rstd = torch.empty(h.shape[0], 1, dtype=torch.float32)
+        self._norm(h, weight, eps, rstd, out, again=0)
+        return rstd
+
+    def norm_again(self, h, weight, rstd, out):
+        self._norm(h, weight, 0.0, rstd, out, again=1)
+
+    def _norm(self, h, weight, eps, rstd, out, again):
+        n, width = map(_int, h.shape)
+        self.library.norm(
+            *_at(h),
+            _flat(weight),
+            n,
+            width,
+            _float(eps),
+            _flat(rstd),
+            *_at(out),
+            again,
+            torch.get_num_threads(),
+        )
+
+    def norm_backward(self, d_out, h, weight, rstd, d_h):
+        n, width = map(_int, h.shape)
+        self.library.norm_backward(
+            *_at(d_out), *_at(h), _flat(weight), _flat(rstd), n, width, *_at(d_h), torch.get_num_threads()
+        )
+
+    def rotate(self, x, heads, cos, sin, sign):
+        n, half = map(_int, cos.shape)
+        self.library.rotate(
+            *_at(x), n, _int(heads), half, _flat(cos), _flat(sin), _float(sign), torch.get_num_threads()
+        )
+
+    def gate(self, gate_up, activation: Activation, out):
+        if activation.name != "silu":
+            return super().gate(gate_up, activation, out)
+        n, width = map(_int, out.shape)
+        self.library.gate(*_at(gate_up), n, width, *_at(out), torch.get_num_threads())
+
+    def gate_backward(self, d_out, gate_up, activation: Activation, d_gate_up):
+        if activation.name != "silu":
+            return super().gate_backward(d_out, gate_up, activation, d_gate_up)
+        n, width = map(_int, d_out.shape)
+        self.library.gate_backward(*_at(d_out), *_at(gate_up), n, width, *_at(d_gate_up), torch.get_num_threads())
+
+    def _sites(self, sites: list, noise: Optional[Noise]) -> tuple:
+        """(array of sites, their number, threshold, first row) for a kernel; keys are made once per step."""
+        step = None if noise is None else (noise.seed, noise.step)
+        known = self._site_arrays.get(id(sites))
+        if known is None or known[0] != step:
+            keys = [(0, 0) if noise is None else noise.key(site.number) for site in sites]
+            array = (_Site * len(sites))(
+                *((s.ranks.start, s.ranks.stop, a & 0xFFFFFFFF, b & 0xFFFFFFFF) for s, (a, b) in zip(sites, keys))
+            )
+            known = self._site_arrays[id(sites)] = (step, array)
+        threshold, row0 = (0, 0) if noise is None else (noise.threshold, noise.row0)
+        return known[1], _int(len(sites)), ctypes.c_uint32(threshold), _int(row0)
+
+    def lora_down(self, x, down, sites, noise, out):
+        n, width = map(_int, x.shape)
+        self.library.lora_down(
+            *_at(x), n, width, _flat(down), *self._sites(sites, noise), *_at(out), torch.get_num_threads()
+        )
+
+    def lora_down_backward(self, x, d_u, down, sites, noise, d_x):
+        n, width = map(_int, x.shape)
+        d_down = torch.zeros_like(down)
+        target = (_flat(None), _int(0)) if d_x is None else _at(d_x)
+        self.library.lora_down_backward(
+            *_at(x),
+            *_at(d_u),
+            n,
+            width,
+            _flat(down),
+            *self._sites(sites, noise),
+            *target,
+            _flat(d_down),
+            torch.get_num_threads(),
+        )
+        return d_down
+
+    def cross_entropy(self, logits, counts, slots, labels, scale):
+        n, width = map(_int, logits.shape)
+        first = torch.zeros(logits.shape[0] + 1, dtype=torch.int64)
+        torch.cumsum(counts.to(torch.int64), 0, out=first[1:])
+        loss = torch.empty(logits.shape[0], dtype=torch.float64)
+        factor = _float(0.0 if scale is None else scale)
+        self.library.cross_entropy(
+            *_at(logits), n, width, _flat(first), _flat(labels), factor, _flat(loss), torch.get_num_threads()
+        )
+        return float(loss.sum())
+
+    def attend(self, qkv, plan: Plan, window, heads: Heads, out):
+        if heads.size % 32:
+            return super().attend(qkv, plan, window, heads, out)
+        self.library.attend(*_at(qkv), *self._runs(plan), *_shape(heads, window), *_at(out), torch.get_num_threads())
+
+    def attend_backward(self, d_out, out, qkv, plan: Plan, window, heads: Heads):
+        if heads.size % 32:
+            return super().attend_backward(d_out, out, qkv, plan, window, heads)
+        d_qkv = torch.zeros_like(qkv)
+        self.library.attend_backward(
+            *_at(d_out),
+            *_at(out),
+            *_at(qkv),
+            *self._runs(plan),
+            *_shape(heads, window),
+            *_at(d_qkv),
+            torch.get_num_threads(),
+        )
+        return d_qkv
+
+    @staticmethod
+    def _runs(plan: Plan) -> tuple:
+        starts, paths, keys = plan.flat_runs()
+        return _int(len(plan.runs)), _flat(starts), _flat(paths), _flat(keys)
+
+
+def _shape(heads: Heads, window: Optional[int]) -> tuple:
+    return _int(heads.query), _int(heads.shared), _int(heads.size), _float(heads.scale), _int(window or 0)

@@ -1,0 +1,222 @@
+"""From the examples of one optimizer step to rows of work: nothing is computed twice, nothing is padded.
+
+Legend: a *row* is one token position that the model computes; a step has n rows. An *example* is a pair
+(input_ids, labels) of equal length T, labels unshifted, -100 = not trained (the Hugging Face convention).
+
+1. Causal shift: row t predicts token t + 1, so an example needs only the rows before its last label.
+2. Shared prefix: examples that begin with the same tokens (the system prompt, the user header) share those rows.
+   The rows form a trie; each example adds one *run* of new rows [first, last) below a *path* of older rows.
+   A row's result depends on its path only, so loss and gradients are those of the separate examples
+   (exactly at dropout 0; above it the examples of one step also share the dropout masks of shared rows).
+3. One row may therefore carry several labels: `label_rows[i]` has `label_counts[i]` of them, listed as pairs
+   (`pair_slots`, `pair_labels`), where a slot is an index into `label_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional
+
+import torch
+
+Example = tuple[Sequence[int], Sequence[int]]
+IGNORED = -100
+BLOCK_ROWS = 128  # query rows of one attention block
+
+
+class Run(NamedTuple):
+    """New rows [first, last) of one example, below the rows of its shared prefix."""
+
+    path: list[int]
+    first: int
+    last: int
+
+
+@dataclass
+class Tile:
+    """Attention blocks of similar shape, padded to (B, m) queries and (B, k) keys; padding points at row n."""
+
+    query_rows: torch.Tensor  # (B, m) int64
+    key_rows: torch.Tensor  # (B, k) int64
+    hidden: torch.Tensor  # (B, m, k) bool: True where the query may not look
+
+
+@dataclass
+class Plan:
+    """The rows of one micro-batch."""
+
+    ids: torch.Tensor  # (n,) int64
+    positions: torch.Tensor  # (n,) int64
+    runs: list[Run]
+    label_rows: torch.Tensor  # (L,) int64, ascending
+    label_counts: torch.Tensor  # (L,) float32
+    pair_slots: torch.Tensor  # (number of labels,) int64
+    pair_labels: torch.Tensor  # (number of labels,) int64
+    windows: dict[Optional[int], list[Tile]] = field(default_factory=dict)
+    flat: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
+
+    @property
+    def rows(self) -> int:
+        return int(self.ids.numel())
+
+    def tiles(self, window: int | None = None) -> list[Tile]:
+        """Attention tiles for a sliding `window` (None: full attention), made once per plan."""
+        if window not in self.windows:
+            self.windows[window] = attention_tiles(self, window)
+        return self.windows[window]
+
+    def flat_runs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(starts (runs + 1,), path lengths (runs,), key rows): the runs as arrays, for compiled kernels."""
+        if self.flat is None:
+            keys = [[*path, *range(first, last)] for path, first, last in self.runs]
+            starts = torch.zeros(len(keys) + 1, dtype=torch.int64)
+            torch.cumsum(torch.tensor([len(run) for run in keys]), 0, out=starts[1:])
+            paths = torch.tensor([len(run.path) for run in self.runs])
+            self.flat = (starts, paths, torch.tensor([row for run in keys for row in run]))
+        return self.flat
+
+    def to(self, device: torch.device) -> Plan:
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return Plan(runs=self.runs, **moved)
+
+
+_TENSORS = ("ids", "positions", "label_rows", "label_counts", "pair_slots", "pair_labels")
+
+
+class _Trie:
+    """Rows under construction: child[(row, token)] -> row; the root is row -1."""
+
+    def __init__(self, share: bool) -> None:
+        self.share = share
+        self.child: dict[tuple[int, int], int] = {}
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.runs: list[Run] = []
+        self.labels: list[tuple[int, int]] = []  # (row, label)
+
+    def known_prefix(self, ids: Sequence[int]) -> list[int]:
+        """Rows already there for the beginning of `ids`."""
+        path: list[int] = []
+        row = -1
+        for token in ids if self.share else ():
+            found = self.child.get((row, token))
+            if found is None:
+                break
+            path.append(found)
+            row = found
+        return path
+
+    def add(self, ids: Sequence[int], labels: Sequence[int]) -> None:
+        """Add one example; `ids` are its needed rows, `labels` their targets (already shifted)."""
+        path = self.known_prefix(ids)
+        first = len(self.ids)
+        rows = path + list(range(first, first + len(ids) - len(path)))
+        for position in range(len(path), len(ids)):
+            parent = rows[position - 1] if position else -1
+            self.child[(parent, ids[position])] = rows[position]
+            self.ids.append(ids[position])
+            self.positions.append(position)
+        if len(self.ids) > first:
+            self.runs.append(Run(path, first, len(self.ids)))
+        self.labels += [(row, label) for row, label in zip(rows, labels) if label != IGNORED]
+
+    def plan(self) -> Plan:
+        self.labels.sort()
+        used = sorted({row for row, _ in self.labels})
+        slot = {row: index for index, row in enumerate(used)}
+        slots = torch.tensor([slot[row] for row, _ in self.labels], dtype=torch.int64)
+        return Plan(
+            ids=torch.tensor(self.ids, dtype=torch.int64),
+            positions=torch.tensor(self.positions, dtype=torch.int64),
+            runs=self.runs,
+            label_rows=torch.tensor(used, dtype=torch.int64),
+            label_counts=torch.bincount(slots, minlength=len(used)).float(),
+            pair_slots=slots,
+            pair_labels=torch.tensor([label for _, label in self.labels], dtype=torch.int64),
+        )
+
+
+def count_labels(examples: Sequence[Example]) -> int:
+    """Trained tokens after the causal shift: the first label of an example has no row before it."""
+    return sum(sum(label != IGNORED for label in labels[1:]) for _, labels in examples)
+
+
+def needed(example: Example) -> tuple[list[int], list[int]]:
+    """(ids, targets) of the rows before the example's last label; empty when nothing is trained.
+
+    Raises:
+        ValueError: ids and labels differ in length.
+    """
+    ids, labels = list(example[0]), list(example[1])
+    if len(ids) != len(labels):
+        raise ValueError(f"input_ids has {len(ids)} tokens, labels has {len(labels)}")
+    targets = labels[1:]
+    while targets and targets[-1] == IGNORED:
+        targets.pop()
+    return ids[: len(targets)], targets
+
+
+def plan_step(examples: Sequence[Example], token_budget: int | None = None, share: bool = True) -> list[Plan]:
+    """Micro-batches of one optimizer step, in the given order, each of at most `token_budget` rows.
+
+    A single example longer than the budget is a micro-batch of its own. Examples without labels vanish.
+    """
+    plans: list[Plan] = []
+    trie = _Trie(share)
+    for example in examples:
+        ids, targets = needed(example)
+        if not ids:
+            continue
+        grown = len(trie.ids) + len(ids) - len(trie.known_prefix(ids))
+        if token_budget is not None and trie.ids and grown > token_budget:
+            plans.append(trie.plan())
+            trie = _Trie(share)
+        trie.add(ids, targets)
+    if trie.ids:
+        plans.append(trie.plan())
+    return plans
+
+
+def attention_tiles(plan: Plan, window: int | None) -> list[Tile]:
+    """Cut each run into blocks of BLOCK_ROWS queries and pad blocks of similar size together.
+
+    Keys of a block: its path, then its run up to the block's end. Blocks join a tile, from long to short,
+    while the padded area stays below 1.3 times the true one (or 32 x 64 a block, where calls cost more).
+    """
+    blocks = []
+    for path, first, last in plan.runs:
+        for start in range(first, last, BLOCK_ROWS):
+            end = min(start + BLOCK_ROWS, last)
+            blocks.append((list(range(start, end)), path + list(range(first, end))))
+    blocks.sort(key=lambda block: (len(block[1]), len(block[0])), reverse=True)
+    groups: list[list] = []
+    area = 0
+    for block in blocks:
+        size = len(block[0]) * len(block[1])
+        if groups:
+            many = [*groups[-1], block]
+            padded = len(many) * max(len(b[0]) for b in many) * max(len(b[1]) for b in many)
+            if padded <= max(1.3 * (area + size), 32 * 64 * len(many)):
+                groups[-1].append(block)
+                area += size
+                continue
+        groups.append([block])
+        area = size
+    return [_tile(group, plan, window) for group in groups]
+
+
+def _tile(blocks: list, plan: Plan, window: int | None) -> Tile:
+    n = plan.rows
+    device = plan.ids.device
+    m, k = max(len(b[0]) for b in blocks), max(len(b[1]) for b in blocks)
+    queries = torch.tensor([b[0] + [n] * (m - len(b[0])) for b in blocks], device=device)
+    keys = torch.tensor([b[1] + [n] * (k - len(b[1])) for b in blocks], device=device)
+    # A padded query sits at position 0 and a padded key beyond every position: no key but the first is seen.
+    position_q = torch.cat([plan.positions, plan.positions.new_zeros(1)])[queries]
+    position_k = torch.cat([plan.positions, plan.positions.new_full((1,), 1 << 40)])[keys]
+    distance = position_q[:, :, None] - position_k[:, None, :]
+    hidden = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    return Tile(queries, keys, hidden)

@@ -1,0 +1,231 @@
+"""Reads a PEFT model into layers, without holding any weight twice, or says why it cannot.
+
+Merged matrices replace the storage of the model's own weights (each weight becomes a view of the merged matrix)
+whenever the dtypes agree, so the model keeps working, in generation and evaluation too, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+
+from .attention import Heads
+from .layer import HeadNorm, Layer
+from .linear import LinearGroup, Site
+from .noise import threshold_of
+from .ops import ACTIVATIONS, rows_buffer, wide_of
+
+SERVED = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
+
+
+class NotServed(Exception):
+    """The fast path does not know this model. `reason` says what stands in the way, for a person."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class Weights:
+    """A causal language model as the engine sees it."""
+
+    embedding: torch.Tensor  # (V, K)
+    embedding_scale: float
+    layers: list[Layer]
+    final_norm: torch.Tensor
+    eps: float
+    head: torch.Tensor  # (V, K) compute dtype
+    rotary: Any  # the model's own module: (x, position_ids) -> cos, sin
+    threshold: int  # dropout probability in 1 / 65536
+    parameters: list[torch.nn.Parameter]
+    moved: list[tuple[torch.nn.Parameter, torch.Tensor]]  # (weight, its view in a merged matrix)
+
+
+def read(peft_model: Any, dtype: torch.dtype) -> Weights:
+    """Take a PeftModel apart.
+
+    Raises:
+        NotServed: another architecture, adapter kind, or trainable parameter than this path knows.
+    """
+    causal = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
+    kind = type(causal).__name__
+    if kind not in SERVED:
+        raise NotServed(f"{kind} is not one of {', '.join(SERVED)}")
+    reader = _Reader(causal, dtype)
+    layers = [reader.layer(layer, index) for index, layer in enumerate(causal.model.layers)]
+    known = {id(p) for p in reader.parameters}
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise NotServed(f"{name} is trainable but is not a LoRA weight of a known linear layer")
+    if not reader.parameters:
+        raise NotServed("the model has no trainable LoRA weights")
+    if len(reader.dropouts) > 1:
+        raise NotServed(f"LoRA layers differ in dropout: {sorted(reader.dropouts)}")
+    hidden = causal.config.hidden_size
+    embedding = causal.get_input_embeddings().weight
+    return Weights(
+        embedding=embedding.detach(),
+        embedding_scale=float(torch.tensor(hidden**0.5)) if kind == "GemmaForCausalLM" else 1.0,  # float32, as theirs
+        layers=layers,
+        final_norm=reader.norm(causal.model.norm),
+        eps=reader.eps(causal.model.norm),
+        head=reader.head(),
+        rotary=causal.model.rotary_emb,
+        threshold=threshold_of(next(iter(reader.dropouts))),
+        parameters=reader.parameters,
+        moved=reader.moved,
+    )
+
+
+class _Reader:
+    """Walks the modules of one model, numbering LoRA sites as it goes."""
+
+    def __init__(self, causal: Any, dtype: torch.dtype) -> None:
+        self.config, self.causal, self.dtype = causal.config, causal, dtype
+        self.gemma = type(causal).__name__ == "GemmaForCausalLM"
+        self.parameters: list[torch.nn.Parameter] = []
+        self.dropouts: set[float] = set()
+        self.moved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self.sites = 0
+        self.check_config()
+
+    def check_config(self) -> None:
+        config = self.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ROPE_TYPES:
+            raise NotServed(f"rotary embedding of type {rope_type!r}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 or getattr(config, "partial_rotary_factor", 1.0) != 1.0:
+            raise NotServed("rotary embedding on part of each head")
+        if getattr(config, "attention_dropout", 0.0):
+            raise NotServed("attention dropout")
+        if self.activation_name() not in ACTIVATIONS:
+            raise NotServed(f"activation {self.activation_name()!r}")
+
+    def activation_name(self) -> str:
+        name = getattr(self.config, "hidden_activation", None) or self.config.hidden_act
+        return "gelu_pytorch_tanh" if self.gemma and name == "gelu" else name
+
+    def norm(self, module: Any) -> torch.Tensor:
+        """The factor of an RMSNorm, wide; Gemma stores it minus one."""
+        weight = module.weight.detach().to(wide_of(self.dtype))
+        return weight + 1 if self.gemma else weight
+
+    @staticmethod
+    def eps(module: Any) -> float:
+        return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+    def head(self) -> torch.Tensor:
+        """(V, K) in the compute dtype: the model's own tensor when it has that dtype already."""
+        head = self.causal.get_output_embeddings()
+        if type(head) is not torch.nn.Linear or head.bias is not None:
+            raise NotServed("the output head is wrapped, quantised or has a bias")
+        return head.weight.detach().to(self.dtype)
+
+    def layer(self, module: Any, index: int) -> Layer:
+        attention, mlp, config = module.self_attn, module.mlp, self.config
+        types = getattr(config, "layer_types", None)
+        sliding = types is None or types[index] == "sliding_attention"
+        window = getattr(config, "sliding_window", None) if sliding else None
+        if types is None and not getattr(config, "use_sliding_window", True):
+            window = None
+        head_norm = None
+        if hasattr(attention, "q_norm"):
+            q_norm, k_norm = attention.q_norm, attention.k_norm
+            head_norm = HeadNorm(self.norm(q_norm), self.norm(k_norm), self.eps(q_norm))
+        query, size = config.num_attention_heads, attention.head_dim
+        return Layer(
+            qkv=self.group(attention.q_proj, attention.k_proj, attention.v_proj),
+            out=self.group(attention.o_proj),
+            gate_up=self.group(mlp.gate_proj, mlp.up_proj),
+            down=self.group(mlp.down_proj),
+            norm1=self.norm(module.input_layernorm),
+            norm2=self.norm(module.post_attention_layernorm),
+            eps=self.eps(module.input_layernorm),
+            heads=Heads(query, config.num_key_value_heads, size, attention.scaling),
+            activation=ACTIVATIONS[self.activation_name()],
+            head_norm=head_norm,
+            window=window,
+        )
+
+    def group(self, *modules: Any) -> LinearGroup:
+        """Merge linears that read the same input; their weights become views of the merged matrix."""
+        bases = [_base_linear(module) for module in modules]
+        width = bases[0].in_features
+        if width % 2:
+            raise NotServed(f"odd layer width {width}")
+        sites: list[Site] = []
+        row = rank = 0
+        for module, base in zip(modules, bases):
+            site = self.site(module, row, rank)
+            row += base.out_features
+            if site is not None:
+                sites.append(site)
+                rank = site.ranks.stop
+        weight = bases[0].weight
+        matrix = rows_buffer(row, width + rank, self.dtype, weight.device)
+        row = 0
+        for base in bases:
+            view = matrix[row : row + base.out_features, :width]
+            view.copy_(base.weight.detach())
+            if base.weight.dtype == self.dtype:
+                base.weight.data = view
+                self.moved.append((base.weight, view))
+            row += base.out_features
+        return LinearGroup(matrix, width, self.bias(bases), sites)
+
+    def bias(self, bases: list[torch.nn.Linear]) -> Optional[torch.Tensor]:
+        if all(base.bias is None for base in bases):
+            return None
+        parts = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
+        return torch.cat([part.detach() for part in parts]).to(self.dtype)
+
+    def site(self, module: Any, row: int, rank: int) -> Optional[Site]:
+        """The LoRA pair of a PEFT linear; None where the linear has none."""
+        if type(module) is torch.nn.Linear:
+            return None
+        adapter = _only_adapter(module)
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        dropout = module.lora_dropout[adapter]
+        self.dropouts.add(float(getattr(dropout, "p", 0.0)))
+        self.parameters += [a, b]
+        self.sites += 1
+        ranks = slice(rank, rank + a.shape[0])
+        return Site(a, b, float(module.scaling[adapter]), slice(row, row + b.shape[0]), ranks, self.sites)
+
+
+def _base_linear(module: Any) -> torch.nn.Linear:
+    base = module.base_layer if hasattr(module, "base_layer") else module
+    if type(base) is not torch.nn.Linear:
+        raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantised?)")
+    return base
+
+
+def _only_adapter(module: Any) -> str:
+    """Name of the one plain LoRA adapter of a PEFT linear."""
+    if not hasattr(module, "lora_A"):
+        raise NotServed(f"adapter layer {type(module).__name__}")
+    active = list(module.active_adapters)
+    if len(active) != 1 or len(module.lora_A) != 1 or active[0] not in module.lora_A:
+        raise NotServed("several adapters, or none active")
+    if module.merged or module.disable_adapters:
+        raise NotServed("the adapter is merged or switched off")
+    if active[0] in getattr(module, "lora_variant", {}):
+        raise NotServed("a LoRA variant such as DoRA")
+    if getattr(module, "use_dora", {}).get(active[0], False):
+        raise NotServed("DoRA")
+    if module.lora_B[active[0]].bias is not None:
+        raise NotServed("LoRA with a bias")
+    if not (module.lora_A[active[0]].weight.requires_grad and module.lora_B[active[0]].weight.requires_grad):
+        raise NotServed("frozen LoRA weights")
+    return active[0]

@@ -1,0 +1,71 @@
+"""Talking at the terminal: a chat, one answer as it is written, base and adapter side by side."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lora_practice.errors import tell, text
+from lora_practice.generate import Talker, talker
+
+SAMPLE_PROMPTS = (
+    "What is the capital of France? Answer in one sentence.",
+    "My printer is not printing. What should I do?",
+    "Tell me a joke.",
+    "Do you have feelings?",
+)
+
+
+def chat(talk: Talker, system: str, **options: Any) -> None:
+    """A conversation at the terminal, until Ctrl-D or /exit; /reset begins anew."""
+    tell(text("开始聊天：/reset 重来，/exit 或 Ctrl-D 退出", "chat: /reset begins anew, /exit or Ctrl-D ends"))
+    messages = opening(system)
+    while True:
+        try:
+            line = input(text("你> ", "you> ")).strip()
+        except EOFError:
+            print()
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            messages = opening(system)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        words = talk.answer(messages, on_text=show, **options)
+        print()
+        messages.append({"role": "assistant", "content": words})
+
+
+def opening(system: str) -> list[dict[str, str]]:
+    """The messages before the first question."""
+    return [{"role": "system", "content": system}] if system else []
+
+
+def show(piece: str) -> None:
+    """Print a piece of an answer at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[str, str]]:
+    """Four prompts answered by the base and by the adapter of one PEFT model, shown side by side.
+
+    Returns:
+        For the record: one {"prompt", "base", "adapter"} each.
+    """
+    model.gradient_checkpointing_disable()
+    both = talker(model, tokenizer)
+    samples = []
+    for prompt in SAMPLE_PROMPTS:
+        messages = [{"role": "user", "content": prompt}]
+        with model.disable_adapter():
+            base = both.answer(messages, max_new_tokens)
+        adapted = both.answer(messages, max_new_tokens)
+        samples.append({"prompt": prompt, "base": base, "adapter": adapted})
+        print(f"\n{text('问', 'prompt')}: {prompt}")
+        print(f"  {text('底座', 'base')}: {base.strip()}")
+        print(f"  {text('微调', 'adapter')}: {adapted.strip()}", flush=True)
+    return samples

@@ -1,0 +1,33 @@
+"""把 TrainSettings 的表写进两份 README。 / Writes the table of TrainSettings into both READMEs.
+
+python scripts/update_readme.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fine_tuning_practice import TrainSettings
+from lora_practice.settings import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def with_table(readme: str, language: str) -> str:
+    """The README's text with a fresh table between its two marks."""
+    os.environ["LORA_PRACTICE_LANG"] = language
+    table = f"<!-- settings -->\n{markdown_table(TrainSettings)}\n<!-- /settings -->"
+    return re.sub(r"<!-- settings -->.*<!-- /settings -->", lambda _: table, readme, flags=re.S)
+
+
+def main() -> None:
+    """Rewrite both files."""
+    for name, language in (("README.md", "zh"), ("README.en.md", "en")):
+        path = ROOT / name
+        path.write_text(with_table(path.read_text("utf-8"), language), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The doors, run as a user runs them: in their own process, in an empty folder, with an empty home."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Optional
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN, INFER = str(ROOT / "fine_tuning_practice.py"), str(ROOT / "inference.py")
+# Eight steps of two rows: a whole run in seconds, with the embedded model and conversations.
+SMALL = ("--embedded", "--train_subset_size", "16", "--gradient_accumulation_steps", "2", "--logging_steps", "1")
+
+
+def environment(home: Path, **variables: Optional[str]) -> dict[str, str]:
+    """Variables of a fresh machine without a Hub; `variables` are added, None takes one away."""
+    home.mkdir(exist_ok=True)
+    kept = ("PATH", "SYSTEMROOT", "TEMP", "LD_LIBRARY_PATH", "LORA_PRACTICE_CACHE", "HF_ENDPOINT")
+    env: dict[str, Optional[str]] = {name: os.environ[name] for name in kept if name in os.environ}
+    env.update({name: value for name, value in os.environ.items() if name.startswith("COV")})
+    env.update(HOME=str(home), USERPROFILE=str(home), PYTHONPATH=str(ROOT), PYTHONUTF8="1", NO_PROXY="*")
+    # one thread: the same sums in each run, and no threads that wait for each other on a busy machine
+    env.update(LORA_PRACTICE_LANG="en", OMP_NUM_THREADS="1", HF_HUB_DISABLE_XET="1")
+    return {name: value for name, value in {**env, **variables}.items() if value is not None}
+
+
+def run(place: Path, *command: str, timeout: float = 300, **variables: Optional[str]) -> subprocess.CompletedProcess:
+    """`python *command` in the folder `place`, to its end. Whatever happens, no traceback may show."""
+    options: dict = {"capture_output": True, "text": True, "encoding": "utf-8", "stdin": subprocess.DEVNULL}
+    env = environment(place / "home", **variables)
+    done = subprocess.run([sys.executable, *command], cwd=place, env=env, timeout=timeout, **options)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def train(place: Path, *flags: str, **variables: Optional[str]) -> subprocess.CompletedProcess:
+    """Door 1 in `place`."""
+    return run(place, TRAIN, *flags, **variables)
+
+
+def infer(place: Path, *flags: str, **variables: Optional[str]) -> subprocess.CompletedProcess:
+    """Door 2 in `place`."""
+    return run(place, INFER, *flags, **variables)
+
+
+def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """Exit code 0."""
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> str:
+    """Exit code 2 and exactly one error line, which holds these words and is returned."""
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("Error: ", "错误："))]
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr[done.stderr.index(errors[0]) :], done.stderr
+    return errors[0]
+
+
+class Running:
+    """A door that is still running; its words are read as they come."""
+
+    def __init__(self, place: Path, *command: str, **variables: Optional[str]) -> None:
+        env = environment(place / "home", **variables)
+        options: dict = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+        options.update(text=True, encoding="utf-8", cwd=place, env=env)
+        self.process = subprocess.Popen([sys.executable, *command], **options)
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    @property
+    def words(self) -> str:
+        """Everything on stderr so far."""
+        return "".join(self.lines)
+
+    def wait_for(self, wanted: str, seconds: float = 120) -> None:
+        """Until `wanted` stands on stderr."""
+        self.wait_until(lambda: wanted in self.words, seconds)
+
+    def wait_until(self, true: Callable[[], bool], seconds: float = 120) -> None:
+        """Until `true()`; fails when the process ends before."""
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.words
+            time.sleep(0.01)
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self, seconds: float = 120) -> int:
+        """Wait for the end; the exit code."""
+        try:
+            code = self.process.wait(seconds)
+        finally:
+            self.process.kill()
+        self.reader.join(10)
+        assert "Traceback" not in self.words, self.words
+        return code

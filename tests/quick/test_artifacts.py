@@ -1,0 +1,276 @@
+"""The output folder's states: what may be claimed, what is kept, what counts as whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_practice import artifacts, manifest
+from lora_practice.artifacts import CHECKPOINT_MANIFEST, FIXED_ON_RESUME, RECORD, OutputFolder
+from lora_practice.errors import UserError
+
+SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+
+
+def claim(path: Path, resume: bool = False, overwrite: bool = False, **changed: Any) -> OutputFolder:
+    return OutputFolder.claim(str(path), resume, overwrite, {**SETTINGS, **changed})
+
+
+def refusal(path: Path, **options: Any) -> str:
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        claim(path, **options)
+    assert sorted(path.parent.rglob("*")) == before  # claiming touches nothing
+    return str(caught.value)
+
+
+def start(path: Path, kind: str = "hub") -> OutputFolder:
+    folder = claim(path)
+    folder.begin({"settings": SETTINGS, "model": {"kind": kind}, "data": {"kind": "file"}})
+    return folder
+
+
+def add_checkpoint(folder: OutputFolder, step: int, keep: int | None = None) -> Path:
+    with folder.staging() as staging:
+        staged = staging / f"checkpoint-{step}"
+        staged.mkdir()
+        (staged / "adapter_model.safetensors").write_bytes(b"weights %d" % step)
+        folder.add_checkpoint(staged, keep)
+    return folder.path / f"checkpoint-{step}"
+
+
+def finish(folder: OutputFolder, word: str = "new") -> None:
+    with folder.staging() as staging:
+        (staging / "adapter_config.json").write_text("{}")
+        (staging / "adapter_model.safetensors").write_text(word)
+        folder.finish(staging, {"settings": SETTINGS, "steps": 7, "finished_at": "2024-05-06 07:08"})
+
+
+def status(folder: OutputFolder) -> str:
+    return json.loads((folder.path / RECORD).read_text("utf-8"))["status"]
+
+
+def names(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
+    assert claim(tmp_path / "a" / "b").checkpoint is None
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    assert claim(tmp_path / "empty").path == tmp_path / "empty"
+
+
+def test_from_beginning_to_end(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    assert status(folder) == "running"
+    add_checkpoint(folder, 5)
+    finish(folder)
+    assert status(folder) == "finished"
+    assert names(folder.path) == ["adapter_config.json", "adapter_model.safetensors", "checkpoint-5", RECORD]
+
+
+def test_a_file_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert "this is a file, not a folder" in refusal(tmp_path / "run")
+    assert "this is a file, not a folder" in refusal(tmp_path / "run" / "below")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.name == "posix" and os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+    else:  # root may write everywhere
+        monkeypatch.setattr(artifacts.os, "access", lambda *_: False)
+    assert f"{tmp_path}: no permission to write" in refusal(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+def test_someone_elses_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.doc").write_text("mine")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        assert "holds other files" in refusal(tmp_path / "run", **options)
+
+
+def test_a_finished_run_is_named_and_kept(tmp_path: Path) -> None:
+    finish(start(tmp_path / "run"))
+    for options in ({}, {"resume": True}):
+        line = refusal(tmp_path / "run", **options)
+        assert "a finished run is here (2024-05-06 07:08, 7 steps)" in line
+        assert "--overwrite" in line
+
+
+def test_an_unfinished_run_offers_resume(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    assert "(no checkpoint yet)" in refusal(tmp_path / "run")
+    add_checkpoint(folder, 5)
+    line = refusal(tmp_path / "run")
+    assert "an unfinished run is here (checkpoint-5)" in line
+    assert "--resume" in line
+    assert claim(tmp_path / "run", resume=True).checkpoint == tmp_path / "run" / "checkpoint-5"
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert "there is no run to resume here" in refusal(tmp_path / "run", resume=True)
+
+
+def test_resume_before_the_first_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    start(tmp_path / "run")
+    assert claim(tmp_path / "run", resume=True).checkpoint is None
+    assert "beginning at the first step" in capsys.readouterr().err
+
+
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    finish(start(tmp_path / "run"), "old")
+    folder = claim(tmp_path / "run", overwrite=True)
+    assert names(tmp_path) == ["run"]  # nothing happens before begin
+    folder.begin({"settings": SETTINGS})
+    kept = next(path for path in tmp_path.iterdir() if path.name.startswith("run.replaced-"))
+    assert str(kept) in capsys.readouterr().err
+    assert (kept / "adapter_model.safetensors").read_text() == "old"
+    finish(folder)
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_text() == "new"
+
+
+@pytest.mark.parametrize("fault", ["missing file", "other bytes", "no manifest", "manifest is no JSON"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, fault: str, capsys: pytest.CaptureFixture) -> None:
+    folder = start(tmp_path / "run")
+    whole, damaged = add_checkpoint(folder, 9), add_checkpoint(folder, 10)
+    if fault == "missing file":
+        (damaged / "adapter_model.safetensors").unlink()
+    elif fault == "other bytes":
+        (damaged / "adapter_model.safetensors").write_bytes(b"weights 99")
+    elif fault == "no manifest":
+        (damaged / CHECKPOINT_MANIFEST).unlink()
+    else:
+        (damaged / CHECKPOINT_MANIFEST).write_text("{")
+    assert claim(tmp_path / "run", resume=True).checkpoint == whole
+    assert "checkpoint-10 is not whole" in capsys.readouterr().err
+
+
+def test_no_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    (add_checkpoint(start(tmp_path / "run"), 1) / "adapter_model.safetensors").unlink()
+    assert "no whole checkpoint is left" in refusal(tmp_path / "run", resume=True)
+
+
+def test_a_copied_checkpoint_is_whole(tmp_path: Path) -> None:
+    """Other times, the same bytes."""
+    checkpoint = add_checkpoint(start(tmp_path / "run"), 1)
+    shutil.copytree(checkpoint, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert manifest.damage(tmp_path / "copy", CHECKPOINT_MANIFEST) == ""
+
+
+def test_changed_settings_are_named(tmp_path: Path) -> None:
+    add_checkpoint(start(tmp_path / "run"), 1)
+    line = refusal(tmp_path / "run", resume=True, lora_r=8, seed=7)
+    assert "seed: 42 -> 7, lora_r: 6 -> 8" in line
+    assert claim(tmp_path / "run", resume=True, logging_steps=1).checkpoint is not None
+
+
+def test_every_fixed_setting_is_one() -> None:
+    from fine_tuning_practice import TrainSettings
+
+    assert set(FIXED_ON_RESUME) <= set(vars(TrainSettings()))
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    """The Hub may be reachable by now: another base under the same adapter would be another run."""
+    assert not start(tmp_path / "run", kind="embedded").used_embedded("model")
+    folder = claim(tmp_path / "run", resume=True)
+    assert folder.used_embedded("model")
+    assert not folder.used_embedded("data")
+
+
+def test_an_interrupted_finish_is_an_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = start(tmp_path / "run")
+    add_checkpoint(folder, 3)
+    moved: list[str] = []
+
+    def replace_once(source: Any, target: Any) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(str(target))
+        shutil.move(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts.os, "replace", replace_once)
+        finish(folder)
+    assert status(folder) == "running"
+    assert not list(folder.path.glob(".writing-*"))
+    again = claim(tmp_path / "run", resume=True)
+    again.begin({"settings": SETTINGS})
+    finish(again)
+    assert status(again) == "finished"
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    add_checkpoint(folder, 3)
+    (folder.path / ".writing-abc" / "checkpoint-6").mkdir(parents=True)
+    again = claim(tmp_path / "run", resume=True)
+    again.begin({"settings": SETTINGS})
+    assert names(folder.path) == ["checkpoint-3", RECORD]
+
+
+def test_the_oldest_checkpoints_make_room(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    for step in (2, 10, 9, 100):
+        add_checkpoint(folder, step)
+    (folder.path / "checkpoint-2-best").mkdir()
+    (folder.path / "checkpoint-x").mkdir()
+    assert [path.name for path in artifacts.checkpoints(folder.path)] == [
+        *("checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-100")
+    ]
+    add_checkpoint(folder, 101, keep=2)
+    assert [path.name for path in artifacts.checkpoints(folder.path)] == ["checkpoint-100", "checkpoint-101"]
+    assert (folder.path / "checkpoint-2-best").is_dir()
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_whole_ones(tmp_path: Path) -> None:
+    """After --resume from step 20 with keep=1, the damaged 30 must not count as the one to keep."""
+    folder = start(tmp_path / "run")
+    add_checkpoint(folder, 20)
+    (add_checkpoint(folder, 30) / "adapter_model.safetensors").unlink()
+    again = claim(tmp_path / "run", resume=True)
+    new = add_checkpoint(again, 25, keep=1)
+    assert artifacts.newest_whole_checkpoint(again.path) == new
+    rewritten = add_checkpoint(again, 30, keep=1)
+    assert artifacts.checkpoints(again.path) == [rewritten]
+
+
+def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / RECORD
+    artifacts.write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        artifacts.write_whole(file, "\ud800")
+    assert file.read_text() == "old"
+
+
+def test_a_checkpoints_record_is_the_runs(tmp_path: Path) -> None:
+    checkpoint = add_checkpoint(start(tmp_path / "run", kind="embedded"), 1)
+    record = artifacts.read_record(checkpoint)
+    assert record is not None
+    assert record["model"]["kind"] == "embedded"
+    (tmp_path / "run" / RECORD).write_text("[]")
+    assert artifacts.read_record(checkpoint) is None
+
+
+def test_no_disk_space(tmp_path: Path) -> None:
+    artifacts.free_disk_check(tmp_path / "later", 1)
+    with pytest.raises(UserError) as caught:
+        artifacts.free_disk_check(tmp_path / "later", 10**18)
+    assert "not enough disk" in str(caught.value)

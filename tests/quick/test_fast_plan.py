@@ -1,0 +1,87 @@
+"""What is computed for one optimizer step: shared beginnings once, nothing after the last label, masks as functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_practice.fast.noise import Noise, keep_mask, threshold_of
+from lora_practice.fast.plan import attention_tiles, count_labels, plan_step
+
+EXAMPLE = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=12)
+
+
+def as_pair(example):
+    return [token for token, _ in example], [token if kept else -100 for token, kept in example]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(EXAMPLE, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1, 7]))
+def test_every_label_has_a_row_with_its_own_history(drawn, share, budget):
+    examples = [as_pair(example) for example in drawn]
+    plans = plan_step(examples, budget, share)
+    found = []
+    for plan in plans:
+        history = {}
+        for path, first, last in plan.runs:
+            for row in range(first, last):
+                rows = [*path, *range(first, row + 1)]
+                history[row] = tuple(plan.ids[rows].tolist())
+                assert plan.positions[rows].tolist() == list(range(len(rows)))
+        assert sorted(history) == list(range(plan.rows))
+        if share:
+            assert len(set(history.values())) == plan.rows
+        rows = plan.label_rows[plan.pair_slots].tolist()
+        found += [(history[row], label) for row, label in zip(rows, plan.pair_labels.tolist())]
+        assert plan.label_counts.sum() == len(rows)
+        assert budget is None or plan.rows <= budget or len(plan.runs) == 1
+    wanted = [(tuple(ids[:t]), labels[t]) for ids, labels in examples for t in range(1, len(ids)) if labels[t] != -100]
+    assert sorted(found) == sorted(wanted)
+    assert count_labels(examples) == len(wanted)
+
+
+def test_a_common_prefix_is_computed_once():
+    prefix = list(range(20))
+    examples = [([*prefix, 30 + i, 40], [*prefix, 30 + i, 40]) for i in range(8)]
+    assert plan_step(examples)[0].rows == 20 + 8  # the last token of each is only a target
+    assert plan_step(examples, share=False)[0].rows == 8 * 21
+
+
+def test_tiles_hold_each_row_once():
+    examples = [(list(range(i, i + length)), list(range(i, i + length))) for i, length in enumerate((300, 20, 140, 9))]
+    plan = plan_step(examples)[0]
+    rows = torch.cat([tile.query_rows.flatten() for tile in attention_tiles(plan, None)])
+    assert sorted(rows[rows < plan.rows].tolist()) == list(range(plan.rows))
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match="3 tokens, labels has 2"):
+        plan_step([([1, 2, 3], [1, 2])])
+
+
+def test_masks_are_a_function_of_their_name():
+    noise = Noise(seed=1, step=2, threshold=threshold_of(0.05))
+    whole = keep_mask(noise.key(9), noise.threshold, 0, (64, 96))
+    part = keep_mask(noise.key(9), noise.threshold, 40, (24, 96))
+    assert torch.equal(whole[40:], part)
+    for other in (Noise(1, 3, noise.threshold).key(9), Noise(2, 2, noise.threshold).key(9), noise.key(8)):
+        assert not torch.equal(whole, keep_mask(other, noise.threshold, 0, (64, 96)))
+
+
+def test_masks_drop_what_they_should_independently():
+    threshold = threshold_of(0.05)
+    noise = Noise(seed=7, step=0, threshold=threshold)
+    masks = torch.stack([keep_mask(noise.key(site), threshold, 0, (512, 576)) for site in range(1, 9)])
+    dropped = (~masks).double().reshape(8, -1)
+    rate, count = threshold / 65536, dropped.shape[1]
+    spread = (rate * (1 - rate) / count) ** 0.5
+    assert (dropped.mean(1) - rate).abs().max() < 5 * spread
+    together = torch.corrcoef(dropped) - torch.eye(8, dtype=torch.float64)
+    assert together.abs().max() < 5 / count**0.5
+    for shift in (1, 287, 288, 575, 576, 577):
+        moved = torch.corrcoef(torch.stack([dropped[0, shift:], dropped[0, :-shift]]))[0, 1]
+        assert abs(moved) < 5 / count**0.5
+    per_row = dropped.reshape(8, 512, 576).mean(2).flatten()
+    assert per_row.var() == pytest.approx(rate * (1 - rate) / 576, rel=0.1)
