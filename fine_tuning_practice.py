@@ -207,12 +207,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     prepare_environment()
     plain_settings = dataclasses.asdict(settings)
     folder = OutputFolder.claim(settings.output_dir, settings.resume, settings.overwrite, plain_settings)
-    check_login(settings.skip_login or settings.embedded)
     meant = {name: named_by_user(settings, name, shipped) for name, shipped in SHIPPED.items()}
-    embedded_data = settings.embedded or folder.used_embedded("data")
-    data = find_dataset(settings.dataset_path, not meant["dataset_path"], embedded_data)
-    embedded_model = settings.embedded or folder.used_embedded("model")
-    base = find_model(settings.model_name, not meant["model_name"], embedded_model)
+    # a resumed run goes on with the model and the data that it began with
+    embedded_data = settings.embedded or folder.began_with("data", "embedded")
+    own_data = meant["dataset_path"] or meant["dataset_name"] or folder.began_with("data", "hub")
+    data = find_dataset(settings.dataset_path, not own_data, embedded_data)
+    embedded_model = settings.embedded or folder.began_with("model", "embedded")
+    own_model = meant["model_name"] or folder.began_with("model", "hub")
+    check_login(settings.skip_login or (embedded_model and data.kind != "hub"))
+    base = find_model(settings.model_name, not own_model, embedded_model)
     for source in (base, data):
         if source.note:
             tell(source.note)
@@ -230,7 +233,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     tokenizer = model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
     rows = prepare(data, subset, tokenizer, settings)
     lora = model.add_lora(model.load_base(base, model.weights_dtype(machine, base, settings.fast)), settings, base)
-    trainer = train.build_trainer(lora, tokenizer, rows.train, settings, machine, folder)
+    engine = train.build_engine(lora, settings, machine)
+    trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
     tell(train.announce(machine, base, data, rows, trainer))
 
     notes = record.opening(settings, machine, base, data, rows, sys.argv[1:] if argv is None else argv)
@@ -240,13 +244,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         folder.write_record({**notes, "status": "interrupted"})
         tell(record.how_to_resume(notes))
         return 130
-    if trainer.engine is not None:
-        trainer.engine.close()
+    train.finish(trainer, notes)
     if settings.run_inference:
         notes["samples"] = talk.compare(lora, tokenizer)
-    train.finish(trainer, notes)
+        train.write_card(folder, notes)
     if settings.merge_adapter:
-        export.merge(folder.path)
+        tell(export.said(*export.merge(folder.path)))
     tell(record.farewell(folder.path, notes))
     return 0
 

@@ -86,10 +86,10 @@ def run(spec: dict) -> dict:
 
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
-    from lora_practice.machine import _cpu_flags
+    from lora_practice.machine import look
     from lora_practice.versions import installed
 
-    return {"processor": _cpu_flags()[0], "system": platform.platform(terse=True), **installed()}
+    return {"processor": look().cpu, "system": platform.platform(terse=True), **installed()}
 
 
 def table(report: dict) -> str:

@@ -40,7 +40,7 @@ class OutputFolder:
         self.path, self.replace = path, replace
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
-        self._replaced: Optional[Path] = None
+        self._replaced = Path(self.resumed["replaces"]) if self.resumed.get("replaces") else None
 
     @classmethod
     def claim(cls, output_dir: str, resume: bool, overwrite: bool, settings: dict[str, Any]) -> OutputFolder:
@@ -50,8 +50,17 @@ class OutputFolder:
             UserError: it is a file, cannot be written, holds a run that is neither to be resumed nor to be
                 replaced, holds someone else's files, or resuming would change the run.
         """
-        path = Path(output_dir).expanduser()
-        _check_writable(path)
+        try:
+            path = Path(output_dir).expanduser()
+            _check_writable(path)
+        except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(reason, where=f"--output_dir {output_dir}") from error
+        if overwrite and resume:
+            raise UserError(
+                text("--overwrite 和 --resume 只能选一个", "--overwrite and --resume contradict each other"),
+                fix=text("继续用 --resume，从头再来用 --overwrite", "--resume goes on, --overwrite begins anew"),
+            )
         record = read_record(path)
         if not path.exists() or not any(path.iterdir()):
             if resume:
@@ -66,7 +75,7 @@ class OutputFolder:
                 where=str(path),
                 fix=text("换一个 --output_dir", "choose another --output_dir"),
             )
-        if overwrite and not resume:
+        if overwrite:
             return cls(path, replace=True)
         if record.get("status") == "finished":
             raise _already_finished(path, record)
@@ -75,9 +84,9 @@ class OutputFolder:
         _check_same_run(path, record, settings)
         return cls(path, resumed=record)
 
-    def used_embedded(self, thing: str) -> bool:
-        """Whether the run that is resumed began with the embedded "model" or "data", and so must go on with it."""
-        return self.resumed.get(thing, {}).get("kind") == "embedded"
+    def began_with(self, thing: str, kind: str) -> bool:
+        """Whether the run that is resumed began with "model" or "data" of this kind, and so must go on with it."""
+        return self.resumed.get(thing, {}).get("kind") == kind
 
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder (an earlier run that is replaced is kept aside until this one is finished)."""
@@ -93,19 +102,23 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in self.path.glob(".writing-*"):  # of a run that was killed
             shutil.rmtree(stale)
+        if self._replaced is not None:
+            record["replaces"] = str(self._replaced)
         self.write_record({**record, "status": "running"})
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run_record.json whole."""
-        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+        manifest.write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
         """Move the finished files in place, the record last: "finished" means that everything is there."""
         for file in sorted(staged.iterdir()):
             os.replace(file, self.path / file.name)
+        record.pop("replaces", None)
         self.write_record({**record, "status": "finished"})
         if self._replaced is not None:
-            shutil.rmtree(self._replaced)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
 
     def add_checkpoint(self, staged: Path, keep: Optional[int]) -> None:
         """Seal a staged `checkpoint-N`, move it in place, and drop the oldest before it, so that `keep` are left.
@@ -127,13 +140,6 @@ class OutputFolder:
         """A hidden folder beside the files, on the same disk; gone afterwards, whatever happened."""
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path) as name:
             yield Path(name)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(content, "utf-8")
-    os.replace(scratch, path)
 
 
 def read_record(folder: Path) -> Optional[dict[str, Any]]:

@@ -44,7 +44,7 @@ def _help() -> str:
   train    fine-tune (options of fine_tuning_practice.py)
   infer    talk to what was trained (options of inference.py)
   merge    FOLDER: merge the adapter into a whole model, in FOLDER/merged
-  upload   upload to the Hugging Face Hub (options of scripts/upload_lora_to_hub.py)
+  upload   upload to the Hub (options of scripts/upload_lora_to_hub.py)
 
 Each command takes --help.""",
     )
@@ -69,15 +69,9 @@ def _merge(words: list[str]) -> None:
     from lora_practice.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.export import merge
+    from lora_practice.export import merge, said
 
-    target, difference = merge(Path(words[0]))
-    tell(
-        text(
-            f"合并完成：{target}/（与适配器的 logits 最多差 {difference:.4f}）",
-            f"merged: {target}/ (logits differ from the adapter's by {difference:.4f} at most)",
-        )
-    )
+    tell(said(*merge(Path(words[0]))))
 
 
 def _upload(words: list[str]) -> None:

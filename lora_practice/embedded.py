@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from lora_practice import manifest
+from lora_practice.environment import prepare_environment
 from lora_practice.errors import UserError, door, tell, text
 
 MANIFEST = "manifest.json"
@@ -201,6 +202,7 @@ def _turns(row: Any) -> tuple[str, ...]:
 @door
 def main() -> int:
     """Fetch both (the set-up scripts call it): python -m lora_practice.embedded"""
+    prepare_environment()  # LORA_PRACTICE_CACHE may stand in .env
     model_dir()
     conversations_file()
     return 0

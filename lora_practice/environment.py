@@ -1,6 +1,7 @@
 """The variables that steer the Hub's libraries, and whether the Hub can be reached at all.
 
-The only reader of HF_* variables. `prepare_environment` comes before those libraries are imported, since they
+The only reader of the HF_* variables that they read (HF_TOKEN and the repository's name are also read by the
+upload). `prepare_environment` comes before those libraries are imported, since they
 read their variables once, then.
 """
 
@@ -112,6 +113,12 @@ def datasets_cache() -> Path:
     """Where `datasets` keeps what it has loaded: HF_DATASETS_CACHE, else a folder in HF_HOME."""
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     return Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+
+
+def dataset_is_cached(name: str) -> bool:
+    """Whether `datasets` has this Hub data set on disk, in any configuration."""
+    folder = name.replace("/", "___")
+    return any(any(datasets_cache().glob(one + "/**/dataset_info.json")) for one in (folder, folder.lower()))
 
 
 def check_login(skip: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from lora_practice import adapter
 from lora_practice.artifacts import free_disk_check
 from lora_practice.errors import UserError, text
-from lora_practice.generate import find_base
+from lora_practice.generate import find_base, stop_ids, with_adapter
 from lora_practice.model import load_base, load_tokenizer
 from lora_practice.sources import Source
 
@@ -31,7 +31,7 @@ def merge(folder: Path) -> tuple[Path, float]:
         The merged folder, and the largest difference of a logit between adapter and merged model.
 
     Raises:
-        UserError: DIR holds no adapter, its base cannot be found, or DIR/merged exists.
+        UserError: DIR holds no adapter or a damaged one, its base cannot be found, or DIR/merged exists.
     """
     target = folder / MERGED
     if not (folder / "adapter_config.json").is_file():
@@ -43,12 +43,11 @@ def merge(folder: Path) -> tuple[Path, float]:
             fix=text("要重做就先删掉它", "delete it first to merge again"),
         )
     import torch
-    from peft import PeftModel
 
     base = find_base(folder)
     stored = stored_dtype(base)
     tokenizer = load_tokenizer(Source("folder", str(folder), folder))
-    model = PeftModel.from_pretrained(load_base(base, "fp32"), str(folder)).eval()
+    model = with_adapter(load_base(base, "fp32"), folder).eval()
     free_disk_check(folder, sum(p.numel() for p in model.parameters()) * 4)
     probe = tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -68,6 +67,14 @@ def merge(folder: Path) -> tuple[Path, float]:
     return target, difference
 
 
+def said(target: Path, difference: float) -> str:
+    """What `merge` returned, in a sentence."""
+    return text(
+        f"合并好的模型在 {target}/（与适配器的 logits 最多差 {difference:.4f}）",
+        f"the merged model is in {target}/ (its logits differ from the adapter's by {difference:.4f} at most)",
+    )
+
+
 def stored_dtype(base: Source) -> str:
     """The torch dtype in which the base's weights lie on disk, such as "float16"."""
     assert base.path is not None
@@ -83,9 +90,7 @@ def stored_dtype(base: Source) -> str:
 
 def _set_ends(model: Any, tokenizer: Any) -> None:
     """The merged model stops where the adapter's chats end, in any program."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    stop = sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)})
+    stop = stop_ids(model, tokenizer)
     model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id

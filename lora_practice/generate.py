@@ -18,7 +18,7 @@ from lora_practice.sources import Source, fetch_repository, find_model
 
 @dataclass
 class Talker:
-    """A model that answers chats. `adapter` is None for a plain or merged model."""
+    """A model that answers chats; `stop_ids` are the tokens that end an answer."""
 
     model: Any
     tokenizer: Any
@@ -38,12 +38,12 @@ class Talker:
         """
         import torch
 
-        words = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        words = self._rendered(list(messages))
         ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = ids.to(self.model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         streamer = _Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
         with torch.inference_mode():
             output = self.model.generate(
@@ -57,6 +57,17 @@ class Talker:
             )
         written = [token for token in output[0, ids.shape[1] :].tolist() if token not in self.stop_ids]
         return self.tokenizer.decode(written)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(
+                text(f"聊天模板不接受这段对话：{error}", f"the chat template refuses this conversation: {error}"),
+                fix=text("去掉 --system 试试", "try without --system"),
+            ) from error
 
 
 class _Pieces:
@@ -92,42 +103,31 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
     """
     folder = _local_folder(model_dir)
-    if (folder / "adapter_config.json").is_file():
-        base = find_base(folder, base_model)
-        model = _with_adapter(load_base(base, _dtype(machine)), folder)
-        tokens = Source("folder", str(folder), folder)
-        if not (folder / "tokenizer_config.json").is_file():
-            tell(
-                text(
-                    f"文件夹里没有分词器，用 {base.name} 的",
-                    f"no tokenizer in the folder: using {base.name}'s",
-                )
-            )
-            tokens = base
-        tokenizer = load_tokenizer(tokens)
-    else:
-        source = Source("folder", str(folder), folder)
-        model = load_base(source, _dtype(machine))
-        tokens = source
-        if not (folder / "tokenizer_config.json").is_file() and base_model:
-            tell(
-                text(
-                    f"文件夹里没有分词器，用 {base_model} 的",
-                    f"no tokenizer in the folder: using {base_model}'s",
-                )
-            )
-            tokens = find_model(base_model, is_default=False)
-        tokenizer = load_tokenizer(tokens)
-    return talker(model.to(machine.device), tokenizer)
+    here = Source("folder", str(folder), folder)
+    has_adapter = (folder / "adapter_config.json").is_file()
+    base = find_base(folder, base_model) if has_adapter else here
+    model = load_base(base, machine.precision)
+    if has_adapter:  # merged in memory it answers the same, faster
+        model = with_adapter(model, folder).merge_and_unload()
+    tokens = here
+    if not (folder / "tokenizer_config.json").is_file() and (has_adapter or base_model):
+        tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base-model")
+        zh, en = f"文件夹里没有分词器，用 {tokens.name} 的", f"no tokenizer in the folder: using {tokens.name}'s"
+        tell(text(zh, en))
+    return talker(model.to(machine.device), load_tokenizer(tokens))
 
 
 def talker(model: Any, tokenizer: Any) -> Talker:
     """A Talker that stops at the tokenizer's end of turn and at the model's own ends of text."""
+    model.config.use_cache = True
+    return Talker(model.eval(), tokenizer, stop_ids(model, tokenizer))
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end of turn and the model's own ends of text, in order."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    stop_ids = sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)})
-    model.config.use_cache = True
-    return Talker(model.eval(), tokenizer, stop_ids)
+    return sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)})
 
 
 def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
@@ -136,7 +136,7 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     The adapter's own word comes first; an embedded base is found in the cache wherever that is now.
     """
     if base_model:
-        return find_model(base_model, is_default=False)
+        return find_model(base_model, is_default=False, flag="--base-model")
     try:
         named = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, OSError) as error:
@@ -149,11 +149,7 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     kept = Path(trained_on.get("path") or "")
     if trained_on.get("kind") == "hub" and trained_on.get("name") == named and (kept / "config.json").is_file():
         return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
-    return find_model(str(named), is_default=False)
-
-
-def _dtype(machine: Machine) -> str:
-    return "fp32" if machine.device == "cpu" and machine.precision != "bf16" else machine.precision
+    return find_model(str(named), is_default=False, flag="--base-model")
 
 
 def _local_folder(model_dir: str) -> Path:
@@ -178,8 +174,12 @@ def _local_folder(model_dir: str) -> Path:
     return fetch_repository(model_dir)
 
 
-def _with_adapter(base: Any, folder: Path) -> Any:
-    """Base and adapter merged in memory, which answers the same and faster."""
+def with_adapter(base: Any, folder: Path) -> Any:
+    """The PEFT model of `base` and the adapter in `folder`.
+
+    Raises:
+        UserError: the adapter is damaged, or of another base.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -199,4 +199,4 @@ def _with_adapter(base: Any, folder: Path) -> Any:
                 "note: this adapter is all zero: answers are the base's",
             )
         )
-    return model.merge_and_unload()
+    return model

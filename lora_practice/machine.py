@@ -202,15 +202,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def matmul_gflops() -> float:
+def matmul_gflops(device: str = "cpu") -> float:
     """Billions of fp32 operations a second in the matrix products of a small model, measured for 0.1 s."""
     import torch
 
-    x, w = torch.rand(128, 576), torch.rand(576, 1536)
-    x @ w
+    x, w = torch.rand(128, 576, device=device), torch.rand(576, 1536, device=device)
+    float((x @ w)[0, 0])  # reading a value waits for the device
     started, rounds = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:
-        x @ w
+        float((x @ w)[0, 0])
         rounds += 1
     return rounds * 2 * 128 * 576 * 1536 / (time.perf_counter() - started) / 1e9
 

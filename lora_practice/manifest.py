@@ -1,9 +1,13 @@
-"""A manifest, written last, says which files a folder must hold: if it is there and fits, the folder is whole."""
+"""Whole or not at all: a manifest, written last, says which files a folder must hold.
+
+If the manifest is there and fits, the folder is whole.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +24,13 @@ def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> No
             files[path.relative_to(folder).as_posix()] = note
     content = json.dumps({**(extra or {}), "files": files}, indent=1, ensure_ascii=False)
     (folder / name).write_text(content + "\n", "utf-8")
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(content, "utf-8")
+    os.replace(scratch, path)
 
 
 def damage(folder: Path, name: str) -> str:

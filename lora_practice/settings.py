@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Optional, TypeVar
 
 from lora_practice.errors import UserError, text
+from lora_practice.helping import Help
 
 T = TypeVar("T")
 _NO_VALUE: Any = object()  # what argparse stores for a flag whose value was left out
@@ -120,24 +121,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message, fix=text(f"用 {self.prog} --help 看全部选项", f"see {self.prog} --help"))
 
 
-class _Help(argparse.HelpFormatter):
-    """One flag spelling in the help, though three are accepted; Chinese is wrapped by the terminal."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
-
-    def start_section(self, heading: Optional[str]) -> None:
-        super().start_section(text("选项", "options"))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.dest == "help":
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {action.metavar or ''}".rstrip()
-
-
 def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentParser:
     usage = f"{prog} [{text('选项', 'options')}]"
-    looks: dict[str, Any] = {"usage": usage, "description": description, "formatter_class": _Help}
+    looks: dict[str, Any] = {"usage": usage, "description": description, "formatter_class": Help}
+    switches = [field.name for field in _fields(cls) if field.default is True]
+    if switches:
+        off = ", ".join("--no-" + name for name in switches)
+        looks["epilog"] = text(f"默认打开的选项这样关：{off}", f"what is on by default is turned off so: {off}")
     parser = _Parser(prog=prog, allow_abbrev=False, add_help=False, **looks)
     parser.add_argument("-h", "--help", action="help", help=text("显示这些说明", "show this help"))
     types = typing.get_type_hints(cls)

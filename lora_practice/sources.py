@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import embedded
-from lora_practice.environment import datasets_cache, hub_endpoint, hub_is_reachable, network_errors
+from lora_practice.environment import dataset_is_cached, hub_endpoint, hub_is_reachable, network_errors
 from lora_practice.errors import UserError, text
 
 # the defaults that we ship: only these may be stood in for, not what a learner writes in their place
@@ -48,8 +48,8 @@ class Source:
         return {**record, "hub_id": self.hub_id, "revision": self.revision, "note": self.note}
 
 
-def find_model(name: str, is_default: bool, want_embedded: bool = False) -> Source:
-    """The base model, on this disk.
+def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: str = "--model_name") -> Source:
+    """The base model, on this disk; `flag` is what an error names.
 
     Raises:
         UserError: the folder is no model, the Hub has no such model, or it cannot be reached and the model is
@@ -62,13 +62,13 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False) -> Sour
                 fix=text("两个里留一个", "keep one of the two"),
             )
         return _embedded_model()
-    folder = Path(name).expanduser()
+    folder = _path(name)
     if folder.is_dir():
         return Source("folder", str(name), _checked_model_folder(folder.resolve()))
     if not _is_hub_id(name):
         raise UserError(
             text("没有这个模型文件夹", "no such model folder"),
-            where=name,
+            where=f"{flag} {name}",
             fix=text("检查路径，或写 Hub 上的名字（作者/模型）", "check the path, or give a Hub name (owner/model)"),
         )
     reachable = hub_is_reachable()
@@ -83,11 +83,11 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False) -> Sour
         )
     if is_default:
         note = text(
-            f"连不上 {hub_endpoint()}：改用内置模型 SmolLM2-135M-Instruct（来自 PyPI）",
-            f"{hub_endpoint()} cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)",
+            "连不上 Hub：改用内置模型 SmolLM2-135M-Instruct（来自 PyPI）",
+            "the Hub cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)",
         )
         return _embedded_model(note)
-    raise _unreachable(name, "--model_name")
+    raise _unreachable(name, flag)
 
 
 def fetch_repository(name: str) -> Path:
@@ -100,7 +100,7 @@ def fetch_repository(name: str) -> Path:
 
 def find_template(name: str) -> Path:
     """Folder (or .jinja file) that holds a chat template: a path, or a Hub name."""
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.exists():
         return path
     if _is_hub_id(name):
@@ -117,7 +117,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     """The data: a local file, a Hub data set, or the embedded conversations."""
     if want_embedded and is_default:
         return _embedded_conversations()
-    file = Path(path).expanduser()
+    file = _path(path)
     if file.exists() or file.suffix.lower() in DATA_FILES or not _is_hub_id(path):
         if not file.exists():
             raise UserError(
@@ -128,11 +128,11 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
         return Source("file", file.name, file)
     if hub_is_reachable() or not is_default:
         return Source("hub", path, None, path)
-    if _dataset_is_cached(path):
+    if dataset_is_cached(path):
         return Source("hub", path, None, path)
     note = text(
-        f"连不上 {hub_endpoint()}：改用内置的英文对话（chatterbot-corpus，来自 PyPI）",
-        f"{hub_endpoint()} cannot be reached: using the embedded English conversations (chatterbot-corpus, PyPI)",
+        "连不上 Hub：改用内置的英文对话（chatterbot-corpus，来自 PyPI）",
+        "the Hub cannot be reached: using the embedded English conversations (chatterbot-corpus, PyPI)",
     )
     return _embedded_conversations(note)
 
@@ -159,6 +159,13 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
             where=f"{source.name} ({config})" if config else source.name,
             fix=text("检查 --dataset_path 和 --dataset_name", "check --dataset_path and --dataset_name"),
         ) from error
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home of nobody
+        return Path(name)
 
 
 def _embedded_model(note: str = "") -> Source:
@@ -225,12 +232,9 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
         ) from error
 
 
-def _dataset_is_cached(path: str) -> bool:
-    folder, cache = path.replace("/", "___"), datasets_cache()
-    return any(any(cache.glob(name + "/**/dataset_info.json")) for name in (folder, folder.lower()))
-
-
 def _unreachable(name: str, flag: str) -> UserError:
+    trains = "_" in flag  # the flags of inference.py are spelt --model-dir and --base-model
+    other = text("用 --embedded 跑内置模型", "use --embedded") if trains else text("写一个本地文件夹", "name a folder")
     return UserError(
         text(
             f"连不上 {hub_endpoint()}，本机也没有缓存",
@@ -238,7 +242,7 @@ def _unreachable(name: str, flag: str) -> UserError:
         ),
         where=f"{flag} {name}",
         fix=text(
-            "检查网络、设镜像 HF_ENDPOINT，或用 --embedded 跑内置模型",
-            "check the network, set a mirror in HF_ENDPOINT, or use --embedded",
+            f"检查网络、设镜像 HF_ENDPOINT，或{other}",
+            f"check the network, set a mirror in HF_ENDPOINT, or {other}",
         ),
     )

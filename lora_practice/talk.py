@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -9,8 +10,8 @@ from lora_practice.errors import tell, text
 from lora_practice.generate import Talker, talker
 
 SAMPLE_PROMPTS = (
-    "What is the capital of France? Answer in one sentence.",
-    "My printer is not printing. What should I do?",
+    "What is the capital of France?",
+    "My printer is not printing.",
     "Tell me a joke.",
     "Do you have feelings?",
 )
@@ -18,6 +19,8 @@ SAMPLE_PROMPTS = (
 
 def chat(talk: Talker, system: str, **options: Any) -> None:
     """A conversation at the terminal, until Ctrl-D or /exit; /reset begins anew."""
+    with contextlib.suppress(ImportError):  # arrow keys, and deleting a whole Chinese character; not on Windows
+        import readline  # noqa: F401
     tell(text("开始聊天：/reset 重来，/exit 或 Ctrl-D 退出", "chat: /reset begins anew, /exit or Ctrl-D ends"))
     messages = opening(system)
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -21,11 +22,14 @@ from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
 from lora_practice.watch import Interrupt, Progress
 
-SECONDS_GFLOPS_PER_TOKEN = 2.0  # what plain TRL needs for a token of SmolLM2-135M on a 1 GFLOP/s machine
+# Work for a token of SmolLM2-135M, over what a bare matrix product reaches: measured, not counted.
+PLAIN_GFLOP_PER_TOKEN = 2.0
+FAST_GFLOP_PER_TOKEN = {"fp32": 0.3, "fp16": 0.3, "bf16": 0.18}
 
 
 def build_trainer(
     model: Any,
+    engine: Optional[fast.Engine],
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Any,
@@ -36,7 +40,7 @@ def build_trainer(
     from datasets import Dataset
 
     rows = pack(examples, settings.max_length) if settings.packing else list(examples)
-    checkpointing = needs_checkpointing(model, rows, settings, machine)
+    checkpointing = engine is None and needs_checkpointing(model, rows, settings, machine)
     arguments = versions.sft_config(
         output_dir=str(folder.path),
         per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -76,11 +80,11 @@ def build_trainer(
     trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen))
-    trainer.engine = build_engine(trainer, settings, machine)
+    trainer.engine = engine
     return trainer
 
 
-def build_engine(trainer: PracticeTrainer, settings: Any, machine: Machine) -> Optional[fast.Engine]:
+def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.Engine]:
     """The fast engine for this model, or None for the plain path, with one line that says why.
 
     Raises:
@@ -90,26 +94,33 @@ def build_engine(trainer: PracticeTrainer, settings: Any, machine: Machine) -> O
         return None
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.precision]
     try:
-        if trainer.accelerator.num_processes > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise fast.NotServed("several processes")
-        return fast.build(trainer.model, dtype, seed=settings.seed)
+        if settings.gradient_checkpointing == "on":
+            raise fast.NotServed("gradient_checkpointing")  # it bounds its memory by computing in small batches
+        return fast.build(model.to(machine.device), dtype, seed=settings.seed)
     except fast.NotServed as missing:
         what = text(f"快速路径不支持：{missing.reason}", f"not served by the fast path: {missing.reason}")
         if settings.fast == "on":
             raise UserError(what, where="--fast on", fix="--fast auto") from missing
         tell(text(f"{what}，用普通路径", f"{what}; taking the plain path"))
         if machine.device == "cpu":
-            trainer.model.float()  # autocast wants float32 weights under it
+            model.float()  # autocast wants float32 weights under it
         return None
 
 
 def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer) -> str:
     """The first lines that a user reads: device, precision, model, data, steps, expected time; and advice."""
-    minutes = rows.tokens * trainer.args.num_train_epochs * SECONDS_GFLOPS_PER_TOKEN / matmul_gflops() / 60
+    work = PLAIN_GFLOP_PER_TOKEN if trainer.engine is None else FAST_GFLOP_PER_TOKEN[machine.precision]
+    minutes = rows.tokens * trainer.args.num_train_epochs * work / matmul_gflops(machine.device) / 60
     steps = steps_of(trainer)
     if trainer.args.max_steps > 0:
         minutes *= min(1.0, steps / max(1, _steps_per_epoch(trainer)))
-    lines = [record.announcement(machine, base, data, rows, steps, minutes), machine.reason, machine.advice]
+    path = text("普通路径（TRL）", "plain path (TRL)")
+    if trainer.engine is not None:
+        path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
+    why = machine.reason if machine.facts.gpu else ""  # "no card" goes without saying
+    lines = [record.announcement(machine, base, data, rows, steps, minutes), why, path, machine.advice]
     return "\n".join(line for line in lines if line)
 
 
@@ -153,6 +164,13 @@ def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
         trainer.save_model(str(staging))
         (staging / "README.md").write_text(record.card(notes), "utf-8")
         trainer.folder.finish(staging, notes)
+
+
+def write_card(folder: OutputFolder, notes: dict[str, Any]) -> None:
+    """Write card and record of a finished run anew, when something was added to them."""
+    with folder.staging() as staging:
+        (staging / "README.md").write_text(record.card(notes), "utf-8")
+        folder.finish(staging, notes)
 
 
 def steps_of(trainer: PracticeTrainer) -> int:

@@ -2,7 +2,7 @@
 #
 #   prepare_environment [EXTRA]    EXTRA: "test" or nothing
 #
-# An activated environment (or `uv run`) is used as it is; otherwise .venv is made. What is done is skipped.
+# An activated environment (or `uv run`) is used as it is, but for conda's base, which is not ours to fill; otherwise .venv is made. What is done is skipped.
 # 由 train.sh 和 run_tests.sh 调用：准备好环境，把 PYTHON 指向它。已激活的环境直接用，否则建 .venv。
 
 say() { # 中文 English
@@ -14,7 +14,7 @@ say() { # 中文 English
 
 prepare_environment() {
     local extra="${1:-}" stamp wanted
-    if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
+    if [ -n "${VIRTUAL_ENV:-}" ] || { [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" != base ]; }; then
         PYTHON="$(command -v python)"
     else
         [ -x .venv/bin/python ] && .venv/bin/python -c '' 2>/dev/null || make_venv

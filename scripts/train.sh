@@ -8,4 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 prepare_environment
+if [ "$PYTHON" = "$PWD/.venv/bin/python" ]; then
+    export LORA_PRACTICE_PYTHON=.venv/bin/python # for the next command that the run names: nothing is activated
+fi
 exec "$PYTHON" fine_tuning_practice.py "$@"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from lora_practice import embedded
 from lora_practice.data import conversations
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.tokens import Encoder, Example, count_trained, preview
@@ -43,7 +44,13 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any
     found, tally = conversations.collect(_open(source, config), limit, settings.skip_bad_rows, source.name)
     if tally.bad:
         tell(str(tally))
+    if source.kind == "embedded":
+        tell(_counted(**embedded.conversation_counts()))
     kept, held_out = hold_out(found, settings.eval_subset_size, settings.seed)
+    repeated = len(found) - len(kept) - len(held_out)
+    if repeated:
+        zh, en = "行与留出的行内容相同，不训练", "rows are the same as held-out ones and are not trained on"
+        tell(text(f"{repeated} {zh}", f"{repeated} {en}"))
     if not kept:
         raise UserError(
             text(f"留出 {settings.eval_subset_size} 行后没有可训练的了", "no row is left to train on"),
@@ -63,7 +70,10 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any
                 "raise --max_length, or look for answers in the data",
             ),
         )
-    held_out_examples = list(Encoder(tokenizer, settings.max_length).encode(held_out))
+    measure = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
+    held_out_examples = list(measure.encode(held_out))
+    for line in measure.lost.lines(settings.max_length):
+        tell(text("留出的数据：", "held-out data: ") + line)
     facts = {
         "rows_read": len(found),
         "rows_trained": len(train),
@@ -73,6 +83,14 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any
         "first_row": preview(tokenizer, train[0]),
     }
     return Rows(train, held_out_examples, facts)
+
+
+def _counted(usable: int, distinct: int, most_repeated: int) -> str:
+    return text(
+        f"内置对话：{usable} 段可用，去重后 {distinct} 段（最多的一段原本出现 {most_repeated} 次）",
+        f"embedded conversations: {usable} usable, {distinct} distinct, each kept once (one stood there "
+        f"{most_repeated} times)",
+    )
 
 
 def hold_out(rows: list[Conversation], count: int, seed: int) -> tuple[list[Conversation], list[Conversation]]:

@@ -155,13 +155,15 @@ class Layer:
         d_o = self.out.backward(d_h.to(narrow), saved.o, saved.u_o, noise, ops)
         d_qkv = ops.attend_backward(d_o, saved.o, saved.qkv, now.plan, self.window, self.heads)[:n]
         ops.rotate(d_qkv, self.heads.query + self.heads.shared, now.cos, now.sin, -1)
-        if self.head_norm is not None:
+        if saved.raw_qk is not None:
             self._head_norm_backward(d_qkv, saved.raw_qk, ops)
         x1 = rows_buffer(n, self.qkv.width, narrow, d_h.device)
         ops.norm_again(saved.h, self.norm1, saved.rstd1, x1)
-        d_x1 = self.qkv.backward(d_qkv.to(narrow), x1, saved.u_qkv, noise, ops, need_d_h)
         if need_d_h:
+            d_x1 = self.qkv.backward(d_qkv.to(narrow), x1, saved.u_qkv, noise, ops)
             ops.norm_backward(d_x1, saved.h, self.norm1, saved.rstd1, d_h)
+        else:
+            self.qkv.backward_last(d_qkv.to(narrow), x1, saved.u_qkv, noise, ops)
         return d_h
 
     def _head_norm_backward(self, d_qkv: torch.Tensor, raw_qk: torch.Tensor, ops: Plain) -> None:

@@ -52,8 +52,8 @@ class LinearGroup:
         self.rank = matrix.shape[1] - width
         wide = wide_of(matrix.dtype)
         self.down = torch.empty(self.rank, width, dtype=wide, device=matrix.device)
-        self.d_down: Optional[torch.Tensor] = None  # (R, K): gradients of this step so far
-        self.d_up: Optional[torch.Tensor] = None  # (R, N); only the sites' own blocks mean something
+        # Of this step so far: d_A (R, K), and d_y^T u as (R, N), of which the sites' own blocks are d_B / c.
+        self.gradients: Optional[tuple[torch.Tensor, torch.Tensor]] = None
         matrix[:, width:] = 0
 
     def up(self, site: Site) -> torch.Tensor:
@@ -79,27 +79,40 @@ class LinearGroup:
         return out, u.clone()
 
     def backward(
+        self, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, noise: Optional[Noise], ops: Plain
+    ) -> torch.Tensor:
+        """d_y (n, N) -> d_x (n, K); the LoRA gradients are gathered in `gradients`."""
+        d_xu = rows_buffer(x.shape[0], self.width + self.rank, x.dtype, x.device)
+        torch.mm(d_y, self.matrix, out=d_xu)
+        d_x = d_xu[:, : self.width]
+        self._gather(d_y, x, u, d_xu[:, self.width :], noise, ops, d_x)
+        return d_x
+
+    def backward_last(
+        self, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, noise: Optional[Noise], ops: Plain
+    ) -> None:
+        """As `backward`, for the first layer of the model: nothing below it trains, so d_x is not made."""
+        self._gather(d_y, x, u, d_y @ self.matrix[:, self.width :], noise, ops, None)
+
+    def _gather(
         self,
         d_y: torch.Tensor,
         x: torch.Tensor,
         u: torch.Tensor,
+        d_u: torch.Tensor,
         noise: Optional[Noise],
         ops: Plain,
-        need_d_x: bool = True,
-    ) -> Optional[torch.Tensor]:
-        """Adds to the group's d_down and d_up; returns d_x (n, K), or None when it is not needed."""
-        if need_d_x:
-            d_xu = rows_buffer(x.shape[0], self.width + self.rank, x.dtype, x.device)
-            torch.mm(d_y, self.matrix, out=d_xu)
-            d_x, d_u = d_xu[:, : self.width], d_xu[:, self.width :]
+        d_x: Optional[torch.Tensor],
+    ) -> None:
+        if not self.sites:
+            return
+        d_down = ops.lora_down_backward(x, d_u, self.down, self.sites, noise, d_x)
+        d_up = u.t() @ d_y  # the off-diagonal blocks are computed too: cheaper than many small products
+        if self.gradients is None:
+            self.gradients = (d_down, d_up.to(d_down.dtype))
         else:
-            d_x, d_u = None, d_y @ self.matrix[:, self.width :]
-        if self.sites:
-            d_down = ops.lora_down_backward(x, d_u, self.down, self.sites, noise, d_x)
-            d_up = u.t() @ d_y  # the off-diagonal blocks are computed too: cheaper than many small products
-            self.d_down = d_down if self.d_down is None else self.d_down.add_(d_down)
-            self.d_up = d_up.to(d_down.dtype) if self.d_up is None else self.d_up.add_(d_up)
-        return d_x
+            self.gradients[0].add_(d_down)
+            self.gradients[1].add_(d_up)
 
 
 class LoraWeights:
@@ -116,18 +129,25 @@ class LoraWeights:
         torch._foreach_copy_([g.up(s) for g, s in self.pairs], scaled)
 
     def give(self, keep_rate: float) -> None:
-        """Add the gathered gradients to .grad of PEFT's parameters (d_B still lacks its c) and forget them."""
-        pairs = [(g, s) for g, s in self.pairs if g.d_down is not None and g.d_up is not None]
-        for _, site in pairs:
-            for parameter in (site.a, site.b):
+        """Add the gathered gradients to .grad of PEFT's parameters and forget them."""
+        a_grads: list[torch.Tensor] = []
+        b_grads: list[torch.Tensor] = []
+        d_a: list[torch.Tensor] = []
+        d_b: list[torch.Tensor] = []
+        for group, site in self.pairs:
+            if group.gradients is None:
+                continue
+            for parameter, grads in ((site.a, a_grads), (site.b, b_grads)):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        factors = self._factors(keep_rate) if pairs else []
-        d_up = [g.d_up[s.ranks, s.outputs].t() for g, s in pairs]
-        torch._foreach_add_([s.a.grad for _, s in pairs], [g.d_down[s.ranks] for g, s in pairs])
-        torch._foreach_add_([s.b.grad for _, s in pairs], torch._foreach_mul(d_up, factors))
+                grads.append(parameter.grad)
+            d_down, d_up = group.gradients
+            d_a.append(d_down[site.ranks])
+            d_b.append(d_up[site.ranks, site.outputs].t() * (site.scale / keep_rate))
+        if d_a:
+            torch._foreach_add_([*a_grads, *b_grads], [*d_a, *d_b])  # type: ignore[arg-type]
         for group in self.groups:
-            group.d_down = group.d_up = None
+            group.gradients = None
 
     def _factors(self, keep_rate: float) -> list[float]:
         return [site.scale / keep_rate for _, site in self.pairs]

@@ -22,7 +22,10 @@ CHUNK_ROWS = 128  # x 49152 float32 logits = 25 MB
 def head_loss(
     x: torch.Tensor, weight: torch.Tensor, plan: Plan, scale: Optional[float], ops: Plain
 ) -> tuple[float, Optional[torch.Tensor]]:
-    """x (L, K): normed hidden states of plan.label_rows. Returns the summed loss in nats and d_x (None without scale)."""
+    """Summed loss in nats, and d_x (None without scale).
+
+    x (L, K): normed hidden states of plan.label_rows.
+    """
     total = 0.0
     d_x = torch.empty_like(x) if scale is not None else None
     for first in range(0, x.shape[0], CHUNK_ROWS):

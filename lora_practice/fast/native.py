@@ -1,44 +1,22 @@
-"""Optional compiled kernels: built once with the machine's own compiler, never required.
+"""Optional compiled kernels: never required.
 
-`load` returns a `Native` (ops.Plain with some pieces replaced) or the plain pieces, each with a `name` that says
-which and why. One small library per compute dtype, in the user's cache folder; its file name carries a hash of the
-sources, the compiler and the processor, so that a change of any of them builds anew. torch and the kernels must
-share one OpenMP runtime (two would fight over the cores), so the library is linked to the one torch has loaded.
+`load` returns a `Native` (ops.Plain with pieces replaced) or the plain pieces; `name` says which, and why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 from typing import Optional
 
 import torch
 
 from .attention import Heads
+from .compiling import library
 from .noise import Noise
 from .ops import Activation, Plain
 from .plan import Plan
 
-SOURCES = ("kernels.cpp", "attention.cpp", "numbers.h")
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fPIC",
-    "-shared",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-]
-FLAGS += ["-fassociative-math", "-fopenmp-simd"]  # not -ffast-math: it switches off denormals for the process
 TYPES = {torch.float32: "float", torch.bfloat16: "Half"}
 
 
@@ -47,7 +25,7 @@ def load(dtype: torch.dtype, device: torch.device) -> Plain:
     if device.type != "cpu" or dtype not in TYPES:
         return _plain(f"{dtype} on {device.type}".replace("torch.", ""))
     try:
-        return Native(_library(TYPES[dtype]))
+        return Native(library(TYPES[dtype]))
     except (OSError, subprocess.SubprocessError) as error:
         return _plain(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
 
@@ -56,67 +34,6 @@ def _plain(reason: str) -> Plain:
     ops = Plain()
     ops.name = f"torch ({reason})"
     return ops
-
-
-@functools.cache
-def _library(type_name: str) -> ctypes.CDLL:
-    """Build if needed, then load. Raises OSError or SubprocessError when that cannot be done."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-practice"
-    here = Path(__file__).parent
-    runtime = _openmp_runtime()
-    text = "".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
-    words = (text, type_name, compiler or "", runtime or "", torch.__version__, _processor(), *FLAGS)
-    path = folder / f"kernels-{type_name}-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        if compiler is None:
-            raise OSError("no C++ compiler found")
-        _compile(compiler, type_name, runtime, here, path)
-    return ctypes.CDLL(str(path))
-
-
-def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    sources = [str(here / name) for name in SOURCES if name.endswith(".cpp")]
-    openmp = ["-fopenmp"] if runtime else []
-    command = [
-        compiler,
-        *FLAGS,
-        *openmp,
-        f"-DT={type_name}",
-        *sources,
-        "-o",
-        scratch,
-        *([runtime] if runtime else []),
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
-        os.replace(scratch, path)  # whole or not at all, also when two processes build at once
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)
-
-
-def _openmp_runtime() -> Optional[str]:
-    """Path of the OpenMP library that torch has loaded; None where it cannot be told (kernels run on one core)."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
-    return next((path for path in sorted(paths) if "libgomp" in path or "libiomp5" in path), None)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 class _Site(ctypes.Structure):
@@ -202,7 +119,7 @@ class Native(Plain):
         if known is None or known[0] != step:
             keys = [(0, 0) if noise is None else noise.key(site.number) for site in sites]
             array = (_Site * len(sites))(
-                *((s.ranks.start, s.ranks.stop, a & 0xFFFFFFFF, b & 0xFFFFFFFF) for s, (a, b) in zip(sites, keys))
+                *(_Site(s.ranks.start, s.ranks.stop, a & 0xFFFFFFFF, b & 0xFFFFFFFF) for s, (a, b) in zip(sites, keys))
             )
             known = self._site_arrays[id(sites)] = (step, array)
         threshold, row0 = (0, 0) if noise is None else (noise.threshold, noise.row0)

@@ -145,7 +145,7 @@ class Plain:
             torch.mm(x, down.t().to(x.dtype), out=out)
             return
         for site in sites:
-            keep = keep_mask(noise.key(site.number), noise.threshold, noise.row0, tuple(x.shape), x.device)
+            keep = keep_mask(noise.key(site.number), noise.threshold, noise.row0, (x.shape[0], x.shape[1]), x.device)
             out[:, site.ranks] = (x * keep) @ down[site.ranks].t().to(x.dtype)
 
     def lora_down_backward(
@@ -165,7 +165,7 @@ class Plain:
             return (d_u.t() @ x).to(wide_of(narrow))
         d_down = torch.empty_like(down, dtype=wide_of(narrow))
         for site in sites:
-            keep = keep_mask(noise.key(site.number), noise.threshold, noise.row0, tuple(x.shape), x.device)
+            keep = keep_mask(noise.key(site.number), noise.threshold, noise.row0, (x.shape[0], x.shape[1]), x.device)
             d_down[site.ranks] = (d_u[:, site.ranks].t() @ (x * keep)).to(d_down.dtype)
             if d_x is not None:
                 d_x += (d_u[:, site.ranks] @ down[site.ranks].to(narrow)) * keep

@@ -6,6 +6,8 @@ whenever the dtypes agree, so the model keeps working, in generation and evaluat
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -48,7 +50,7 @@ class Weights:
     rotary: Any  # the model's own module: (x, position_ids) -> cos, sin
     threshold: int  # dropout probability in 1 / 65536
     parameters: list[torch.nn.Parameter]
-    moved: list[tuple[torch.nn.Parameter, torch.Tensor]]  # (weight, its view in a merged matrix)
+    moved: list[tuple[torch.Tensor, torch.Tensor]]  # (weight, its view in a merged matrix)
 
 
 def read(peft_model: Any, dtype: torch.dtype) -> Weights:
@@ -73,6 +75,7 @@ def read(peft_model: Any, dtype: torch.dtype) -> Weights:
         raise NotServed(f"LoRA layers differ in dropout: {sorted(reader.dropouts)}")
     hidden = causal.config.hidden_size
     embedding = causal.get_input_embeddings().weight
+    _return_freed_memory()
     return Weights(
         embedding=embedding.detach(),
         embedding_scale=float(torch.tensor(hidden**0.5)) if kind == "GemmaForCausalLM" else 1.0,  # float32, as theirs
@@ -95,7 +98,7 @@ class _Reader:
         self.gemma = type(causal).__name__ == "GemmaForCausalLM"
         self.parameters: list[torch.nn.Parameter] = []
         self.dropouts: set[float] = set()
-        self.moved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self.moved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.sites = 0
         self.check_config()
 
@@ -202,6 +205,12 @@ class _Reader:
         self.sites += 1
         ranks = slice(rank, rank + a.shape[0])
         return Site(a, b, float(module.scaling[adapter]), slice(row, row + b.shape[0]), ranks, self.sites)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps the pages of the replaced weights for itself until asked; elsewhere there is nothing to ask."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _base_linear(module: Any) -> torch.nn.Linear:

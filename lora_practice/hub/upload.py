@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
 from lora_practice.environment import hub_endpoint, prepare_environment
 from lora_practice.errors import UserError, tell, text
 from lora_practice.hub.link import Link, open_link, plain_transfer
@@ -38,7 +39,7 @@ class UploadSettings:
         "仓库名 作者/名字；也可用 HF_REPO_ID，或 HF_USERNAME 加 HF_REPO_NAME",
         "owner/name; or HF_REPO_ID, or HF_USERNAME and HF_REPO_NAME",
     )
-    local_dir: str = setting("outputs/SmolLM2-FT-MyDataset", "要上传的文件夹", "the folder to upload")
+    local_dir: str = setting(DEFAULT_OUTPUT_DIR, "要上传的文件夹", "the folder to upload")
     exclude_checkpoints: bool = setting(False, "不上传 checkpoint-*", "leave checkpoint-* out")
     public: bool = setting(False, "建公开仓库，而不是私有的", "make the repository public instead of private")
     commit_message: str = setting("Upload LoRA fine-tuning output", "提交说明", "what the commit says")

@@ -189,10 +189,10 @@ def test_every_fixed_setting_is_one() -> None:
 
 def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
     """The Hub may be reachable by now: another base under the same adapter would be another run."""
-    assert not start(tmp_path / "run", kind="embedded").used_embedded("model")
+    assert not start(tmp_path / "run", kind="embedded").began_with("model", "embedded")
     folder = claim(tmp_path / "run", resume=True)
-    assert folder.used_embedded("model")
-    assert not folder.used_embedded("data")
+    assert folder.began_with("model", "embedded")
+    assert not folder.began_with("data", "embedded")
 
 
 def test_an_interrupted_finish_is_an_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,9 +254,9 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_whole_ones(tmp_path: Path)
 
 def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
     file = tmp_path / RECORD
-    artifacts.write_whole(file, "old")
+    manifest.write_whole(file, "old")
     with pytest.raises(UnicodeEncodeError):
-        artifacts.write_whole(file, "\ud800")
+        manifest.write_whole(file, "\ud800")
     assert file.read_text() == "old"
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lora_practice.helping import columns
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ("fine_tuning_practice.py",)
 INFER = ("inference.py",)
@@ -92,6 +94,7 @@ def test_help_answers_without_the_libraries(door: tuple[str, ...], lang: str, wo
     done = run(tmp_path, door, "--help", lang=lang, PYTHONPROFILEIMPORTTIME="1")
     assert done.code == 0
     assert word in done.out
+    assert all(columns(line) <= 80 for line in done.out.splitlines())
     imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
     assert "lora_practice.errors" in imported
     assert not imported & set(HEAVY)

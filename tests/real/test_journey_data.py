@@ -52,7 +52,6 @@ CASES += [(shape, kind) for shape in TABLES for kind in ("csv", "csv:utf-8-sig",
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_every_shape_and_format_gives_the_same_trained_words(tmp_path, tokenizer, shape, kind):
     from fine_tuning_practice import TrainSettings
-
     from lora_practice.data.prepare import prepare
     from lora_practice.sources import find_dataset
 
@@ -66,8 +65,8 @@ def test_every_shape_and_format_gives_the_same_trained_words(tmp_path, tokenizer
 
 def test_the_real_model_has_a_finite_loss_on_each_shape(tmp_path, tokenizer, embedded_model):
     import torch
-    from fine_tuning_practice import TrainSettings
 
+    from fine_tuning_practice import TrainSettings
     from lora_practice.data.batches import Collator
     from lora_practice.data.prepare import prepare
     from lora_practice.model import load_base
@@ -101,7 +100,6 @@ def test_a_bad_row_stops_before_anything_is_written_and_names_file_and_line(tmp_
 
 def test_bad_rows_can_be_left_out_and_are_counted_on_screen_and_in_the_record(tmp_path, tokenizer, capsys):
     from fine_tuning_practice import TrainSettings
-
     from lora_practice.data.prepare import prepare
     from lora_practice.sources import find_dataset
 

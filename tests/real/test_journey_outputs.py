@@ -123,7 +123,6 @@ def test_the_loss_falls_on_rows_that_are_seen_again_and_chinese_is_spoken_to_a_c
 @pytest.fixture(scope="module")
 def lora(embedded_model: Path) -> Any:
     from fine_tuning_practice import TrainSettings
-
     from lora_practice.model import add_lora, load_base
     from lora_practice.sources import Source
 
@@ -133,7 +132,6 @@ def lora(embedded_model: Path) -> Any:
 
 def test_two_thousand_rows_and_the_defaults_make_checkpoint_250(lora, tokenizer, embedded_examples, tmp_path):
     from fine_tuning_practice import TrainSettings
-
     from lora_practice.artifacts import OutputFolder
     from lora_practice.data.tokens import Example
     from lora_practice.machine import Facts, decide
@@ -141,7 +139,7 @@ def test_two_thousand_rows_and_the_defaults_make_checkpoint_250(lora, tokenizer,
 
     rows = [Example(*embedded_examples[i % 8]) for i in range(2000)]
     machine, folder = decide(Facts(memory=8 << 30)), OutputFolder(tmp_path / "out")
-    trainer = build_trainer(lora, tokenizer, rows, TrainSettings(), machine, folder)
+    trainer = build_trainer(lora, None, tokenizer, rows, TrainSettings(), machine, folder)
     assert steps_of(trainer) == 250
     trainer.create_optimizer_and_scheduler(num_training_steps=250)
     trainer.state.global_step, trainer.state.max_steps = 250, 250

@@ -1,0 +1,96 @@
+"""Builds the kernels with the machine's own compiler, once, into the user's cache folder.
+
+One small library per compute dtype; its file name carries a hash of the sources, the compiler and the processor,
+so that a change of any of them builds anew. torch and the kernels must share one OpenMP runtime (two would fight
+over the cores), so the library is linked to the one that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+SOURCES = ("kernels.cpp", "attention.cpp", "numbers.h")
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+]
+FLAGS += ["-fassociative-math", "-fopenmp-simd"]  # not -ffast-math: it switches off denormals for the process
+
+
+@functools.cache
+def library(type_name: str) -> ctypes.CDLL:
+    """Build if needed, then load. Raises OSError or SubprocessError when that cannot be done."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-practice"
+    here = Path(__file__).parent
+    runtime = _openmp_runtime()
+    text = "".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
+    words = (text, type_name, compiler or "", runtime or "", torch.__version__, _processor(), *FLAGS)
+    path = folder / f"kernels-{type_name}-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        if compiler is None:
+            raise OSError("no C++ compiler found")
+        _compile(compiler, type_name, runtime, here, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    sources = [str(here / name) for name in SOURCES if name.endswith(".cpp")]
+    openmp = ["-fopenmp"] if runtime else []
+    command = [
+        compiler,
+        *FLAGS,
+        *openmp,
+        f"-DT={type_name}",
+        *sources,
+        "-o",
+        scratch,
+        *([runtime] if runtime else []),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+        os.replace(scratch, path)  # whole or not at all, also when two processes build at once
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+
+
+def _openmp_runtime() -> Optional[str]:
+    """Path of the OpenMP library that torch has loaded; None where it cannot be told (kernels run on one core)."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
+    return next((path for path in sorted(paths) if "libgomp" in path or "libiomp5" in path), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

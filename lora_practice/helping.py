@@ -1,0 +1,41 @@
+"""How `--help` looks: one spelling per flag, and lines that fit the terminal in Chinese too."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import unicodedata
+from typing import Optional
+
+from lora_practice.errors import text
+
+# one wide character or a word, with the punctuation that may not begin a line
+_PIECE = re.compile(r"(?:[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）？！]*\s*|\s+")
+
+
+class Help(argparse.HelpFormatter):
+    """One flag spelling in the help, though three are accepted."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def start_section(self, heading: Optional[str]) -> None:
+        super().start_section(text("选项", "options"))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {action.metavar or ''}".rstrip()
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        lines = [""]
+        for piece in _PIECE.findall(text):
+            if lines[-1] and columns(lines[-1] + piece.rstrip()) > width:
+                lines.append("")
+            lines[-1] += piece
+        return [line.rstrip() for line in lines]
+
+
+def columns(words: str) -> int:
+    """Terminal columns that these words take: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in words)

@@ -1,0 +1,45 @@
+"""What the fast path does not know, it refuses with a reason; the plain path takes over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from fast_models import SMALL, TARGETS, tiny
+from peft import LoraConfig, get_peft_model
+
+from lora_practice import fast
+
+
+@pytest.mark.parametrize(
+    "lora, reason",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "trainable|lm_head|head"),
+        ({"bias": "lora_only"}, "trainable"),
+        ({"lora_bias": True}, "bias"),
+        ({"targets": [*TARGETS, "lm_head"]}, "head"),
+    ],
+)
+def test_what_is_not_served_says_why(lora, reason):
+    family = "Qwen2" if "bias" in lora else "Llama"
+    with pytest.raises(fast.NotServed, match=reason):
+        fast.build(tiny(family, dtype=torch.float32, **lora))
+
+
+def test_unknown_architectures_are_not_served():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)
+    model = get_peft_model(transformers.GPT2LMHeadModel(config), LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(fast.NotServed, match="GPT2LMHeadModel"):
+        fast.build(model)
+    config = transformers.LlamaConfig(**SMALL, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    model = get_peft_model(transformers.LlamaForCausalLM(config), LoraConfig(target_modules=TARGETS))
+    with pytest.raises(fast.NotServed, match="dynamic"):
+        fast.build(model)
+
+
+def test_two_adapters_are_not_served():
+    model = tiny(dtype=torch.float32)
+    model.add_adapter("second", LoraConfig(target_modules=TARGETS))
+    with pytest.raises(fast.NotServed, match="several adapters"):
+        fast.build(model)
