@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +29,10 @@ def opening(
     return {
         "made_by": f"lora-finetune-practice {__version__}",
         "started_at": time.strftime("%Y-%m-%d %H:%M"),
-        "command": shlex.join([*_door(), *repeatable]),
+        "command": shlex.join([*_door("fine_tuning_practice.py", "train"), *repeatable]),
         "settings": dataclasses.asdict(settings),
         "model": base.record(),
-        "data": {**data.record(), **rows.facts, "tokens": rows.tokens, "trained_tokens": rows.trained_tokens},
+        "data": {**data.record(), **rows.facts},
         "machine": {
             "device": machine.device,
             "precision": machine.precision,
@@ -45,9 +46,12 @@ def opening(
     }
 
 
-def _door() -> list[str]:
-    here = Path("fine_tuning_practice.py").exists()
-    return ["python", "fine_tuning_practice.py"] if here else ["lora-practice", "train"]
+def _door(script: str, verb: str) -> list[str]:
+    """The words that open a door the way this run was started: beside the same script, or by the same command."""
+    started = Path(sys.argv[0])
+    if started.name == "fine_tuning_practice.py":
+        return ["python", str(started.with_name(script))]
+    return ["lora-practice", verb]
 
 
 def card(record: dict[str, Any]) -> str:
@@ -178,10 +182,10 @@ def announcement(machine: Machine, base: Source, data: Source, rows: Rows, steps
     if minutes < 1.5:
         about = text(f"约 {minutes * 60:.0f} 秒", f"about {minutes * 60:.0f} s")
     return text(
-        f"{where}，{machine.precision}｜{model}｜{source} {len(rows.train)} 行 {rows.tokens} token"
-        f"（训练其中 {rows.trained_tokens}）｜{steps} 步，{about}",
-        f"{where}, {machine.precision} | {model} | {source}: {len(rows.train)} rows, {rows.tokens} tokens "
-        f"({rows.trained_tokens} trained) | {steps} steps, {about}",
+        f"{where}，{machine.precision}｜{model}｜{source} {len(rows.train)} 行 {rows.train.tokens} token"
+        f"（训练其中 {rows.train.trained_tokens}）｜{steps} 步，{about}",
+        f"{where}, {machine.precision} | {model} | {source}: {len(rows.train)} rows, {rows.train.tokens} tokens "
+        f"({rows.train.trained_tokens} trained) | {steps} steps, {about}",
     )
 
 
@@ -198,8 +202,7 @@ def farewell(folder: Path, record: dict[str, Any]) -> str:
     """The last lines: where things are, and the exact next command."""
     model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model-dir {shlex.quote(str(folder))}"
     loss = record["losses"][-1]["loss"] if record["losses"] else float("nan")
-    door = "python inference.py" if Path("inference.py").exists() else "lora-practice infer"
-    command = _runnable(f"{door}{model_dir}")
+    command = _runnable(shlex.join(_door("inference.py", "infer")) + model_dir)
     return text(
         f"完成：{record['steps']} 步，{record['seconds']:.0f} 秒，loss {loss:.3f}，结果在 {folder}/\n"
         f"下一步，和它聊聊：\n  {command}",

@@ -14,6 +14,7 @@ from transformers import PrinterCallback
 from lora_practice import fast, record, versions
 from lora_practice.artifacts import OutputFolder, free_disk_check
 from lora_practice.data.batches import Collator, pack
+from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
 from lora_practice.data.tokens import IGNORED, Example, count_trained
 from lora_practice.errors import UserError, tell, text
@@ -31,16 +32,15 @@ def build_trainer(
     model: Any,
     engine: Optional[fast.Engine],
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Examples,
     settings: Any,
     machine: Machine,
     folder: OutputFolder,
 ) -> PracticeTrainer:
     """A trainer that is ready to run. `settings` holds TrainSettings' fields; no file is written here."""
-    from datasets import Dataset
-
-    rows = pack(examples, settings.max_length) if settings.packing else list(examples)
-    checkpointing = engine is None and needs_checkpointing(model, rows, settings, machine)
+    longest = settings.max_length if settings.packing else examples.longest
+    checkpointing = engine is None and needs_checkpointing(model, longest, settings, machine)
+    rows = packed_dataset(examples, settings.max_length) if settings.packing else examples.dataset()
     arguments = versions.sft_config(
         output_dir=str(folder.path),
         per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -72,7 +72,7 @@ def build_trainer(
     trainer = PracticeTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list([_row(example) for example in rows]),
+        train_dataset=rows,
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[Interrupt()],
@@ -112,7 +112,7 @@ def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.E
 def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer) -> str:
     """The first lines that a user reads: device, precision, model, data, steps, expected time; and advice."""
     work = PLAIN_GFLOP_PER_TOKEN if trainer.engine is None else FAST_GFLOP_PER_TOKEN[machine.precision]
-    minutes = rows.tokens * trainer.args.num_train_epochs * work / matmul_gflops(machine.device) / 60
+    minutes = rows.train.tokens * trainer.args.num_train_epochs * work / matmul_gflops(machine.device) / 60
     steps = steps_of(trainer)
     if trainer.args.max_steps > 0:
         minutes *= min(1.0, steps / max(1, _steps_per_epoch(trainer)))
@@ -184,7 +184,7 @@ def _steps_per_epoch(trainer: PracticeTrainer) -> int:
     return math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
 
 
-def needs_checkpointing(model: Any, rows: Sequence[Example], settings: Any, machine: Machine) -> bool:
+def needs_checkpointing(model: Any, longest: int, settings: Any, machine: Machine) -> bool:
     """`gradient_checkpointing`: "on", "off", or by what a step on the longest rows would take.
 
     Per token a layer keeps about 30 times its hidden size for the backward, and the head three copies of the
@@ -193,7 +193,7 @@ def needs_checkpointing(model: Any, rows: Sequence[Example], settings: Any, mach
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "on"
     config = model.config
-    tokens = max(len(row.input_ids) for row in rows) * settings.per_device_train_batch_size
+    tokens = longest * settings.per_device_train_batch_size
     width = 2 if machine.precision in ("fp16", "bf16") else 4
     layers = config.num_hidden_layers * config.hidden_size * 30 * width
     needed = tokens * (layers + config.vocab_size * 3 * 4)
@@ -223,6 +223,13 @@ def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> floa
             losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             total, count = total + float(losses), count + count_trained(example.labels)
     return total / count
+
+
+def packed_dataset(examples: Examples, max_length: int) -> Any:
+    """A `datasets.Dataset` of packed rows, with the lengths of their parts."""
+    from datasets import Dataset
+
+    return Dataset.from_list([_row(row) for row in pack(examples, max_length)])
 
 
 def _row(example: Example) -> dict[str, Any]:

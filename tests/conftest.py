@@ -81,7 +81,8 @@ def tokenizer(embedded_model: Path) -> Any:
 @pytest.fixture(scope="session")
 def embedded_examples(tokenizer: Any, embedded_rows: Path) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of the embedded conversations, in their order; two lists of equal length each."""
-    from lora_practice.data.conversations import collect, read_file
+    from lora_practice.data.collect import collect
+    from lora_practice.data.conversations import read_file
     from lora_practice.data.tokens import Encoder
 
     found, _ = collect(read_file(embedded_rows), None, False)

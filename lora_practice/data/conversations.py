@@ -20,7 +20,7 @@ from typing import Any, Union
 from lora_practice.data.files import RowFile, open_rows
 from lora_practice.data.rows import BadRow
 from lora_practice.data.turns import Message, bad_row, check_order, content_of, kind_of, listed, read_turns
-from lora_practice.errors import UserError, text
+from lora_practice.errors import text
 
 PAIRS = (
     ("instruction", "output"),
@@ -31,7 +31,6 @@ PAIRS = (
     ("query", "response"),
 )
 SHAPES = "messages | conversations | " + " | ".join(f"{ask} + {answer}" for ask, answer in PAIRS) + " | text"
-SHOWN = 5  # bad rows shown in full, and remembered per cause
 
 
 @dataclass(frozen=True)
@@ -165,78 +164,3 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
 def given(value: Any) -> bool:
     """False for what an optional field holds when it is left out: null, "" or blanks."""
     return bool(value) and not (isinstance(value, str) and value.isspace())
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What `collect` saw: rows kept, and bad rows by cause (in the user's language)."""
-
-    good: int
-    causes: dict[str, int]
-    first: tuple[BadRow, ...]  # the first few bad rows, for show
-
-    @property
-    def bad(self) -> int:
-        return sum(self.causes.values())
-
-    def __str__(self) -> str:
-        """One line such as "2 bad rows left out: broken JSON x2 (a.jsonl:3, a.jsonl:9)"; empty if none."""
-        if not self.bad:
-            return ""
-        parts = []
-        for cause, count in self.causes.items():
-            origins = [bad.origin for bad in self.first if bad.cause == cause]
-            more = "..." if count > len(origins) else ""
-            parts.append(f"{cause} x{count}" + (f" ({', '.join(origins)}{more and ', ' + more})" if origins else ""))
-        return text(f"跳过 {self.bad} 行坏数据：", f"{self.bad} bad rows left out: ") + "; ".join(parts)
-
-
-def collect(
-    rows: Iterable[Outcome], limit: int | None, skip_bad_rows: bool, where: str = ""
-) -> tuple[list[Conversation], Tally]:
-    """The first `limit` good rows (all if None), reading no further than needed, and what was bad among them.
-
-    `where` names the data set in errors.
-
-    Raises:
-        UserError: bad rows and not `skip_bad_rows` (up to 5 are shown, all up to the end or the limit are
-            counted); or no good row at all.
-    """
-    good: list[Conversation] = []
-    causes: dict[str, int] = {}
-    first: list[BadRow] = []
-    for row in rows:
-        if isinstance(row, BadRow):
-            # the first of each cause, so that Tally can place every cause
-            if causes.get(row.cause, 0) < SHOWN:
-                first.append(row)
-            causes[row.cause] = causes.get(row.cause, 0) + 1
-            continue
-        good.append(row)
-        if limit is not None and len(good) >= limit:
-            break
-    tally = Tally(len(good), causes, tuple(first))
-    if tally.bad and not (skip_bad_rows and good):
-        raise _refusal(tally, where)
-    if not good:
-        raise UserError(
-            text("数据里一行也没有", "the data set holds no rows"),
-            where,
-            text("换一个有数据的文件或数据集", "name a file or data set that holds rows"),
-        )
-    return good, tally
-
-
-def _refusal(tally: Tally, where: str) -> UserError:
-    shown = "".join(f"\n  {bad}" for bad in tally.first[:SHOWN])
-    more = tally.bad - min(SHOWN, len(tally.first))
-    if more:
-        shown += "\n  " + text(f"……还有 {more} 行", f"... and {more} more")
-    total = tally.good + tally.bad
-    return UserError(
-        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{tally.bad} bad rows among the {total} read:") + shown + "\n",
-        where,
-        text("改好它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
-        if tally.good
-        else text("一行能用的也没有：请改好它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
-    )

@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from tqdm import tqdm
+
 from lora_practice import embedded
 from lora_practice.data import conversations
+from lora_practice.data.collect import GoodRows
 from lora_practice.data.conversations import Conversation
-from lora_practice.data.tokens import Encoder, Example, count_trained, preview
+from lora_practice.data.examples import Examples
+from lora_practice.data.tokens import Encoder, preview
 from lora_practice.errors import UserError, tell, text
 from lora_practice.sources import Source, load_hub_rows
 
@@ -19,46 +23,30 @@ from lora_practice.sources import Source, load_hub_rows
 class Rows:
     """`train` and `held_out` examples; `facts` for the record."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the training rows, once."""
-        return sum(len(example.input_ids) for example in self.train)
-
-    @property
-    def trained_tokens(self) -> int:
-        """Those of them that have a loss."""
-        return sum(count_trained(example.labels) for example in self.train)
 
 
 def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any) -> Rows:
     """Read, check, hold out and tokenise. `settings` holds TrainSettings' fields.
 
+    Rows stream through, so memory holds their tokens only; held-out rows are chosen among all, which keeps the
+    conversations in memory too.
+
     Raises:
         UserError: the data cannot be read, holds wrong rows, is empty, or has nothing to train on.
     """
     limit = settings.train_subset_size + settings.eval_subset_size if settings.train_subset_size else None
-    found, tally = conversations.collect(_open(source, config), limit, settings.skip_bad_rows, source.name)
-    if tally.bad:
-        tell(str(tally))
+    found = GoodRows(_open(source, config), limit, settings.skip_bad_rows, source.name)
+    kept, held_out = hold_out(found, settings.eval_subset_size, settings.seed)
+    encoder = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
+    words = text("读数据", "reading the data")
+    train = Examples(encoder.encode(tqdm(kept, words, delay=3, unit=text(" 行", " rows"), leave=False)))
+    if found.tally.bad:
+        tell(str(found.tally))
     if source.kind == "embedded":
         tell(_counted(**embedded.conversation_counts()))
-    kept, held_out = hold_out(found, settings.eval_subset_size, settings.seed)
-    repeated = len(found) - len(kept) - len(held_out)
-    if repeated:
-        zh, en = "行与留出的行内容相同，不训练", "rows are the same as held-out ones and are not trained on"
-        tell(text(f"{repeated} {zh}", f"{repeated} {en}"))
-    if not kept:
-        raise UserError(
-            text(f"留出 {settings.eval_subset_size} 行后没有可训练的了", "no row is left to train on"),
-            where="--eval_subset_size",
-            fix=text("改小一点", "make it smaller"),
-        )
-    encoder = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
-    train = list(encoder.encode(kept))
     for line in encoder.lost.lines(settings.max_length):
         tell(line)
     if not train:
@@ -71,16 +59,18 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any
             ),
         )
     measure = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
-    held_out_examples = list(measure.encode(held_out))
+    held_out_examples = Examples(measure.encode(held_out))
     for line in measure.lost.lines(settings.max_length):
         tell(text("留出的数据：", "held-out data: ") + line)
     facts = {
-        "rows_read": len(found),
+        "rows_read": found.tally.good,
         "rows_trained": len(train),
         "rows_held_out": len(held_out_examples),
         "rows_lost": encoder.lost.counts,
-        "bad_rows_skipped": tally.causes,
+        "bad_rows_skipped": found.tally.causes,
         "first_row": preview(tokenizer, train[0]),
+        "tokens": train.tokens,
+        "trained_tokens": train.trained_tokens,
     }
     return Rows(train, held_out_examples, facts)
 
@@ -93,13 +83,29 @@ def _counted(usable: int, distinct: int, most_repeated: int) -> str:
     )
 
 
-def hold_out(rows: list[Conversation], count: int, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Take `count` rows out at random; no row with the same content stays in the training set."""
+def hold_out(rows: Iterable[Conversation], count: int, seed: int) -> tuple[Iterable[Conversation], list[Conversation]]:
+    """Take `count` rows out at random; no row with the same content stays in the training set.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
     if not count:
         return rows, []
-    chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
-    contents = {_content(rows[i]) for i in chosen}
-    return [row for row in rows if _content(row) not in contents], [rows[i] for i in sorted(chosen)]
+    found = list(rows)
+    chosen = random.Random(seed).sample(range(len(found)), min(count, len(found)))
+    contents = {_content(found[i]) for i in chosen}
+    kept = [row for row in found if _content(row) not in contents]
+    if not kept:
+        raise UserError(
+            text(f"留出 {count} 行后没有可训练的了", "no row is left to train on"),
+            where="--eval_subset_size",
+            fix=text("改小一点", "make it smaller"),
+        )
+    repeated = len(found) - len(kept) - len(chosen)
+    if repeated:
+        zh, en = "行与留出的行内容相同，不训练", "rows are the same as held-out ones and are not trained on"
+        tell(text(f"{repeated} {zh}", f"{repeated} {en}"))
+    return kept, [found[i] for i in sorted(chosen)]
 
 
 def _content(row: Conversation) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_practice.data.conversations import Conversation, collect, from_row, read_dataset
+from lora_practice.data.collect import collect
+from lora_practice.data.conversations import Conversation, from_row, read_dataset
 from lora_practice.data.rows import BadRow
 from lora_practice.errors import UserError
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_practice.data import encodings
-from lora_practice.data.conversations import Conversation, collect, read_file
+from lora_practice.data.collect import collect
+from lora_practice.data.conversations import Conversation, read_file
 from lora_practice.data.files import SUFFIXES
 from lora_practice.data.rows import BadRow
 from lora_practice.errors import UserError

@@ -17,8 +17,16 @@ LAYERS = [
     ["errors", "helping", "settings", "manifest", "versions"],
     ["machine", "gguf_model", "environment", "embedded", "sources"],
     [
-        *("data.encodings", "data.rows", "data.json_rows", "data.files", "data.turns", "data.conversations"),
-        *("data.tokens", "data.batches", "data.prepare", "artifacts", "adapter"),
+        *(
+            "data.encodings",
+            "data.rows",
+            "data.json_rows",
+            "data.files",
+            "data.turns",
+            "data.conversations",
+            "data.collect",
+        ),
+        *("data.tokens", "data.examples", "data.batches", "data.prepare", "artifacts", "adapter"),
     ],
     ["model"],
     ["generate", "talk", "record"],

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from hub_server import HubServer
-from journey_harness import refused, succeeded, train
+from journey_harness import INFER, refused, succeeded, train
 
 from lora_practice import embedded, environment
 from lora_practice.errors import UserError
@@ -41,7 +41,7 @@ def test_default_flags_without_a_hub_train_the_embedded_model_and_say_so(tmp_pat
     assert record["model"]["hub_id"] == embedded.MODEL_HUB_ID
     card = (folder / "README.md").read_text("utf-8")
     assert "It stood in for the default" in card and f"base_model: {embedded.MODEL_HUB_ID}" in card
-    assert done.stderr.rstrip().endswith("python inference.py")  # the default folder needs no flag
+    assert done.stderr.rstrip().endswith(f"python {INFER}")  # the default folder needs no flag
 
 
 def test_offline_mode_falls_back_the_same_way_without_asking_anyone(fresh, embedded_model, embedded_rows, capfd):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from journey_harness import succeeded, train
+from journey_harness import INFER, succeeded, train
 from safetensors.torch import load_file
 
 from lora_practice import embedded, manifest, talk
@@ -94,7 +94,7 @@ def test_the_first_line_tells_everything_and_the_last_the_exact_next_command(tra
     for words in ("fp32", "SmolLM2-135M-Instruct", "16 rows", "8 steps", "about"):
         assert words in first, first
     assert any("tok/s" in line and "left" in line for line in lines)
-    assert lines[-1].strip() == "python inference.py --model-dir out"
+    assert lines[-1].strip() == f"python {INFER} --model-dir out"
 
 
 def test_four_prompts_are_answered_by_base_and_adapter_side_by_side(trained):
@@ -133,11 +133,12 @@ def lora(embedded_model: Path) -> Any:
 def test_two_thousand_rows_and_the_defaults_make_checkpoint_250(lora, tokenizer, embedded_examples, tmp_path):
     from fine_tuning_practice import TrainSettings
     from lora_practice.artifacts import OutputFolder
+    from lora_practice.data.examples import Examples
     from lora_practice.data.tokens import Example
     from lora_practice.machine import Facts, decide
     from lora_practice.train import build_trainer, steps_of
 
-    rows = [Example(*embedded_examples[i % 8]) for i in range(2000)]
+    rows = Examples(Example(*embedded_examples[i % 8]) for i in range(2000))
     machine, folder = decide(Facts(memory=8 << 30)), OutputFolder(tmp_path / "out")
     trainer = build_trainer(lora, None, tokenizer, rows, TrainSettings(), machine, folder)
     assert steps_of(trainer) == 250

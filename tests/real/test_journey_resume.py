@@ -59,7 +59,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_ends_bit_for_bit_th
     told = refused(train(tmp_path, *SAVING), "unfinished run", f"checkpoint-{steps}", "--resume")
     assert "--overwrite" in told
     command = run.words.rstrip().splitlines()[-1].split()
-    assert command[:2] == ["python", "fine_tuning_practice.py"]
+    assert command[:2] == ["python", TRAIN]
     done = succeeded(train(tmp_path, *command[2:]))
     assert f"going on from out/checkpoint-{steps}" in done.stderr
     assert record(out)["status"] == "finished" and record(out)["steps"] == 8
