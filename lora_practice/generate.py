@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from lora_practice import embedded
 from lora_practice.artifacts import read_record
@@ -15,14 +15,22 @@ from lora_practice.machine import Machine
 from lora_practice.model import load_base, load_tokenizer
 from lora_practice.sources import Source, fetch_repository, find_model
 
+if TYPE_CHECKING:
+    from lora_practice.fast.decode import Decoder
+
 
 @dataclass
 class Talker:
-    """A model that answers chats; `stop_ids` are the tokens that end an answer."""
+    """A model that answers chats; `stop_ids` are the tokens that end an answer.
+
+    `decoder` generates where it serves the model (several times faster, the same greedy tokens); without one it
+    is transformers' own `generate`.
+    """
 
     model: Any
     tokenizer: Any
     stop_ids: list[int]
+    decoder: Optional[Decoder] = None
 
     def answer(
         self,
@@ -35,28 +43,49 @@ class Talker:
         """The model's next turn, as it wrote it; ends at the end-of-turn token, which is not part of it.
 
         `temperature` 0 takes the likeliest token each time. `on_text` receives the answer piece by piece.
+
+        Raises:
+            UserError: the template refuses the messages, or they are longer than the model can take.
         """
+        ids = self.tokenizer(self._rendered(list(messages)), add_special_tokens=False)["input_ids"]
+        longest = self.model.config.max_position_embeddings
+        if len(ids) >= longest:
+            raise UserError(
+                text(
+                    f"对话有 {len(ids)} 个 token，模型最多 {longest}", f"{len(ids)} tokens; the model takes {longest}"
+                ),
+                fix=text("缩短提问，或用 /reset 重来", "ask something shorter, or begin anew with /reset"),
+            )
+        pieces = _Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
+        if self.decoder is not None:
+            add = pieces.add if pieces else None
+            written = self.decoder.generate(ids, max_new_tokens, self.stop_ids, temperature, top_p, on_token=add)
+            if pieces:
+                pieces.end()
+        else:
+            written = self._generate(ids, max_new_tokens, temperature, top_p, pieces)
+        return self.tokenizer.decode(written)
+
+    def _generate(
+        self, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, pieces: Optional[_Pieces]
+    ) -> list[int]:
         import torch
 
-        words = self._rendered(list(messages))
-        ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        ids = ids.to(self.model.device)
+        prompt = torch.tensor([ids], device=self.model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        streamer = _Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
         with torch.inference_mode():
             output = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 **sampling,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self.stop_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
-                streamer=streamer,
+                streamer=pieces,
             )
-        written = [token for token in output[0, ids.shape[1] :].tolist() if token not in self.stop_ids]
-        return self.tokenizer.decode(written)
+        return [token for token in output[0, len(ids) :].tolist() if token not in self.stop_ids]
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         from jinja2.exceptions import TemplateError
@@ -83,7 +112,14 @@ class _Pieces:
         if not self.prompt_passed:  # the first call brings the prompt
             self.prompt_passed = True
             return
-        self.ids += [token for token in value.flatten().tolist() if token not in self.stop_ids]
+        for token in value.flatten().tolist():
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """One token of the answer."""
+        if token in self.stop_ids:
+            return
+        self.ids.append(token)
         words = self.tokenizer.decode(self.ids)
         if not words.endswith("\ufffd"):
             self._show(words)
@@ -106,21 +142,37 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     here = Source("folder", str(folder), folder)
     has_adapter = (folder / "adapter_config.json").is_file()
     base = find_base(folder, base_model) if has_adapter else here
-    model = load_base(base, machine.precision)
-    if has_adapter:  # merged in memory it answers the same, faster
-        model = with_adapter(model, folder).merge_and_unload()
+    on_cpu = machine.device == "cpu"
+    model = load_base(base, "stored" if on_cpu else machine.precision)
+    if has_adapter:
+        model = with_adapter(model, folder)
+    decoder = _decoder(model) if on_cpu else None
+    if decoder is None:
+        model = model.float() if on_cpu else model
+        if has_adapter:  # merged in memory it answers the same, faster
+            model = model.merge_and_unload()
     tokens = here
     if not (folder / "tokenizer_config.json").is_file() and (has_adapter or base_model):
         tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base-model")
         zh, en = f"文件夹里没有分词器，用 {tokens.name} 的", f"no tokenizer in the folder: using {tokens.name}'s"
         tell(text(zh, en))
-    return talker(model.to(machine.device), load_tokenizer(tokens))
+    return talker(model.to(machine.device), load_tokenizer(tokens), decoder)
 
 
-def talker(model: Any, tokenizer: Any) -> Talker:
+def _decoder(model: Any) -> Optional[Decoder]:
+    from lora_practice.fast import NotServed
+    from lora_practice.fast.decode import build_decoder
+
+    try:
+        return build_decoder(model)
+    except NotServed:
+        return None
+
+
+def talker(model: Any, tokenizer: Any, decoder: Optional[Decoder] = None) -> Talker:
     """A Talker that stops at the tokenizer's end of turn and at the model's own ends of text."""
     model.config.use_cache = True
-    return Talker(model.eval(), tokenizer, stop_ids(model, tokenizer))
+    return Talker(model.eval(), tokenizer, stop_ids(model, tokenizer), decoder)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -193,10 +245,6 @@ def with_adapter(base: Any, folder: Path) -> Any:
         ) from error
     changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
     if changes and max(changes) == 0:
-        tell(
-            text(
-                "注意：这个适配器全是零，回答与底座相同",
-                "note: this adapter is all zero: answers are the base's",
-            )
-        )
+        zh, en = "注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"
+        tell(text(zh, en))
     return model

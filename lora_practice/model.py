@@ -10,7 +10,7 @@ from lora_practice.errors import UserError, tell, text
 from lora_practice.machine import Machine
 from lora_practice.sources import Source, find_template
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"stored": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = False) -> Any:
@@ -42,14 +42,14 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
 
 
 def load_base(base: Source, dtype: str) -> Any:
-    """The base model in `dtype` ("fp32", "fp16" or "bf16"), from safetensors only."""
+    """The base model in `dtype` ("fp32", "fp16", "bf16", or "stored": as its files have it), from safetensors only."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch_dtype = getattr(torch, DTYPES[dtype])
-    options = {"dtype": torch_dtype, "use_safetensors": True, "local_files_only": True}
+    # a name is looked up in torch; "auto" is transformers' own word
+    options = {"dtype": getattr(torch, DTYPES[dtype], "auto"), "use_safetensors": True, "local_files_only": True}
     return _from_folder(AutoModelForCausalLM, base.path, text("模型", "model"), **options)
 
 

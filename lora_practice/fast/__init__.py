@@ -2,7 +2,8 @@
 
 Reading order: plan (what is computed), noise (dropout as a function), ops (the small pieces), attention, linear
 (LoRA inside one matrix product), loss, layer (forward and backward of a decoder layer), weights (from a PEFT
-model to layers), native (optional compiled pieces), engine (the step). Imports torch only.
+model to layers), native (optional compiled pieces), engine (the step); and for generation decode_weights,
+decode_native, decode. Imports torch only.
 """
 
 from __future__ import annotations

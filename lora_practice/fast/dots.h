@@ -1,0 +1,87 @@
+// Products of a few float rows with weights of 16 or 32 bits, widened in registers; sums are float.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "numbers.h"
+
+struct Binary16 {  // IEEE half precision
+    uint16_t bits;
+};
+
+inline float wide(Binary16 x) {
+    const uint32_t bits = uint32_t(x.bits & 0x7fffU) << 13, sign = uint32_t(x.bits & 0x8000U) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;  // the exponent's bias, 127 - 15; exact for subnormals too
+    return sign ? -value : value;
+}
+
+// Vectors as wide as the machine's registers: wider ones would pass through memory here.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, TILE = 5;  // TILE x TILE sums stay in registers
+#elif defined(__F16C__)
+constexpr int WIDTH = 8, TILE = 3;
+#else
+constexpr int WIDTH = 4, TILE = 3;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
+
+inline Vec widened(const float* w) { return *(const Vec*)w; }
+inline Vec widened(const Half* w) { return (Vec)(__builtin_convertvector(*(const Halves*)w, Bits) << 16); }
+inline Vec widened(const Binary16* w) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)w));
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w));
+#else
+    const Bits bits = __builtin_convertvector(*(const Halves*)w, Bits);
+    const Vec value = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Vec)((Bits)value | ((bits & 0x8000) << 16));
+#endif
+}
+
+// y[t, i] = sum_j w[i, j] x[t, j] for R weight rows and N rows x.
+template <int R, int N, typename W>
+void tile(const W* w, int64_t pitch, const float* x, int64_t K, float* y, int64_t ldy) {
+    Vec sum[R][N] = {};
+    int64_t j = 0;
+    for (; j + WIDTH <= K; j += WIDTH) {
+        Vec weights[R];
+        for (int r = 0; r < R; ++r) weights[r] = widened(w + r * pitch + j);
+        for (int t = 0; t < N; ++t) {
+            const Vec input = *(const Vec*)(x + t * K + j);
+            for (int r = 0; r < R; ++r) sum[r][t] += weights[r] * input;
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < N; ++t) {
+            float total = 0;
+            for (int lane = 0; lane < WIDTH; ++lane) total += sum[r][t][lane];
+            for (int64_t rest = j; rest < K; ++rest) total += wide(w[r * pitch + rest]) * x[t * K + rest];
+            y[t * ldy + r] = total;
+        }
+}
+
+// The same for `rows` weight rows and n rows x (n, K). A single x takes one weight row after the other: one stream
+// through memory is read faster than several beside each other.
+template <typename W>
+void products(const W* w, int64_t pitch, const float* x, int64_t n, int64_t K, int64_t rows, float* y, int64_t ldy) {
+    int64_t t = 0;
+    for (; t + TILE <= n; t += TILE) {
+        int64_t i = 0;
+        for (; i + TILE <= rows; i += TILE)
+            tile<TILE, TILE>(w + i * pitch, pitch, x + t * K, K, y + t * ldy + i, ldy);
+        for (; i < rows; ++i) tile<1, TILE>(w + i * pitch, pitch, x + t * K, K, y + t * ldy + i, ldy);
+    }
+    for (; t < n; ++t)
+        for (int64_t i = 0; i < rows; ++i) tile<1, 1>(w + i * pitch, pitch, x + t * K, K, y + t * ldy + i, ldy);
+}
