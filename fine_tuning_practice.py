@@ -225,6 +225,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from lora_practice import versions
 
     versions.check_stack()
+    versions.check_tracker(settings.report_to)
     from lora_practice import export, model, record, talk, train
     from lora_practice.data.prepare import prepare
     from lora_practice.machine import decide, look

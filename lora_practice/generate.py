@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from lora_practice import embedded
-from lora_practice.artifacts import read_record
+from lora_practice.artifacts import checkpoints, read_record
 from lora_practice.errors import UserError, tell, text
 from lora_practice.machine import Machine
 from lora_practice.model import load_base, load_tokenizer
+from lora_practice.pieces import Pieces
 from lora_practice.sources import Source, fetch_repository, find_model
+
+WEIGHTS = "adapter_model.safetensors"
 
 if TYPE_CHECKING:
     from lora_practice.fast.decode import Decoder
@@ -56,7 +59,7 @@ class Talker:
                 ),
                 fix=text("缩短提问，或用 /reset 重来", "ask something shorter, or begin anew with /reset"),
             )
-        pieces = _Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
+        pieces = Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
         if self.decoder is not None:
             add = pieces.add if pieces else None
             written = self.decoder.generate(ids, max_new_tokens, self.stop_ids, temperature, top_p, on_token=add)
@@ -67,7 +70,7 @@ class Talker:
         return self.tokenizer.decode(written)
 
     def _generate(
-        self, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, pieces: Optional[_Pieces]
+        self, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, pieces: Optional[Pieces]
     ) -> list[int]:
         import torch
 
@@ -97,39 +100,6 @@ class Talker:
                 text(f"聊天模板不接受这段对话：{error}", f"the chat template refuses this conversation: {error}"),
                 fix=text("去掉 --system 试试", "try without --system"),
             ) from error
-
-
-class _Pieces:
-    """transformers' streamer protocol; holds a piece back while a character is still half written."""
-
-    def __init__(self, tokenizer: Any, stop_ids: list[int], on_text: Callable[[str], None]) -> None:
-        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
-        self.ids: list[int] = []
-        self.shown = 0
-        self.prompt_passed = False
-
-    def put(self, value: Any) -> None:
-        if not self.prompt_passed:  # the first call brings the prompt
-            self.prompt_passed = True
-            return
-        for token in value.flatten().tolist():
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        """One token of the answer."""
-        if token in self.stop_ids:
-            return
-        self.ids.append(token)
-        words = self.tokenizer.decode(self.ids)
-        if not words.endswith("\ufffd"):
-            self._show(words)
-
-    def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids))
-
-    def _show(self, words: str) -> None:
-        self.on_text(words[self.shown :])
-        self.shown = len(words)
 
 
 def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> Talker:
@@ -208,14 +178,14 @@ def _local_folder(model_dir: str) -> Path:
     folder = Path(model_dir).expanduser()
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise UserError(
-                text(
-                    "里面没有训练好的模型（没有 adapter_config.json）",
-                    "no trained model here (no adapter_config.json)",
-                ),
-                where=model_dir,
-                fix=text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py"),
+            zh, en = (
+                "里面没有训练好的模型（没有 adapter_config.json）",
+                "no trained model here (no adapter_config.json)",
             )
+            fix = text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py")
+            if saved := checkpoints(folder):
+                fix = text(f"训练还没完成，可以先用 {saved[-1]}", f"the run is unfinished; try {saved[-1]}")
+            raise UserError(text(zh, en), model_dir, fix)
         return folder
     if folder.exists() or model_dir.count("/") != 1 or model_dir.startswith((".", "/", "~", "outputs/")):
         raise UserError(
@@ -235,6 +205,11 @@ def with_adapter(base: Any, folder: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    if not (folder / WEIGHTS).is_file():  # PEFT would look for it on the Hub
+        what = text(f"缺少 {WEIGHTS}，适配器不完整", f"{WEIGHTS} is missing: the adapter is not whole")
+        raise UserError(
+            what, str(folder), text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
+        )
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -145,7 +145,9 @@ def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentPar
         elif typing.get_origin(_plain(kind)) is list:
             parser.add_argument(*flags, action="append", metavar="…", **valued)
         elif field.metadata["bare"]:
-            parser.add_argument(*flags, nargs="?", const=field.metadata["bare"], metavar="…", **options)
+            parser.add_argument(
+                *flags, nargs="?", const=field.metadata["bare"], metavar=_metavar(kind, field), **options
+            )
             parser.add_argument(*_spellings("no-" + name), action="store_const", const="off", **hidden)
         else:
             parser.add_argument(*flags, metavar=_metavar(kind, field), **valued)
@@ -220,7 +222,8 @@ def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:
         return
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(_expected(field, kind.__name__, value))
+        names = {int: ("整数", "a whole number"), float: ("数字", "a number"), bool: ("True 或 False", "True or False")}
+        raise ValueError(_expected(field, text(*names.get(kind, ("文字", "text"))), value))
     choices: Optional[tuple] = limits["choices"]
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)

@@ -21,7 +21,12 @@ def chat(talk: Talker, system: str, **options: Any) -> None:
     """A conversation at the terminal, until Ctrl-D or /exit; /reset begins anew."""
     with contextlib.suppress(ImportError):  # arrow keys, and deleting a whole Chinese character; not on Windows
         import readline  # noqa: F401
-    tell(text("开始聊天：/reset 重来，/exit 或 Ctrl-D 退出", "chat: /reset begins anew, /exit or Ctrl-D ends"))
+    tell(
+        text(
+            "开始聊天：Ctrl-C 打断回答，/reset 重来，/exit 或 Ctrl-D 退出",
+            "chat: Ctrl-C stops an answer, /reset begins anew, /exit or Ctrl-D ends",
+        )
+    )
     messages = opening(system)
     while True:
         try:
@@ -37,7 +42,12 @@ def chat(talk: Talker, system: str, **options: Any) -> None:
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        words = talk.answer(messages, on_text=show, **options)
+        try:
+            words = talk.answer(messages, on_text=show, **options)
+        except KeyboardInterrupt:  # enough of this answer, not of the chat
+            messages.pop()
+            print()
+            continue
         print()
         messages.append({"role": "assistant", "content": words})
 

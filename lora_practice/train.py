@@ -25,6 +25,7 @@ from lora_practice.watch import Interrupt, Progress
 
 # Work for a token of SmolLM2-135M, over what a bare matrix product reaches: measured, not counted.
 PLAIN_GFLOP_PER_TOKEN = 2.0
+START_SECONDS = 5  # before the first step
 FAST_GFLOP_PER_TOKEN = {"fp32": 0.3, "fp16": 0.3, "bf16": 0.18}
 
 
@@ -120,6 +121,7 @@ def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: 
     if trainer.engine is not None:
         path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
     why = machine.reason if machine.facts.gpu else ""  # "no card" goes without saying
+    minutes += START_SECONDS / 60
     lines = [record.announcement(machine, base, data, rows, steps, minutes), why, path, machine.advice]
     return "\n".join(line for line in lines if line)
 

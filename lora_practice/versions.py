@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lora_practice.errors import text
+from lora_practice.errors import UserError, text
 
 
 def check_stack() -> None:
@@ -16,8 +16,6 @@ def check_stack() -> None:
     """
     import torch
 
-    from lora_practice.errors import UserError
-
     major, minor = (int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if (major, minor) < (2, 6):
         raise UserError(
@@ -26,6 +24,20 @@ def check_stack() -> None:
                 f"torch {torch.__version__} is too old to resume",
             ),
             fix='pip install "torch>=2.6"',
+        )
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a `report_to` whose package is not installed, before anything is trained.
+
+    Raises:
+        UserError: with the pip line that installs it.
+    """
+    import importlib.util
+
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(
+            text(f"没有装 {name}", f"{name} is not installed"), where=f"--report_to {name}", fix=f"pip install {name}"
         )
 
 

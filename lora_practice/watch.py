@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -30,12 +31,12 @@ class Progress(TrainerCallback):
             total=state.max_steps,
             initial=state.global_step,
             disable=not self.live,
-            dynamic_ncols=True,
-            bar_format=words + " {n_fmt}/{total_fmt} |{bar}| {postfix}",
+            ncols=min(100, shutil.get_terminal_size().columns - 1),
+            bar_format=words + " {n_fmt}/{total_fmt} |{bar}| {desc}",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.set_postfix_str(self._words(state), refresh=False)
+        self.bar.set_description_str(self._words(state), refresh=False)
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step == state.max_steps:
             control.should_log = True  # the last loss belongs to the record
@@ -45,7 +46,7 @@ class Progress(TrainerCallback):
             return
         self.loss = f"loss {logs['loss']:.3f}"
         if self.live:
-            self.bar.set_postfix_str(self._words(state))
+            self.bar.set_description_str(self._words(state))
         else:
             tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {self._words(state)}")
 

@@ -118,5 +118,6 @@ def _open(source: Source, config: Optional[str]) -> Iterable[Any]:
     assert source.path is not None
     reader = conversations.read_file(source.path)
     if reader.encoding not in ("", "utf-8"):
-        tell(text(f"{source.name} 的编码是 {reader.encoding}", f"{source.name} is encoded in {reader.encoding}"))
+        name = {"gb18030": "GBK (gb18030)"}.get(reader.encoding, reader.encoding)
+        tell(text(f"{source.name} 的编码是 {name}", f"{source.name} is encoded in {name}"))
     return reader

@@ -107,7 +107,7 @@ def _tell_changes(base: Base, rewritten: list[str], left_out: list[str], leaks: 
         notes.append(text("注意：这次训练没有结束", "note: this training run has not finished"))
     if rewritten:
         names = _some(rewritten)
-        base_zh, base_en = (f"基座改为 {base.public}，", f"base model: {base.public}; ") if base.public else ("", "")
+        base_zh, base_en = (f"底座改为 {base.public}，", f"base model: {base.public}; ") if base.public else ("", "")
         zh = f"上传前去掉了本机路径（{base_zh}磁盘上的文件不变）：{names}"
         en = f"local paths taken out before sending ({base_en}your files stay as they are): {names}"
         notes.append(text(zh, en))
@@ -123,7 +123,7 @@ def _tell_changes(base: Base, rewritten: list[str], left_out: list[str], leaks: 
         )
         notes.append(text(zh, en))
     if not base.on_hub:
-        zh = f"注意：基座模型 {base.public} 只在本机，别人无法加载这个适配器"
+        zh = f"注意：底座模型 {base.public} 只在本机，别人无法加载这个适配器"
         en = f"note: the base model {base.public} is only on this machine; others cannot load this adapter"
         notes.append(text(zh, en))
     return notes
@@ -136,6 +136,9 @@ def _check_folder(folder: Path) -> None:
         raise UserError(text("没有这个文件夹", "no such folder"), str(folder), fix)
     if not any(folder.iterdir()):
         raise UserError(text("文件夹是空的", "the folder is empty"), str(folder), fix)
+    if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        zh, en = "缺少 adapter_model.safetensors，适配器不完整", "adapter_model.safetensors is missing"
+        raise UserError(text(zh, en), str(folder), text("重新训练，或找回它", "train again, or bring it back"))
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         zh, en = "里面没有 adapter_config.json 或 config.json", "no adapter_config.json or config.json in it"
         raise UserError(text(zh, en), str(folder), fix)

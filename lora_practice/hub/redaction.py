@@ -58,6 +58,11 @@ def private_roots(folder: Path, base: Base) -> dict[str, str]:
     for path, public in ((home, "~"), (os.getcwd(), "."), (folder.absolute(), "."), (folder.resolve(), ".")):
         roots[str(path)] = public
     roots.update({name: base.public for name in base.local if is_absolute(name)})
+    recorded = read_record(folder) or {}
+    named = [recorded.get("data", {}).get("path"), *recorded.get("settings", {}).values()]
+    for path in named:  # data that lies elsewhere keeps its name, not its place
+        if isinstance(path, str) and is_absolute(path):
+            roots.setdefault(path, Path(path).name)
     for path in list(roots):  # a Windows path is also written with / or, inside JSON, with doubled backslashes
         roots.setdefault(path.replace("\\", "\\\\"), roots[path])
         roots.setdefault(path.replace("\\", "/"), roots[path])

@@ -29,7 +29,7 @@ LAYERS = [
         *("data.tokens", "data.examples", "data.batches", "data.prepare", "artifacts", "adapter"),
     ],
     ["model"],
-    ["generate", "talk", "record"],
+    ["pieces", "generate", "talk", "record"],
     [
         *("export", "hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],

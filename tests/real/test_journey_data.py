@@ -84,7 +84,7 @@ def test_the_real_model_has_a_finite_loss_on_each_shape(tmp_path, tokenizer, emb
 def test_a_gbk_csv_trains_through_the_door_and_its_encoding_is_said(tmp_path):
     write(tmp_path, "alpaca", "csv:gbk")
     done = succeeded(train(tmp_path, *FEW, "--dataset_path", "rows.csv"))
-    assert "rows.csv is encoded in gb18030" in done.stderr
+    assert "rows.csv is encoded in GBK (gb18030)" in done.stderr
     record = json.loads((tmp_path / "out" / "run_record.json").read_text("utf-8"))
     assert record["data"]["kind"] == "file" and TRAINED in record["data"]["first_row"]
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
