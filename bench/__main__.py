@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.examples import write_examples
-from bench.variants import VARIANTS
+from bench.variants import GENERATION, VARIANTS
 
 
 def main() -> None:
@@ -43,9 +43,11 @@ def main() -> None:
                         "dropout": options.dropout,
                     }
                     print(f"round {round_number + 1}, {load}: {variant.name} ...", file=sys.stderr, flush=True)
-                    result = run(spec)
+                    result = run("bench.worker", variant.name, spec)
                     results.setdefault(load, {}).setdefault(variant.name, []).append(result)
     report = {"machine": machine(options), "options": vars(options), "results": results}
+    if not options.only:
+        report["generation"] = {name: generation(name, how, options) for name, how in GENERATION.items()}
     print(table(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -76,12 +78,20 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def run(spec: dict) -> dict:
-    command = [sys.executable, "-m", "bench.worker", json.dumps(spec)]
+def generation(name: str, how: str, options: argparse.Namespace) -> dict:
+    print(f"generation: {name} ...", file=sys.stderr, flush=True)
+    spec = {"how": how, "threads": options.threads, "clock": options.clock}
+    runs = [run("bench.generation", name, spec) for _ in range(options.rounds)]
+    return max(runs, key=lambda result: result["tokens_per_second"])
+
+
+def run(module: str, name: str, spec: dict) -> dict:
+    """One process; its result is the line that begins with RESULT."""
+    command = [sys.executable, "-m", module, json.dumps(spec)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        raise SystemExit(f"{spec['variant']['name']} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(lines[-1][len("RESULT ") :])
 
 
@@ -112,7 +122,20 @@ def table(report: dict) -> str:
             speed = result["tokens_per_second"]
             memory = result["peak_memory_mb"]
             lines.append(f"| {name} | {speed:.1f} | {speed / base:.2f} | {memory:.0f} | {share} | {losses} |")
-    return "\n".join(lines)
+    return "\n".join(lines + generation_table(report.get("generation", {})))
+
+
+def generation_table(results: dict) -> list[str]:
+    """Lines of Markdown: greedy generation with an unmerged adapter."""
+    if not results:
+        return []
+    lines = ["\n### generation\n", "| variant | tok/s | ratio | peak MB | tokens |", "|---|---|---|---|---|"]
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        speed, same = result["tokens_per_second"], "the same" if result["written"] == first["written"] else "others"
+        ratio, memory = speed / first["tokens_per_second"], result["peak_memory_mb"]
+        lines.append(f"| {name} | {speed:.1f} | {ratio:.2f} | {memory:.0f} | {same} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -27,3 +27,9 @@ VARIANTS = [
     Variant("ours, fp32, torch only", "fp32", {"kernels": False}),
     Variant("ours, bf16, torch only", "bf16", {"kernels": False}),
 ]
+
+GENERATION = {
+    "generate, unmerged PEFT model, fp32": "generate",
+    "ours, compiled 16-bit kernels": "kernels",
+    "ours, torch only": "torch",
+}

@@ -116,7 +116,7 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     model = load_base(base, "stored" if on_cpu else machine.precision)
     if has_adapter:
         model = with_adapter(model, folder)
-    decoder = _decoder(model) if on_cpu else None
+    decoder = decoder_of(model)
     if decoder is None:
         model = model.float() if on_cpu else model
         if has_adapter:  # merged in memory it answers the same, faster
@@ -129,7 +129,8 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     return talker(model.to(machine.device), load_tokenizer(tokens), decoder)
 
 
-def _decoder(model: Any) -> Optional[Decoder]:
+def decoder_of(model: Any) -> Optional[Decoder]:
+    """The fast path of generation for this model as it is now (adapter on or off); None where it is not served."""
     from lora_practice.fast import NotServed
     from lora_practice.fast.decode import build_decoder
 

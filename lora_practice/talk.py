@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lora_practice.errors import tell, text
-from lora_practice.generate import Talker, talker
+from lora_practice.generate import Talker, decoder_of, talker
 
 SAMPLE_PROMPTS = (
     "What is the capital of France?",
@@ -70,15 +70,19 @@ def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[s
         For the record: one {"prompt", "base", "adapter"} each.
     """
     model.gradient_checkpointing_disable()
-    both = talker(model, tokenizer)
+    with model.disable_adapter():
+        base = talker(model, tokenizer, decoder_of(model))
+        before = [base.answer([_asked(prompt)], max_new_tokens) for prompt in SAMPLE_PROMPTS]
+    adapted = talker(model, tokenizer, decoder_of(model))
     samples = []
-    for prompt in SAMPLE_PROMPTS:
-        messages = [{"role": "user", "content": prompt}]
-        with model.disable_adapter():
-            base = both.answer(messages, max_new_tokens)
-        adapted = both.answer(messages, max_new_tokens)
-        samples.append({"prompt": prompt, "base": base, "adapter": adapted})
+    for prompt, old in zip(SAMPLE_PROMPTS, before):
+        new = adapted.answer([_asked(prompt)], max_new_tokens)
+        samples.append({"prompt": prompt, "base": old, "adapter": new})
         print(f"\n{text('问', 'prompt')}: {prompt}")
-        print(f"  {text('底座', 'base')}: {base.strip()}")
-        print(f"  {text('微调', 'adapter')}: {adapted.strip()}", flush=True)
+        print(f"  {text('底座', 'base')}: {old.strip()}")
+        print(f"  {text('微调', 'adapter')}: {new.strip()}", flush=True)
     return samples
+
+
+def _asked(prompt: str) -> dict[str, str]:
+    return {"role": "user", "content": prompt}
