@@ -71,6 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     if not settings.prompt and not sys.stdin.isatty():
         raise UserError(text("没有 --prompt，也不在终端里", "no --prompt, and this is no terminal"), fix='--prompt "…"')
+    if any(not prompt.strip() for prompt in settings.prompt or []):
+        raise UserError(text("问题是空的", "the prompt is empty"), where="--prompt", fix='--prompt "…"')
     from lora_practice.environment import prepare_environment
 
     prepare_environment()

@@ -5,13 +5,18 @@ Imports nothing of ours, so that every other file may use it.
 
 from __future__ import annotations
 
+import errno
 import functools
 import locale
 import os
+import re
 import sys
 from typing import Callable
 
 EXIT_USER_ERROR = 2
+# what would steer a terminal or hide a part of a line, when it stands in the name of a file or in someone's data
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 
 
 def language() -> str:
@@ -39,7 +44,7 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix = what, visible(where).replace("\n", "\\n"), fix
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -48,13 +53,21 @@ class UserError(Exception):
         return f"{place}{self.what}{cure}"
 
 
+def visible(words: str) -> str:
+    """The same words with control characters spelt out, "\\x1b" for ESC; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), words)
+
+
 def tell(line: str) -> None:
     """Print one line for the person at the terminal (stderr, so that answers on stdout stay clean)."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def door(main: Callable[..., int | None]) -> Callable[..., None]:
-    """Wrap a script's `main`: user errors become one line and exit code 2, Ctrl-C exit code 130."""
+    """Wrap a script's `main`: user errors become one line and exit code 2, Ctrl-C exit code 130.
+
+    A path that may not be entered or is no path at all (a link to itself, a name too long) is a user's error too.
+    """
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
@@ -65,6 +78,11 @@ def door(main: Callable[..., int | None]) -> Callable[..., None]:
             code = main(*args, **kwargs)
         except UserError as error:
             tell(f"{text('错误：', 'Error: ')}{error}")
+            code = EXIT_USER_ERROR
+        except OSError as error:
+            if error.errno not in _UNREACHABLE or error.filename is None:
+                raise
+            tell(f"{text('错误：', 'Error: ')}{UserError(error.strerror or '', str(error.filename)[:200])}")
             code = EXIT_USER_ERROR
         except KeyboardInterrupt:
             tell(text("已中断。", "Interrupted."))

@@ -15,8 +15,8 @@ from typing import Any
 from lora_practice import adapter
 from lora_practice.artifacts import free_disk_check
 from lora_practice.errors import UserError, text
-from lora_practice.generate import find_base, stop_ids, with_adapter
-from lora_practice.model import load_base, load_tokenizer
+from lora_practice.generate import find_base, stop_ids, tokenizer_for, with_adapter
+from lora_practice.model import load_base
 from lora_practice.sources import Source
 
 MERGED = "merged"
@@ -45,9 +45,9 @@ def merge(folder: Path) -> tuple[Path, float]:
     import torch
 
     base = find_base(folder)
-    stored = stored_dtype(base)
-    tokenizer = load_tokenizer(Source("folder", str(folder), folder))
     model = with_adapter(load_base(base, "fp32"), folder).eval()
+    tokenizer = tokenizer_for(model, Source("folder", str(folder), folder), base)
+    stored = stored_dtype(base)  # after loading, which finds a damaged file
     free_disk_check(folder, sum(p.numel() for p in model.parameters()) * 4)
     probe = tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from lora_practice import embedded
+from lora_practice import adapter, embedded
+from lora_practice.adapter import WEIGHTS
 from lora_practice.artifacts import checkpoints, read_record
+from lora_practice.data.template import render
 from lora_practice.errors import UserError, tell, text
 from lora_practice.machine import Machine
-from lora_practice.model import load_base, load_tokenizer
+from lora_practice.model import check_vocabulary, load_base, load_tokenizer
 from lora_practice.pieces import Pieces
 from lora_practice.sources import Source, fetch_repository, find_model
-
-WEIGHTS = "adapter_model.safetensors"
 
 if TYPE_CHECKING:
     from lora_practice.fast.decode import Decoder
@@ -91,15 +91,7 @@ class Talker:
         return [token for token in output[0, len(ids) :].tolist() if token not in self.stop_ids]
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(
-                text(f"聊天模板不接受这段对话：{error}", f"the chat template refuses this conversation: {error}"),
-                fix=text("去掉 --system 试试", "try without --system"),
-            ) from error
+        return render(self.tokenizer, messages, fix=text("去掉 --system 试试", "try without --system"), prompt=True)
 
 
 def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> Talker:
@@ -116,17 +108,32 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     model = load_base(base, "stored" if on_cpu else machine.precision)
     if has_adapter:
         model = with_adapter(model, folder)
+    tokenizer = tokenizer_for(model, here, base, base_model)
     decoder = decoder_of(model)
     if decoder is None:
         model = model.float() if on_cpu else model
         if has_adapter:  # merged in memory it answers the same, faster
             model = model.merge_and_unload()
-    tokens = here
-    if not (folder / "tokenizer_config.json").is_file() and (has_adapter or base_model):
+    return talker(model.to(machine.device), tokenizer, decoder)
+
+
+def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[str] = None) -> Any:
+    """The tokenizer in the folder `here`, or where it has none the base's (`base_model`'s for a plain model).
+
+    Raises:
+        UserError: it is not the one that the base was trained with, or too large for the model.
+    """
+    assert here.path is not None and base.path is not None
+    tokens, has_adapter = here, base is not here
+    if not (here.path / "tokenizer_config.json").is_file() and (has_adapter or base_model):
         tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base-model")
         zh, en = f"文件夹里没有分词器，用 {tokens.name} 的", f"no tokenizer in the folder: using {tokens.name}'s"
         tell(text(zh, en))
-    return talker(model.to(machine.device), load_tokenizer(tokens), decoder)
+    elif has_adapter:
+        adapter.check_same_tokens(here.path, base.path)
+    tokenizer = load_tokenizer(tokens)
+    check_vocabulary(model, tokenizer, tokens.name)
+    return tokenizer
 
 
 def decoder_of(model: Any) -> Optional[Decoder]:
@@ -150,7 +157,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end of turn and the model's own ends of text, in order."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    return sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)})
+    return sorted({tokenizer.eos_token_id, *(end for end in ends if isinstance(end, int))})
 
 
 def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
@@ -160,19 +167,17 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     """
     if base_model:
         return find_model(base_model, is_default=False, flag="--base-model")
-    try:
-        named = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            text("adapter_config.json 读不了", "adapter_config.json cannot be read"), where=str(folder)
-        ) from error
-    trained_on = (read_record(folder) or {}).get("model", {})
-    if trained_on.get("kind") == "embedded" or Path(str(named)).name == embedded.MODEL.folder:
+    trained_on = (read_record(folder) or {}).get("model") or {}
+    named = adapter.base_name(folder, trained_on)
+    if trained_on.get("kind") == "embedded" or Path(named).name == embedded.MODEL.folder:
         return find_model("", is_default=True, want_embedded=True)
-    kept = Path(trained_on.get("path") or "")
-    if trained_on.get("kind") == "hub" and trained_on.get("name") == named and (kept / "config.json").is_file():
-        return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
-    return find_model(str(named), is_default=False, flag="--base-model")
+    if trained_on.get("kind") == "hub" and trained_on.get("name") == named:
+        from huggingface_hub import constants
+
+        kept = Path(str(trained_on.get("path")))
+        if Path(constants.HF_HUB_CACHE) in kept.parents and (kept / "config.json").is_file():
+            return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
+    return find_model(named, is_default=False, flag="--base-model")
 
 
 def _local_folder(model_dir: str) -> Path:
@@ -204,21 +209,27 @@ def with_adapter(base: Any, folder: Path) -> Any:
         UserError: the adapter is damaged, or of another base.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     if not (folder / WEIGHTS).is_file():  # PEFT would look for it on the Hub
         what = text(f"缺少 {WEIGHTS}，适配器不完整", f"{WEIGHTS} is missing: the adapter is not whole")
         raise UserError(
             what, str(folder), text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
         )
+    adapter.check_modules(base, adapter.read_config(folder), folder)
     try:
-        model = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with warnings.catch_warnings():  # `misfit` says it in one line
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(base, str(folder))
+            reason = adapter.misfit(model, folder)
+    except Exception as error:  # a damaged file makes PEFT raise nearly anything
+        if isinstance(error, MemoryError):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if reason:
         raise UserError(
             text(f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}"),
             where=str(folder),
-        ) from error
+        )
     changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
     if changes and max(changes) == 0:
         zh, en = "注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"

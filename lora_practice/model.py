@@ -34,6 +34,8 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
             where=base.name,
             fix="--chat_template_path HuggingFaceTB/SmolLM2-135M-Instruct",
         )
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(text("聊天模板不止一个", "the chat template is not one text"), where=base.name)
     _check_template_tokens(tokenizer)
     _end_turns_with_template(tokenizer)
     if tokenizer.pad_token is None:
@@ -50,7 +52,27 @@ def load_base(base: Source, dtype: str) -> Any:
     logging.disable_progress_bar()
     # a name is looked up in torch; "auto" is transformers' own word
     options = {"dtype": getattr(torch, DTYPES[dtype], "auto"), "use_safetensors": True, "local_files_only": True}
-    return _from_folder(AutoModelForCausalLM, base.path, text("模型", "model"), **options)
+    thing = text("模型", "model")
+    model, found = _from_folder(AutoModelForCausalLM, base.path, thing, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would draw them at random
+        zh, en = f"缺 {len(missing)} 个张量，如 {missing[0]}", f"{len(missing)} tensors missing, such as {missing[0]}"
+        raise _unloadable(thing, text(zh, en), base.path)
+    return model
+
+
+def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
+    """UserError if the tokenizer has ids that the model has no embedding for."""
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise UserError(
+            text(
+                f"分词器与模型不配：token 编号到 {largest}，模型只有 {rows} 行",
+                f"the tokenizer is not this model's: its ids reach {largest}, the model has {rows} rows",
+            ),
+            where=where,
+            fix=text("用模型自己的分词器文件", "use the tokenizer files that came with the model"),
+        )
 
 
 def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
@@ -71,13 +93,20 @@ def add_lora(model: Any, settings: Any, base: Source) -> Any:
 
     Raises:
         UserError: packing is asked for, and this model has only an attention that would let the parts of a row
-            see each other ("sdpa" takes the mask of a packed row as it is).
+            see each other ("sdpa" takes the mask of a packed row as it is); or max_length is beyond its positions.
     """
     if settings.packing and model.config._attn_implementation != "sdpa":
         raise UserError(
             text("这个模型的注意力隔不开拼在一行里的样本", "this model's attention cannot keep packed examples apart"),
             where="--packing",
             fix="--no-packing",
+        )
+    positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
+    if settings.max_length > positions:
+        raise UserError(
+            text(f"这个模型最多 {positions} 个 token", f"this model takes {positions} tokens at most"),
+            where=f"--max_length {settings.max_length}",
+            fix=f"--max_length {positions}",
         )
     import torch
     from peft import LoraConfig, get_peft_model
@@ -100,22 +129,30 @@ def add_lora(model: Any, settings: Any, base: Source) -> Any:
 
 
 def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any) -> Any:
-    from safetensors import SafetensorError
-
+    """What `loader` makes of a folder; Python code that lies in it is never run."""
     try:
-        return loader.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except Exception as error:  # a damaged file makes transformers and tokenizers raise nearly anything
+        if isinstance(error, MemoryError):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            text(f"{thing}读不了：{reason}", f"the {thing} cannot be loaded: {reason}"),
-            where=str(folder),
-            fix=text("文件可能损坏或不完整，重新下载", "a file may be damaged or missing: fetch it again"),
-        ) from error
+        raise _unloadable(thing, reason, folder) from error
+
+
+def _unloadable(thing: str, reason: str, folder: Optional[Path]) -> UserError:
+    return UserError(
+        text(f"{thing}读不了：{reason}", f"the {thing} cannot be loaded: {reason}"),
+        where=str(folder),
+        fix=text("文件可能损坏或不完整，重新下载", "a file may be damaged or missing: fetch it again"),
+    )
 
 
 def _take_template(tokenizer: Any, template: Path) -> None:
     if template.is_file():
-        tokenizer.chat_template = template.read_text("utf-8")
+        try:
+            tokenizer.chat_template = template.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(text("聊天模板不是 UTF-8", "the chat template is not UTF-8"), str(template)) from error
         return
     from transformers import AutoTokenizer
 
@@ -142,7 +179,7 @@ def _check_template_tokens(tokenizer: Any) -> None:
 
 def _end_turns_with_template(tokenizer: Any) -> None:
     """Generation must stop where the template ends an answer (a base model's own eos is often another one)."""
-    from lora_practice.data.tokens import end_of_turn
+    from lora_practice.data.template import end_of_turn
 
     mark = end_of_turn(tokenizer)
     if mark is None:

@@ -12,7 +12,7 @@ Each but the last may carry `system` (text) and, for pairs, `history` ([[user, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -72,7 +72,11 @@ def read_file(path: str | Path) -> ConversationFile:
         UserError: now, if the file cannot be read at all; while iterating, if a JSON document, a table's
             header or a Parquet file turns out to be broken.
     """
-    return ConversationFile(open_rows(path))
+    return ConversationFile(open_rows(path, _check_columns))
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    _shape(dict.fromkeys(names))
 
 
 def read_dataset(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Outcome]:

@@ -18,6 +18,7 @@ _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 # Strings and brackets. A string may end with the text, so that no match ever backtracks.
 _STRUCTURE = re.compile(r'"(?:[^"\\]+|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _DEEP = object()
+MAX_DOCUMENT = 512 << 20  # bytes; a list of rows is held whole, JSON lines are not
 
 
 def json_rows(path: Path, handle: TextIO) -> Iterator[Located]:
@@ -26,6 +27,15 @@ def json_rows(path: Path, handle: TextIO) -> Iterator[Located]:
     heads = list(islice((line for line in lines if line.strip(BLANK)), 2))
     handle.seek(0)
     if _is_document(heads, path.suffix.lower() == ".json"):
+        if path.stat().st_size > MAX_DOCUMENT:
+            raise UserError(
+                text(
+                    f"JSON 文档超过 {MAX_DOCUMENT >> 20} MB，要整个放进内存",
+                    f"a JSON document of more than {MAX_DOCUMENT >> 20} MB, which memory would have to hold whole",
+                ),
+                f"{path.name}:1",
+                text("改写成 JSONL：一行一个对象", "write it as JSONL, one object per line: that is read bit by bit"),
+            )
         return JsonDocument(path.name, handle.read()).rows()
     return _line_rows(path.name, Lines(handle))
 
@@ -44,6 +54,8 @@ def _is_document(heads: list[str], named_json: bool) -> bool:
         return len(heads) == 1 or value(first) is None
     if not first.startswith("{"):
         return False
+    if len(first) > MAX_ROW:
+        return named_json
     row = value(first)
     if isinstance(row, dict):
         return isinstance(row.get("data"), list)
@@ -54,6 +66,7 @@ def _is_document(heads: list[str], named_json: bool) -> bool:
 
 def _line_rows(name: str, lines: Lines) -> Iterator[Located]:
     while True:
+        lines.taken = 0
         try:
             line = next(lines).rstrip(BLANK).lstrip("\ufeff")
             if line:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TextIO, Union
 
-from lora_practice.errors import text
+from lora_practice.errors import text, visible
 
 MAX_ROW = 8_000_000  # characters in one row: no conversation is this long, a file in a wrong format is
 BLANK = " \t\r\n\ufeff"  # a BOM can stand inside a file that was glued together from several
@@ -22,7 +22,7 @@ class BadRow(Exception):
 
     def __init__(self, origin: str, cause: str, fix: str, detail: str = "") -> None:
         super().__init__(origin, cause, fix, detail)
-        self.origin, self.cause, self.fix, self.detail = origin, cause, fix, detail
+        self.origin, self.cause, self.fix, self.detail = visible(origin).replace("\n", "\\n"), cause, fix, detail
 
     @property
     def told(self) -> str:
@@ -58,14 +58,17 @@ def too_deep(origin: str) -> BadRow:
 
 
 class TooLong(Exception):
-    """The line just passed holds more than MAX_ROW characters."""
+    """The row just passed holds more than MAX_ROW characters."""
 
 
 class Lines:
-    """Lines of a text file; `number` is that of the last one read. Never holds more than MAX_ROW of one."""
+    """Lines of a text file; `number` is that of the last one read. Never holds more than MAX_ROW of one.
+
+    `taken` counts the characters of a row that goes over several lines; who begins a new row sets it to 0.
+    """
 
     def __init__(self, handle: TextIO) -> None:
-        self.handle, self.number = handle, 0
+        self.handle, self.number, self.taken = handle, 0, 0
 
     def __iter__(self) -> Lines:
         return self
@@ -78,5 +81,8 @@ class Lines:
         if len(line) > MAX_ROW:
             while line and line[-1] not in "\r\n":
                 line = self.handle.readline(MAX_ROW)
+            raise TooLong
+        self.taken += len(line)
+        if self.taken > MAX_ROW:
             raise TooLong
         return line

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Optional
 
 from lora_practice.data.conversations import Conversation
+from lora_practice.data.template import answer_tail, end_of_turn, render
 from lora_practice.errors import UserError, text
 
 IGNORED = -100
 CHUNK = 512  # rows tokenised in one call: flat memory, and the tokenizer's own threads have work
+CHUNK_CHARACTERS = 4_000_000  # or fewer rows, when they are long
+CHARACTERS_PER_TOKEN = 64  # a first guess, far above the usual 4: how much of a long text is tokenised at first
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,42 @@ class Encoder:
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
         """Yield an example for each row that has something to train on; the rest is counted in `lost`."""
-        rows = iter(conversations)
-        while True:
-            chunk = list(islice(rows, CHUNK))
-            if not chunk:
-                return
-            pieces = [self.segments(one) for one in chunk]
-            flat = [words for row in pieces for words, _ in row]
-            ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        for chunk in _chunks(conversations):
+            pieces = [self.segments(self._shortened(one)) for one in chunk]
+            ids = iter(self._ids([words for row in pieces for words, _ in row]))
             for conversation, row in zip(chunk, pieces):
                 example = self._join([(next(ids), trained) for _, trained in row], conversation.origin)
                 if example is not None:
                     yield example
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; of a long one perhaps only the first 2 * max_length or more.
+
+        Only the first max_length are kept in the end. The other half keeps the place where a text is cut, and so
+        may be split otherwise, away from them.
+        """
+        reach = self.max_length * CHARACTERS_PER_TOKEN
+        found = (
+            self.tokenizer([words[:reach] for words in texts], add_special_tokens=False)["input_ids"] if texts else []
+        )
+        for number, words in enumerate(texts):
+            taken = reach
+            while taken < len(words) and len(found[number]) < 2 * self.max_length:
+                taken *= 4
+                found[number] = self.tokenizer(words[:taken], add_special_tokens=False)["input_ids"]
+        return found
+
+    def _shortened(self, conversation: Conversation) -> Conversation:
+        """Without the turns that lie behind 2 * max_length tokens: they need not even be rendered."""
+        turns, limit = conversation.messages, 2 * self.max_length
+        if len(turns) <= limit and sum(len(turn["content"]) for turn in turns) <= limit * CHARACTERS_PER_TOKEN:
+            return conversation
+        tokens = 0
+        for number, turn in enumerate(turns, 1):
+            tokens += len(self._ids([turn["content"]])[0])
+            if tokens > limit and turn["role"] == "assistant":
+                return Conversation(turns[: number + 2], conversation.origin)  # the last answer is cut off for sure
+        return conversation
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The rendered conversation cut into (text, trained) parts.
@@ -130,20 +156,7 @@ class Encoder:
         return tail, tail.find(mark) + len(mark) if mark else len(tail)
 
     def _render(self, messages: list[dict[str, str]], row: Conversation, add_generation_prompt: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError) as error:
-            raise UserError(
-                text(
-                    f"聊天模板不接受这段对话：{error}",
-                    f"the chat template refuses this conversation: {error}",
-                ),
-                where=row.origin,
-            ) from error
+        return render(self.tokenizer, messages, row.origin, prompt=add_generation_prompt)
 
     def _join(self, parts: list[tuple[list[int], bool]], origin: str) -> Optional[Example]:
         input_ids = [token for ids, _ in parts for token in ids]
@@ -162,23 +175,22 @@ class Encoder:
         return Example(input_ids, labels)
 
 
+def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    chunk: list[Conversation] = []
+    characters = 0
+    for one in conversations:
+        chunk.append(one)
+        characters += len(one.raw_text) + sum(len(turn["content"]) for turn in one.messages)
+        if len(chunk) >= CHUNK or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
 def count_trained(labels: list[int]) -> int:
     """Tokens that have a loss: the first of a row never has one, nothing stands before it."""
     return sum(label != IGNORED for label in labels[1:])
-
-
-def end_of_turn(tokenizer: Any) -> Optional[str]:
-    """The special token with which the chat template ends an answer; None if it ends with none."""
-    tail = answer_tail(tokenizer)
-    found = [(tail.find(str(token)), str(token)) for token in tokenizer.added_tokens_decoder.values()]
-    present = sorted((place, token) for place, token in found if place >= 0)
-    return present[0][1] if present else None
-
-
-def answer_tail(tokenizer: Any) -> str:
-    """What the chat template writes after the last answer, such as "<|im_end|>" and a line break."""
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "marker-of-the-answer"}]
-    return tokenizer.apply_chat_template(messages, tokenize=False).rpartition("marker-of-the-answer")[2]
 
 
 def preview(tokenizer: Any, example: Example, colour: bool = False) -> str:

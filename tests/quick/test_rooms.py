@@ -26,7 +26,7 @@ LAYERS = [
             "data.conversations",
             "data.collect",
         ),
-        *("data.tokens", "data.examples", "data.batches", "data.prepare", "artifacts", "adapter"),
+        *("data.template", "data.tokens", "data.examples", "data.batches", "data.prepare", "artifacts", "adapter"),
     ],
     ["model"],
     ["pieces", "generate", "talk", "record"],

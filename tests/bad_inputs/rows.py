@@ -1,14 +1,8 @@
-"""Promises about mistakes in data: each is named with its line, its cause and its cure, in both languages."""
+"""Rows that cannot be trained on: one line of JSONL, and a part of the English complaint."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
-import pytest
-
-from lora_practice.data.conversations import read_file
-from lora_practice.data.rows import BadRow
 
 U, A, S = ({"role": role, "content": "你好 👋"} for role in ("user", "assistant", "system"))
 
@@ -119,27 +113,3 @@ BAD_ROWS = [  # (row, a part of the English complaint)
     ({"question": "6 x 7", "answer": 42}, "answer: a number"),
 ]
 TABLE = [*BAD_LINES, *((json.dumps(row), part) for row, part in BAD_ROWS)]
-
-
-@pytest.mark.parametrize(("line", "part"), TABLE, ids=[str(number) for number in range(len(TABLE))])
-def test_each_bad_row_is_named_with_its_line_cause_and_cure(
-    line: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, good = tmp_path / "data.jsonl", json.dumps(chat(U, A))
-    path.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
-    told = {}
-    for language in ("en", "zh"):
-        monkeypatch.setenv("LORA_PRACTICE_LANG", language)
-        outcomes = list(read_file(path))
-        origins = [one.origin for one in outcomes]
-        assert origins == ["data.jsonl:1", "data.jsonl:3", "data.jsonl:4"]
-        bad = outcomes[1]
-        assert isinstance(bad, BadRow) and bad.cause and bad.fix
-        assert len(str(bad)) < 400 and "\n" not in str(bad)
-        told[language] = (str(bad), bad.cause, bad.fix)
-    assert part in told["en"][0]
-    assert all(zh != en for zh, en in zip(told["zh"], told["en"]))
-
-
-def test_the_table_of_bad_rows_is_long() -> None:
-    assert len(TABLE) >= 80

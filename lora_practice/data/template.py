@@ -1,0 +1,42 @@
+"""A tokenizer's chat template at work: chats rendered, and where it ends an answer."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from lora_practice.errors import UserError, text
+
+
+def end_of_turn(tokenizer: Any) -> Optional[str]:
+    """The special token with which the chat template ends an answer; None if it ends with none."""
+    tail = answer_tail(tokenizer)
+    found = [(tail.find(str(token)), str(token)) for token in tokenizer.added_tokens_decoder.values()]
+    present = sorted((place, token) for place, token in found if place >= 0)
+    return present[0][1] if present else None
+
+
+def answer_tail(tokenizer: Any) -> str:
+    """What the chat template writes after the last answer, such as "<|im_end|>" and a line break.
+
+    Raises:
+        UserError: the template fails, or leaves the answer out.
+    """
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "marker-of-the-answer"}]
+    fix = text("换一个 --chat_template_path", "choose another --chat_template_path")
+    _, mark, tail = render(tokenizer, messages, fix=fix).rpartition("marker-of-the-answer")
+    if not mark:
+        raise UserError(text("聊天模板里没有回答", "the chat template leaves the answers out"), fix=fix)
+    return tail
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix: str = "", prompt: bool = False) -> str:
+    """The chat as the template writes it, with the opening of the next answer for a `prompt`.
+
+    Raises:
+        UserError: the template fails on these messages; `where` and `fix` stand in it.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # a template is a program: it may divide by zero, or nest too deep to be compiled
+        zh, en = f"聊天模板不接受这段对话：{error}", f"the chat template refuses this conversation: {error}"
+        raise UserError(text(zh, en), where, fix) from error

@@ -1,0 +1,75 @@
+"""Damaged, foreign and hostile folders: one clear line from each door, nothing run, nothing written or changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from bad_inputs import enter, refusal, snapshot
+from bad_inputs.folders import BAD_ADAPTERS, BAD_MODELS, MARKER, make_base, make_output
+
+from inference import main as infer
+from lora_practice.cli import main as cli
+
+ASK = ("--prompt", "Hi", "--max-new-tokens", "2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def output(base: Path) -> Path:
+    return make_output(base.parent / "out", base)
+
+
+@pytest.fixture
+def copy(no_hub: None, output: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(output, tmp_path / "out"))
+
+
+def test_the_whole_folder_answers_and_merges(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without this, the refusals below would prove nothing."""
+    assert enter(infer, capsys, "--model-dir", "out", *ASK).code == 0
+    assert enter(cli, capsys, "merge", "out").code == 0
+    assert enter(infer, capsys, "--model-dir", "out/merged", *ASK).code == 0
+
+
+@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in BAD_ADAPTERS], ids=[c[0] for c in BAD_ADAPTERS])
+@pytest.mark.parametrize("door", ["infer", "merge"])
+def test_a_bad_adapter_is_refused(
+    damage: Callable[[Path], None], words: str, door: str, copy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    damage(copy)
+    before = snapshot(copy.parent)
+    said = enter(cli, capsys, "merge", "out") if door == "merge" else enter(infer, capsys, "--model-dir", "out", *ASK)
+    told = refusal(said)
+    assert words in told or (door == "merge" and "no adapter here" in told), told
+    assert snapshot(copy.parent) == before and not (copy.parent / MARKER).exists()
+
+
+@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in BAD_MODELS], ids=[c[0] for c in BAD_MODELS])
+def test_a_bad_model_folder_is_refused(
+    damage: Callable[[Path], None],
+    words: str,
+    no_hub: None,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    damage(folder)
+    before = snapshot(tmp_path)
+    told = refusal(enter(infer, capsys, "--model-dir", "model", *ASK))
+    assert words in told, told
+    assert snapshot(tmp_path) == before and not (tmp_path / MARKER).exists()
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t"])
+def test_an_empty_prompt_is_not_answered(prompt: str, no_hub: None, capsys: pytest.CaptureFixture) -> None:
+    assert "the prompt is empty" in refusal(enter(infer, capsys, "--prompt", "Hi", "--prompt", prompt))
