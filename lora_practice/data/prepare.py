@@ -71,6 +71,7 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any
         "first_row": preview(tokenizer, train[0]),
         "tokens": train.tokens,
         "trained_tokens": train.trained_tokens,
+        "fingerprint": train.fingerprint(),
     }
     return Rows(train, held_out_examples, facts)
 

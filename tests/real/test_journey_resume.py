@@ -100,6 +100,26 @@ def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path, killed
     assert "lora_r: 6 -> 8" in told
 
 
+def test_resuming_with_other_data_is_refused_and_named(tmp_path, embedded_rows):
+    rows = embedded_rows.read_text("utf-8").splitlines()[:16]
+    data, saving = tmp_path / "data.jsonl", ("--save_strategy", "steps", "--save_steps", "1", "--output_dir", "out")
+    data.write_text("\n".join(rows), "utf-8")
+    flags = (*SMALL, "--dataset_path", "data.jsonl", *saving)
+    run = Running(tmp_path, TRAIN, *flags)
+    run.wait_until((tmp_path / "out" / "checkpoint-1").is_dir)
+    run.process.kill()
+    run.end()
+    files = sorted((tmp_path / "out").rglob("*"))
+    data.write_text("\n".join(rows[:-1]), "utf-8")
+    told = refused(train(tmp_path, *flags, "--resume"), "the data is not what this run began with", "--output_dir")
+    assert "16 rows" in told and "15 rows" in told
+    data.write_text("\n".join([rows[1], rows[0], *rows[2:]]), "utf-8")
+    refused(train(tmp_path, *flags, "--resume"), "16 rows, but not the same ones")
+    assert sorted((tmp_path / "out").rglob("*")) == files
+    data.write_text("\n".join(rows), "utf-8")
+    succeeded(train(tmp_path, *flags, "--resume"))
+
+
 def test_a_second_ctrl_c_leaves_at_once_and_what_was_saved_stays(tmp_path):
     # one step of 24 rows takes long enough to be left in its midst
     rows = ("--train_subset_size", "24", "--gradient_accumulation_steps", "24", "--num_train_epochs", "2")
