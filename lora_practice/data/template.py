@@ -35,8 +35,14 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix:
     Raises:
         UserError: the template fails on these messages; `where` and `fix` stand in it.
     """
+    from lora_practice.data import bounds
+
+    bounds.install()
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except bounds.OverBound as error:
+        other = text("换一个 --chat_template_path", "choose another --chat_template_path")
+        raise UserError(str(error), where, fix or other) from error
     except Exception as error:  # a template is a program: it may divide by zero, or nest too deep to be compiled
         zh, en = f"聊天模板不接受这段对话：{error}", f"the chat template refuses this conversation: {error}"
         raise UserError(text(zh, en), where, fix) from error
