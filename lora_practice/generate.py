@@ -168,8 +168,11 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     if base_model:
         return find_model(base_model, is_default=False, flag="--base-model")
     trained_on = (read_record(folder) or {}).get("model") or {}
+    written = str(adapter.read_config(folder).get("base_model_name_or_path"))
+    if Path(written).name == embedded.MODEL.folder:  # wherever its cache was then; that path is not read
+        return find_model("", is_default=True, want_embedded=True)
     named = adapter.base_name(folder, trained_on)
-    if trained_on.get("kind") == "embedded" or Path(named).name == embedded.MODEL.folder:
+    if trained_on.get("kind") == "embedded":
         return find_model("", is_default=True, want_embedded=True)
     if trained_on.get("kind") == "hub" and trained_on.get("name") == named:
         from huggingface_hub import constants
