@@ -38,17 +38,18 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     `chat_template.jinja` and in `tokenizer_config.json`; the class is one that transformers 4 knows.
     """
     tokenizer.save_pretrained(str(folder))
-    whole = _read_json(folder / "tokenizer.json")
-    if whole.get("model", {}).get("type") == "BPE":
-        model = whole["model"]
-        added = {one["content"]: one["id"] for one in whole.get("added_tokens", [])}
-        _write_json(folder / "vocab.json", {**model["vocab"], **added}, indent=None)
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if _read_json(folder / "tokenizer.json").get("model", {}).get("type") == "BPE":
+        vocab, merges = _tokens(folder)
+        _write_json(folder / "vocab.json", vocab, indent=None)
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
     config = _read_json(folder / "tokenizer_config.json")
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    extra = config.pop("extra_special_tokens", None)  # a list here is refused by transformers 4
+    if config.get("tokenizer_class") == "PreTrainedTokenizerFast":
+        # transformers 4 would add BERT's token_type_ids, which no `generate` of a causal model takes
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+    # transformers 5 has a list here, which transformers 4 refuses; that has {} and the list under its own name
+    extra = config.pop("extra_special_tokens", None) or config.get("additional_special_tokens")
     if extra:
         config["additional_special_tokens"] = list(extra)
     if tokenizer.chat_template:

@@ -56,5 +56,6 @@ def test_transformers_loads_the_folder_with_the_same_ids_ends_and_template(train
     again = AutoTokenizer.from_pretrained(trained.folder / place)
     for words in [*WORDS, "<|im_start|>12345<|im_end|>"]:
         assert again(words)["input_ids"] == tokenizer(words)["input_ids"]
+    assert set(again("a")) == {"input_ids", "attention_mask"}  # what `model.generate(**inputs)` takes
     assert (again.eos_token, again.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
     assert again.apply_chat_template(CHAT, tokenize=False) == tokenizer.apply_chat_template(CHAT, tokenize=False)
