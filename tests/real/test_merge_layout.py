@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -52,16 +55,18 @@ def both(trained, tmp_path) -> Path:
     return folder
 
 
-def test_transformers_adds_the_adapter_to_the_merged_weights_without_a_word(both, tokenizer, once, twice):
+def test_transformers_5_adds_the_adapter_to_the_merged_weights_without_a_word(both, tokenizer, once, twice):
+    """transformers 4 reads the base that the adapter names, and is right."""
     assert float((once - twice).abs().max()) > 1
-    assert torch.allclose(logits(plain(both), tokenizer), twice, atol=1e-3)
+    wanted = twice if Version(transformers.__version__).major >= 5 else once
+    assert torch.allclose(logits(plain(both), tokenizer), wanted, atol=1e-3)
 
 
 def test_peft_is_right_as_long_as_the_base_is_at_hand(both, tokenizer, once):
     model = AutoPeftModelForCausalLM.from_pretrained(str(both), dtype=torch.float32)
     assert torch.allclose(logits(model, tokenizer), once, atol=1e-3)
     name_base(both, str(both / "gone"))
-    with pytest.raises(OSError):
+    with pytest.raises((OSError, HFValidationError)):  # the second from transformers 4: it takes the path for a name
         AutoPeftModelForCausalLM.from_pretrained(str(both), local_files_only=True)
 
 
