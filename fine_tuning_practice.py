@@ -229,11 +229,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from lora_practice import export, model, record, talk, train
     from lora_practice.data.prepare import prepare
     from lora_practice.machine import decide, look
+    from lora_practice.resuming import check_same_data
 
     machine = decide(look(), settings.bf16)
     tokenizer = model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
     rows = prepare(data, subset, tokenizer, settings)
-    record.check_same_data(folder.resumed, rows.facts)
+    check_same_data(folder.resumed, rows.facts)
     lora = model.add_lora(model.load_base(base, model.weights_dtype(machine, base, settings.fast)), settings, base)
     engine = train.build_engine(lora, settings, machine)
     trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)

@@ -20,17 +20,11 @@ from typing import Any, Optional
 
 from lora_practice import manifest
 from lora_practice.errors import UserError, tell, text
+from lora_practice.resuming import check_same_settings
 
 DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
 RECORD = "run_record.json"
 CHECKPOINT_MANIFEST = "checkpoint.json"
-# A resumed run that changes one of these would no longer be the same run.
-FIXED_ON_RESUME = (
-    *("model_name", "chat_template_path", "dataset_path", "dataset_name", "embedded", "train_subset_size"),
-    *("eval_subset_size", "max_length", "packing", "assistant_only_loss", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"),
-    *("warmup_ratio", "max_grad_norm", "optim", "seed", "lora_r", "lora_alpha", "lora_dropout", "bf16"),
-)
 
 
 class OutputFolder:
@@ -81,7 +75,7 @@ class OutputFolder:
             raise _already_finished(path, record)
         if not resume:
             raise _unfinished(path, record)
-        _check_same_run(path, record, settings)
+        check_same_settings(path, record, settings)
         return cls(path, resumed=record)
 
     def began_with(self, thing: str, kind: str) -> bool:
@@ -233,15 +227,3 @@ def _unfinished(path: Path, record: dict[str, Any]) -> UserError:
         where=str(path),
         fix=text("继续：--resume；从头再来：--overwrite", "go on: --resume; begin anew: --overwrite"),
     )
-
-
-def _check_same_run(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    before = record.get("settings", {})
-    changed = [name for name in FIXED_ON_RESUME if name in before and before[name] != settings.get(name)]
-    if changed:
-        listed = ", ".join(f"{name}: {before[name]} -> {settings.get(name)}" for name in changed)
-        raise UserError(
-            text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
-            where=str(path),
-            fix=text("改回原来的参数，或用另一个 --output_dir", "restore them, or use another --output_dir"),
-        )

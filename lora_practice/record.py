@@ -16,7 +16,7 @@ from typing import Any, Optional
 from lora_practice import __version__, versions
 from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
 from lora_practice.data.prepare import Rows
-from lora_practice.errors import UserError, text
+from lora_practice.errors import text
 from lora_practice.machine import Machine
 from lora_practice.sources import Source
 
@@ -44,28 +44,6 @@ def opening(
         },
         "versions": versions.installed(),
     }
-
-
-def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuse to go on with other data; `resumed` is the record of the run that is resumed, {} for a new one.
-
-    Raises:
-        UserError: the prepared rows are not those that the run began with.
-    """
-    before = resumed.get("data", {})
-    if "fingerprint" not in before or before["fingerprint"] == facts["fingerprint"]:
-        return
-    then, now = ((one.get("rows_trained"), one.get("tokens")) for one in (before, facts))
-    zh, en = "数据变了，不是同一次训练", "the data is not what this run began with"
-    if then == now:
-        what = text(f"{zh}：行数一样（{now[0]}），内容或顺序不同", f"{en}: {now[0]} rows, but not the same ones")
-    else:
-        what = text(
-            f"{zh}：{then[0]} 行 {then[1]} token -> {now[0]} 行 {now[1]} token",
-            f"{en}: {then[0]} rows, {then[1]} tokens -> {now[0]} rows, {now[1]} tokens",
-        )
-    fix = text("把数据改回来，或用另一个 --output_dir", "bring the data back, or use another --output_dir")
-    raise UserError(what, str(before.get("name", "")), fix)
 
 
 def _door(script: str, verb: str) -> list[str]:

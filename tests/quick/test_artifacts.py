@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lora_practice import artifacts, manifest
-from lora_practice.artifacts import CHECKPOINT_MANIFEST, FIXED_ON_RESUME, RECORD, OutputFolder
+from lora_practice.artifacts import CHECKPOINT_MANIFEST, RECORD, OutputFolder
 from lora_practice.errors import UserError
+from lora_practice.resuming import FIXED_ON_RESUME
 
 SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
 

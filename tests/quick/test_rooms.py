@@ -34,6 +34,7 @@ LAYERS = [
             "data.examples",
             "data.batches",
             "data.prepare",
+            "resuming",
             "artifacts",
             "adapter",
         ),

@@ -1,0 +1,51 @@
+"""Whether a run that goes on would still be the same run: its settings, and its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_practice.errors import UserError, text
+
+# A resumed run that changes one of these would no longer be the same run.
+FIXED_ON_RESUME = (
+    *("model_name", "chat_template_path", "dataset_path", "dataset_name", "embedded", "train_subset_size"),
+    *("eval_subset_size", "max_length", "packing", "assistant_only_loss", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"),
+    *("warmup_ratio", "max_grad_norm", "optim", "seed", "lora_r", "lora_alpha", "lora_dropout", "bf16"),
+)
+
+
+def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    """UserError if `settings` differ from those in the `record` of the run in `path`; names each difference."""
+    before = record.get("settings", {})
+    changed = [name for name in FIXED_ON_RESUME if name in before and before[name] != settings.get(name)]
+    if changed:
+        listed = ", ".join(f"{name}: {before[name]} -> {settings.get(name)}" for name in changed)
+        raise UserError(
+            text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
+            where=str(path),
+            fix=text("改回原来的参数，或用另一个 --output_dir", "restore them, or use another --output_dir"),
+        )
+
+
+def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse to go on with other data; `resumed` is the record of the run that is resumed, {} for a new one.
+
+    Raises:
+        UserError: the prepared rows are not those that the run began with.
+    """
+    before = resumed.get("data", {})
+    if "fingerprint" not in before or before["fingerprint"] == facts["fingerprint"]:
+        return
+    then, now = ((one.get("rows_trained"), one.get("tokens")) for one in (before, facts))
+    zh, en = "数据变了，不是同一次训练", "the data is not what this run began with"
+    if then == now:
+        what = text(f"{zh}：行数一样（{now[0]}），内容或顺序不同", f"{en}: {now[0]} rows, but not the same ones")
+    else:
+        what = text(
+            f"{zh}：{then[0]} 行 {then[1]} token -> {now[0]} 行 {now[1]} token",
+            f"{en}: {then[0]} rows, {then[1]} tokens -> {now[0]} rows, {now[1]} tokens",
+        )
+    fix = text("把数据改回来，或用另一个 --output_dir", "bring the data back, or use another --output_dir")
+    raise UserError(what, str(before.get("name", "")), fix)
