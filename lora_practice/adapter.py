@@ -110,11 +110,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def base_name(folder: Path, trained_on: dict[str, Any]) -> str:
+def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
     """The base that the adapter names; `trained_on` is the "model" of its run_record.json.
 
     A path counts only where the record of a run on this machine names it too: a folder from elsewhere must not
-    choose what is read here.
+    choose what is read here. One that ends in `own`, the embedded model's folder, is a name: that model is found in
+    today's cache, wherever the cache was then.
 
     Raises:
         UserError: it names no base, another one than the record, or a place outside.
@@ -125,14 +126,15 @@ def base_name(folder: Path, trained_on: dict[str, Any]) -> str:
         raise UserError(text("适配器没写底座是谁", "the adapter names no base"), str(folder / CONFIG), fix)
     known = [one for one in map(trained_on.get, ("name", "path", "hub_id")) if isinstance(one, str) and one]
     shown = repr(named if len(named) < 100 else named[:100] + "...")
-    if known and _last(named) not in map(_last, known):
+    if known and last_part(named) not in map(last_part, known):
         what = text(
             f"底座写的是 {shown}，记录里却是 {known[0][:100]!r}",
             f"the base is {shown} here and {known[0][:100]!r} in run_record.json",
         )
         raise UserError(what, str(folder / CONFIG), fix)
     is_download = folder.parent.name == "snapshots"  # of the Hub's cache
-    if not HUB_NAME.fullmatch(named) and (is_download or named not in known):
+    trusted = last_part(named) == own or (named in known and not is_download)
+    if not HUB_NAME.fullmatch(named) and not trusted:
         what = text(
             f"底座 {shown} 不是 Hub 上的名字，不去读它", f"its base {shown} is no name on the Hub: it is not read"
         )
@@ -140,7 +142,8 @@ def base_name(folder: Path, trained_on: dict[str, Any]) -> str:
     return named
 
 
-def _last(name: str) -> str:
+def last_part(name: str) -> str:
+    """The last part of a path of any system, or of a Hub name."""
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 

@@ -168,11 +168,8 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     if base_model:
         return find_model(base_model, is_default=False, flag="--base-model")
     trained_on = (read_record(folder) or {}).get("model") or {}
-    written = str(adapter.read_config(folder).get("base_model_name_or_path"))
-    if Path(written).name == embedded.MODEL.folder:  # wherever its cache was then; that path is not read
-        return find_model("", is_default=True, want_embedded=True)
-    named = adapter.base_name(folder, trained_on)
-    if trained_on.get("kind") == "embedded":
+    named = adapter.base_name(folder, trained_on, own=embedded.MODEL.folder)
+    if trained_on.get("kind") == "embedded" or adapter.last_part(named) == embedded.MODEL.folder:
         return find_model("", is_default=True, want_embedded=True)
     if trained_on.get("kind") == "hub" and trained_on.get("name") == named:
         from huggingface_hub import constants
@@ -223,18 +220,20 @@ def with_adapter(base: Any, folder: Path) -> Any:
         with warnings.catch_warnings():  # `misfit` says it in one line
             warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(base, str(folder))
-            reason = adapter.misfit(model, folder)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes PEFT raise nearly anything
-        if isinstance(error, MemoryError):
-            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    if reason:
-        raise UserError(
-            text(f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}"),
-            where=str(folder),
-        )
+        raise _damaged(reason, folder) from error
+    if reason := adapter.misfit(model, folder):
+        raise _damaged(reason, folder)
     changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
     if changes and max(changes) == 0:
         zh, en = "注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"
         tell(text(zh, en))
     return model
+
+
+def _damaged(reason: str, folder: Path) -> UserError:
+    zh, en = f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}"
+    return UserError(text(zh, en), where=str(folder))

@@ -132,9 +132,9 @@ def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any
     """What `loader` makes of a folder; Python code that lies in it is never run."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes transformers and tokenizers raise nearly anything
-        if isinstance(error, MemoryError):
-            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise _unloadable(thing, reason, folder) from error
 

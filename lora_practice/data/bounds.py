@@ -141,6 +141,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.meter.charge(size_of(value, self.meter.left))
         return value
 
+    # both take the context only so that jinja2 does not compute them once, when it compiles the template
     @jinja2.pass_context
     def _tick(self, context: Any, size: Any) -> bool:
         self.meter.charge(size if isinstance(size, int) else 1)

@@ -35,11 +35,13 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix:
     Raises:
         UserError: the template fails on these messages; `where` and `fix` stand in it.
     """
-    from lora_practice.data import bounds
+    from lora_practice.data import bounds  # jinja2 is no part of a door's --help
 
     bounds.install()
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except MemoryError:
+        raise
     except bounds.OverBound as error:
         other = text("换一个 --chat_template_path", "choose another --chat_template_path")
         raise UserError(str(error), where, fix or other) from error

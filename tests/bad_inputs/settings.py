@@ -43,6 +43,5 @@ BAD_SETTINGS += [
     (("--output_dir", "n" * 300), "name too long"),
     (("--output_dir", "~nobody-of-this-name/x"), "--output_dir"),
     (("data.jsonl",), "unexpected argument 'data.jsonl'"),
-    (("-h1",), "--help"),
     (("--=3",), "--"),
 ]
