@@ -16,6 +16,7 @@ def main() -> None:
 
     from bench.worker import CLOCKS, peak_memory_mb
     from lora_practice import embedded
+    from lora_practice.data.template import render
     from lora_practice.model import load_tokenizer
     from lora_practice.sources import Source
 
@@ -29,8 +30,7 @@ def main() -> None:
     prompts = []
     for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
-        words = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        prompts.append(tokenizer(words, add_special_tokens=False)["input_ids"])
+        prompts.append(tokenizer(render(tokenizer, chat, prompt=True), add_special_tokens=False)["input_ids"])
     write(prompts[0])  # warms up
     started = clock()
     written = [write(ids) for ids in prompts]

@@ -1,0 +1,91 @@
+"""How the start and the data scale. Run: python -m bench.scale [--rows N ...]
+
+Seconds from the command to the end of the first optimizer step of the embedded default; then, for each N, seconds
+and most resident memory of preparing N short rows from a JSONL file, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.scale", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=[200_000, 1_000_000], metavar="N")
+    parser.add_argument(
+        "--prepare", metavar="FILE", help=argparse.SUPPRESS
+    )  # what the processes below are started with
+    options = parser.parse_args()
+    if options.prepare:
+        print(json.dumps(prepared(Path(options.prepare))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"first step done after {first_step(Path(scratch) / 'out'):.1f} s", flush=True)
+        for count in options.rows:
+            path = Path(scratch) / f"{count}.jsonl"
+            write_rows(path, count)
+            command = [sys.executable, "-m", "bench.scale", "--prepare", str(path)]
+            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads(done.stdout)
+            print(
+                f"{found['rows']} rows, {found['tokens']} tokens: {found['seconds']:.0f} s, "
+                f"{found['peak_mb']:.0f} MB at most, {found['base_mb']:.0f} MB of them before reading",
+                flush=True,
+            )
+            path.unlink()
+
+
+def first_step(output_dir: Path) -> float:
+    """Seconds until a run says what its first step's loss is."""
+    flags = ["--embedded", "--max_steps", "2", "--logging_steps", "1", "--output_dir", str(output_dir)]
+    started, lines = time.perf_counter(), []
+    command = [sys.executable, "fine_tuning_practice.py", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            lines.append(line)
+            if " 1/2 " in line:
+                seconds = time.perf_counter() - started
+                run.communicate()
+                return seconds
+    raise SystemExit("the run ended before its first step:\n" + "".join(lines[-10:]))
+
+
+def write_rows(path: Path, count: int) -> None:
+    """A JSONL file of short chats, no two the same."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            question, answer = f"What is {i} plus {i % 7}?", f"It is {i + i % 7}, of course."
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def prepared(path: Path) -> dict[str, float]:
+    """Prepare the rows as a run does, and say what it took."""
+    from fine_tuning_practice import TrainSettings
+    from lora_practice import embedded
+    from lora_practice.data.prepare import prepare
+    from lora_practice.machine import peak_memory
+    from lora_practice.model import load_tokenizer
+    from lora_practice.sources import Source
+
+    folder = embedded.model_dir()
+    tokenizer = load_tokenizer(Source("folder", str(folder), folder))
+    base, started = peak_memory(), time.perf_counter()
+    rows = prepare(Source("file", str(path), path), None, tokenizer, TrainSettings(train_subset_size=0))
+    rows.train.dataset()
+    seconds = time.perf_counter() - started
+    found = {"rows": len(rows.train), "tokens": rows.train.tokens, "seconds": seconds}
+    return {**found, "peak_mb": peak_memory() / 1e6, "base_mb": base / 1e6}
+
+
+if __name__ == "__main__":
+    main()
