@@ -1,83 +1,130 @@
-"""`lora-practice VERB ...`: choose, import that room, print. No logic."""
+"""`lora-practice VERB ...`: choose, import that room, print. No logic.
+
+To add a verb, write a function here: `@verb(zh, en)` above it, its parameters as typer reads them, its heavy imports
+inside it. What it returns is the exit code (None is 0); a user's mistake is a UserError, as everywhere.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Annotated, Any, Callable, Optional
 
-from lora_practice.errors import UserError, door, tell, text
+import typer
 
+from lora_practice.errors import door, tell, text
+from lora_practice.verbs import Door, Verb, Verbs, run
 
-@door
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The console script."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"train": _train, "infer": _infer, "merge": _merge, "upload": _upload}
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if words[0] == "--version":
-        from lora_practice import __version__
-
-        print(__version__)
-        return 0
-    if words[0] not in verbs:
-        raise UserError(text(f"没有 {words[0]} 这个命令", f"no such command: {words[0]}"), fix=", ".join(verbs))
-    verbs[words[0]](words[1:])
-    return 0
+app = typer.Typer(
+    cls=Verbs,
+    help=text(
+        "在弱机器上动手学 LoRA 微调。每个命令加 --help 看选项。",
+        "Learn LoRA fine-tuning on weak hardware. Each command takes --help.",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
-def _help() -> str:
-    return text(
-        """lora-practice 命令 [选项]
+def verb(zh: str, en: str, door_settings: Optional[Callable[[], Any]] = None) -> Callable[[Any], Any]:
+    """Make a function a verb of the same name (`check_data` is `check-data`), with one line of help.
 
-  train    训练（选项同 fine_tuning_practice.py）
-  infer    和训练好的模型聊天（选项同 inference.py）
-  merge    文件夹：把适配器合并成完整模型，写到 文件夹/merged
-  upload   上传到 Hugging Face Hub（选项同 scripts/upload_lora_to_hub.py）
-
-每个命令加 --help 看选项。""",
-        """lora-practice COMMAND [options]
-
-  train    fine-tune (options of fine_tuning_practice.py)
-  infer    talk to what was trained (options of inference.py)
-  merge    FOLDER: merge the adapter into a whole model, in FOLDER/merged
-  upload   upload to the Hub (options of scripts/upload_lora_to_hub.py)
-
-Each command takes --help.""",
-    )
+    With `door_settings`, which returns the dataclass of a door's flags, the words go to that door unread (ctx.args).
+    """
+    cls = Door if door_settings else Verb
+    return app.command(cls=cls, help=text(zh, en), context_settings={"obj": door_settings})
 
 
-def _train(words: list[str]) -> None:
-    from fine_tuning_practice import main as train
-
-    train(words)
-
-
-def _infer(words: list[str]) -> None:
-    from inference import main as infer
-
-    infer(words)
+Folder = Annotated[
+    Path, typer.Argument(metavar=text("文件夹", "FOLDER"), help=text("训练结果的文件夹", "the output folder of a run"))
+]
 
 
-def _merge(words: list[str]) -> None:
-    if len(words) != 1 or words[0].startswith("-"):
-        print(text("用法：lora-practice merge 文件夹", "usage: lora-practice merge FOLDER"))
-        sys.exit(0 if words in (["-h"], ["--help"]) else 2)
+def _train_settings() -> Any:
+    from fine_tuning_practice import TrainSettings
+
+    return TrainSettings
+
+
+def _inference_settings() -> Any:
+    from inference import InferenceSettings
+
+    return InferenceSettings
+
+
+def _upload_settings() -> Any:
+    from lora_practice.hub.upload import UploadSettings
+
+    return UploadSettings
+
+
+@verb("训练（选项同 fine_tuning_practice.py）", "fine-tune (options of fine_tuning_practice.py)", _train_settings)
+def train(ctx: typer.Context) -> None:
+    """Door 1."""
+    from fine_tuning_practice import main
+
+    main(ctx.args)
+
+
+@verb(
+    "和训练好的模型聊天（选项同 inference.py）",
+    "talk to what was trained (options of inference.py)",
+    _inference_settings,
+)
+def infer(ctx: typer.Context) -> None:
+    """Door 2."""
+    from inference import main
+
+    main(ctx.args)
+
+
+@verb("把适配器合并成完整模型，写到 文件夹/merged", "merge the adapter into a whole model, in FOLDER/merged")
+def merge(folder: Folder) -> None:
+    """Write FOLDER/merged."""
     from lora_practice.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.export import merge, said
+    from lora_practice import export
 
-    tell(said(*merge(Path(words[0]))))
+    tell(export.said(*export.merge(folder)))
 
 
-def _upload(words: list[str]) -> None:
-    from lora_practice.hub.upload import main as upload
+@verb(
+    "上传到 Hugging Face Hub（选项同 scripts/upload_lora_to_hub.py）",
+    "upload to the Hub (options of scripts/upload_lora_to_hub.py)",
+    _upload_settings,
+)
+def upload(ctx: typer.Context) -> None:
+    """Door 3."""
+    from lora_practice.hub.upload import main
 
-    upload(words)
+    main(ctx.args)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lora_practice import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help=text("显示版本", "show the version")),
+    ] = False,
+) -> None:
+    """The options of the program itself."""
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Optional[int]:
+    """The console script."""
+    return run(app, sys.argv[1:] if argv is None else argv, "lora-practice")
 
 
 if __name__ == "__main__":

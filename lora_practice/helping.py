@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import unicodedata
-from typing import Optional
+from typing import Any, Optional
 
 from lora_practice.errors import text
 
@@ -19,8 +19,15 @@ class Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
 
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Optional[str] = None) -> None:
+        super().add_usage(usage, actions, groups, text("用法：", "usage: "))
+
     def start_section(self, heading: Optional[str]) -> None:
-        super().start_section(text("选项", "options"))
+        if heading and heading.startswith("positional"):
+            heading = text("参数", "arguments")
+        elif heading and heading.startswith("option"):
+            heading = text("选项", "options")
+        super().start_section(heading)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.dest == "help":
