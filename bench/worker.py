@@ -48,6 +48,7 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     import torch
     from trl import SFTTrainer
 
+    from fine_tuning_practice import TrainSettings
     from lora_practice import embedded, fast, model, versions
     from lora_practice.data.batches import Collator
     from lora_practice.sources import Source
@@ -56,7 +57,7 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     variant, folder = SimpleNamespace(**spec["variant"]), embedded.model_dir()
     source = Source("folder", str(folder), folder)
     ours = variant.engine is not None
-    settings = SimpleNamespace(seed=42, lora_r=6, lora_alpha=8, lora_dropout=spec["dropout"], packing=False)
+    settings = TrainSettings(lora_dropout=spec["dropout"])
     base = model.load_base(source, variant.dtype if ours else "fp32")
     adapted, tokenizer = model.add_lora(base, settings, source), model.load_tokenizer(source)
     window = spec["window"]
@@ -142,6 +143,7 @@ def share_of_ceiling(
     import torch
 
     from lora_practice.fast.plan import plan_step
+    from lora_practice.fast.products import product, product_back
 
     groups = [group for layer in engine.weights.layers for group in layer.groups]
     linear = sum(group.matrix.shape[0] * group.width for group in groups)
@@ -160,7 +162,9 @@ def share_of_ceiling(
         times = rows_now * len(groups) // 4 if group is not None else rows_now  # weight of this shape in the model
         x = torch.randn(rows_now, matrix.shape[1]).to(matrix.dtype)
         y = torch.randn(rows_now, matrix.shape[0]).to(matrix.dtype)
-        best = min(_seconds(clock, lambda x=x, m=matrix: x @ m.t(), lambda y=y, m=matrix: y @ m) for _ in range(8))
+        plain = lambda x=x, m=matrix: x @ m.t(), lambda y=y, m=matrix: y @ m
+        ours = lambda x=x, m=matrix: product(x, m), lambda y=y, m=matrix: product_back(y, m)
+        best = min(_seconds(clock, *pair) for _ in range(8) for pair in (plain, ours))
         weight = times / rows_now
         operations += weight * 4.0 * rows_now * matrix.numel()
         taken += weight * best

@@ -18,8 +18,9 @@ import torch
 from .attention import Heads
 from .linear import LinearGroup
 from .noise import Noise
-from .ops import Activation, Plain, rows_buffer, wide_of
+from .ops import Activation, Plain, wide_of
 from .plan import Plan
+from .products import rows_buffer
 
 
 class HeadNorm(NamedTuple):
@@ -97,16 +98,12 @@ class Layer:
 
     def _project(self, xu: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """(rotated q|k|v (n + 1, ...) wide with a zero row at the end, u, q|k before the head norm if any)."""
-        n, narrow = xu.shape[0], xu.dtype
-        wide = wide_of(narrow)
-        qkv = rows_buffer(n + 1, self.qkv.matrix.shape[0], wide, xu.device)
+        n = xu.shape[0]
+        qkv = rows_buffer(n + 1, self.qkv.matrix.shape[0], wide_of(xu.dtype), xu.device)
         qkv[n] = 0
         rows = qkv[:n]
-        if wide == narrow:
-            _, u = self.qkv.forward(xu, now.noise, now.ops, out=rows)
-        else:
-            y, u = self.qkv.forward(xu, now.noise, now.ops)
-            rows.copy_(y)
+        y, u = self.qkv.forward(xu, now.noise, now.ops)
+        rows.copy_(y)
         raw_qk = None
         if self.head_norm is not None:
             raw_qk = rows[:, : self.heads.q_width + self.heads.kv_width].clone()

@@ -24,7 +24,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from .noise import Noise
-from .ops import Plain, rows_buffer, wide_of
+from .ops import Plain, wide_of
+from .products import product, product_back, rows_buffer
 
 
 class Site(NamedTuple):
@@ -64,26 +65,21 @@ class LinearGroup:
         """(n, K + R) to be filled: x in the first K columns."""
         return rows_buffer(n, self.width + self.rank, self.matrix.dtype, self.matrix.device)
 
-    def forward(
-        self, xu: torch.Tensor, noise: Optional[Noise], ops: Plain, out: Optional[torch.Tensor] = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, xu: torch.Tensor, noise: Optional[Noise], ops: Plain) -> tuple[torch.Tensor, torch.Tensor]:
         """xu (n, K + R) with x in place; u is filled in. Returns y (n, N) and a copy of u (n, R) for the backward."""
         x, u = xu[:, : self.width], xu[:, self.width :]
         if self.sites:
             ops.lora_down(x, self.down, self.sites, noise, u)
-        if out is None:
-            out = rows_buffer(x.shape[0], self.matrix.shape[0], x.dtype, x.device)
-        torch.mm(xu, self.matrix.t(), out=out)
+        y = product(xu, self.matrix)
         if self.bias is not None:
-            out += self.bias
-        return out, u.clone()
+            y += self.bias
+        return y, u.clone()
 
     def backward(
         self, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, noise: Optional[Noise], ops: Plain
     ) -> torch.Tensor:
         """d_y (n, N) -> d_x (n, K); the LoRA gradients are gathered in `gradients`."""
-        d_xu = rows_buffer(x.shape[0], self.width + self.rank, x.dtype, x.device)
-        torch.mm(d_y, self.matrix, out=d_xu)
+        d_xu = product_back(d_y, self.matrix)
         d_x = d_xu[:, : self.width]
         self._gather(d_y, x, u, d_xu[:, self.width :], noise, ops, d_x)
         return d_x

@@ -13,8 +13,9 @@ from typing import Optional
 
 import torch
 
-from .ops import Plain, rows_buffer
+from .ops import Plain
 from .plan import Plan
+from .products import product, product_back
 
 CHUNK_ROWS = 128  # x 49152 float32 logits = 25 MB
 
@@ -30,13 +31,12 @@ def head_loss(
     d_x = torch.empty_like(x) if scale is not None else None
     for first in range(0, x.shape[0], CHUNK_ROWS):
         last = min(first + CHUNK_ROWS, x.shape[0])
-        logits = rows_buffer(last - first, weight.shape[0], x.dtype, x.device)
-        torch.mm(x[first:last], weight.t(), out=logits)
+        logits = product(x[first:last], weight)
         mine = (plan.pair_slots >= first) & (plan.pair_slots < last)
         slots, labels = plan.pair_slots[mine] - first, plan.pair_labels[mine]
         total += ops.cross_entropy(logits, plan.label_counts[first:last], slots, labels, scale)
         if d_x is not None:
-            torch.mm(logits, weight, out=d_x[first:last])
+            d_x[first:last] = product_back(logits, weight)
     return total, d_x
 
 

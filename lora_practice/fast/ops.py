@@ -46,18 +46,6 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rows_buffer(n: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Uninitialised (n, width) whose row pitch is a multiple of 16 elements but never of 4 KiB.
-
-    Rows whose addresses differ by a multiple of 4 KiB fall into the same cache sets: float32 products that write
-    3072 or 49152 columns lose up to half their speed to it.
-    """
-    pitch = (width + 15) // 16 * 16
-    if pitch * dtype.itemsize % 1024 == 0:
-        pitch += 16
-    return torch.empty(n, pitch, dtype=dtype, device=device)[:, :width]
-
-
 class Plain:
     """Torch spelling of every piece."""
 

@@ -17,7 +17,8 @@ from .attention import Heads
 from .layer import HeadNorm, Layer
 from .linear import LinearGroup, Site
 from .noise import threshold_of
-from .ops import ACTIVATIONS, rows_buffer, wide_of
+from .ops import ACTIVATIONS, wide_of
+from .products import rows_buffer
 
 SERVED = (
     "LlamaForCausalLM",

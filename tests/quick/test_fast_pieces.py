@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_practice.fast import native
+from lora_practice.fast import native, products
 from lora_practice.fast.attention import Heads, attend, attend_backward, attend_plainly
 from lora_practice.fast.linear import LinearGroup, LoraWeights, Site
 from lora_practice.fast.loss import head_loss, loss_plainly
@@ -216,3 +216,27 @@ def test_compiled_loss(dtype):
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     same(*copies, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE], ids=str)
+@pytest.mark.parametrize("onednn", [False, True], ids=["mm", "onednn"])
+def test_products_of_either_library_are_the_same(dtype, onednn, monkeypatch):
+    if onednn and (dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("oneDNN is asked for float32 only, where torch has it")
+    monkeypatch.setattr(products, "by_onednn", lambda *_: onednn)
+    x, matrix = products.rows_buffer(7, 50, dtype), products.rows_buffer(64, 50, dtype)
+    x.copy_(random(7, 50)), matrix.copy_(random(64, 50, seed=1))
+    y = products.product(x, matrix)
+    d_x = products.product_back(y, matrix)
+    close = {"rtol": 2e-2, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(y.to(DOUBLE), x.to(DOUBLE) @ matrix.to(DOUBLE).t(), **close)
+    torch.testing.assert_close(d_x.to(DOUBLE), y.to(DOUBLE) @ matrix.to(DOUBLE), **close)
+
+
+def test_only_float32_on_an_amd_processor_goes_to_onednn(monkeypatch):
+    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
+    chosen = products.by_onednn.__wrapped__
+    assert chosen(torch.float32, "cpu") == torch.backends.mkldnn.is_available()
+    assert not chosen(torch.bfloat16, "cpu") and not chosen(torch.float32, "cuda")
+    monkeypatch.setattr(products, "_vendor", lambda: "GenuineIntel")
+    assert not chosen(torch.float32, "cpu")

@@ -1,0 +1,23 @@
+"""The benchmark runs from its one command and says what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_benchmark_compares_plain_trl_with_ours_and_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    words = ["--quick", "--loads", "short", "--only", "reference", "ours, bf16", "--json", str(out)]
+    done = subprocess.run([sys.executable, "-m", "bench", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(out.read_text("utf-8"))["results"]["short"]
+    assert {"TRL, reference settings", "ours, bf16", "ours, bf16, no sharing", "ours, bf16, torch only"} == set(results)
+    plain, ours = results["TRL, reference settings"][0], results["ours, bf16"][0]
+    assert abs(plain["losses"][0] - ours["losses"][0]) < 0.005 * plain["losses"][0]
+    assert ours["tokens"] == plain["tokens"] and ours["gflops"] > 0
+    assert all(name in done.stdout for name in results)
