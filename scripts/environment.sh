@@ -21,12 +21,10 @@ prepare_environment() {
         PYTHON="$PWD/.venv/bin/python"
     fi
     stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.lora-practice-${extra:-run}"
-    wanted="$(cksum <pyproject.toml) $PWD"
+    wanted="$(cat pyproject.toml requirements/*.txt | cksum) $PWD"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip -q
-        "$PYTHON" -c 'import torch' 2>/dev/null || install_torch
-        say "安装其余依赖……" "installing the other dependencies ..."
-        "$PYTHON" -m pip install --disable-pip-version-check -q -e ".${extra:+[$extra]}"
+        install_all "$extra"
         printf '%s' "$wanted" >"$stamp"
     fi
     # without it the Hub is needed; if it cannot be fetched now, the run itself says what to do
@@ -49,11 +47,35 @@ make_venv() {
     exit 2
 }
 
+# An environment without torch gets the versions known to work. One that has it is somebody's own and keeps what it has,
+# but for .venv, which only keeps its torch: that may have been chosen by hand, for the card.
+install_all() { # EXTRA
+    local versions
+    versions="$(stack)"
+    if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+        install_torch "$versions"
+    elif [ "$PYTHON" != "$PWD/.venv/bin/python" ]; then
+        versions=/dev/null
+    fi
+    say "安装其余依赖……" "installing the other dependencies ..."
+    "$PYTHON" -m pip install --disable-pip-version-check -q -c <(grep -v '^torch==' "$versions") -e ".${1:+[$1]}"
+}
+
+stack() { # the file of versions for this Python and this card
+    if [ "$(card)" = old ] || "$PYTHON" -c 'import sys; sys.exit(sys.version_info >= (3, 10))'; then
+        echo requirements/cu126.txt
+    elif [ "$(card)" = new ]; then
+        echo requirements/newest.txt
+    else
+        echo requirements/cpu.txt
+    fi
+}
+
 # The torch build follows the machine. PyPI's Linux wheels carry gigabytes of CUDA, so without an NVIDIA card
 # the CPU build of pytorch.org is preferred; where pip already knows a CPU build, the same command takes that.
-install_torch() {
+install_torch() { # FILE with its version
     local version index=""
-    version="$("$PYTHON" -c 'import sys; print("2.8.0" if sys.version_info < (3, 10) else "2.13.0")')"
+    version="$(sed -n 's/^torch==//p' "$1")"
     case "$(uname -s)-$(card)" in
         Linux-none) index=https://download.pytorch.org/whl/cpu ;;
         Linux-old) index=https://download.pytorch.org/whl/cu126 ;; # the last CUDA with Maxwell, Pascal and Volta

@@ -1,0 +1,55 @@
+"""两个版本栈、五个 Python：`nox` 逐个装好并测试；没装的 Python 会说明并跳过。
+Two stacks, five Pythons: `nox` installs and tests each; a Python that is not here is skipped and said.
+
+    nox                               全部 / all of them
+    nox -s lowest                     一个 / one
+    nox -s lowest -- tests/quick -x   横线后的参数传给 pytest / what follows goes to pytest
+
+Environments are kept in .nox and used again: on Linux each holds a CUDA build of torch, several GB.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = False  # also where CI is set
+
+# pyenv's python3.9 answers only where 3.9 is among the versions in use: all of them are
+PYENV = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+if PYENV.is_dir():
+    os.environ.setdefault("PYENV_ROOT", str(PYENV.parent))
+    os.environ["PYENV_VERSION"] = ":".join(sorted(one.name for one in PYENV.iterdir()))
+
+
+def install_and_test(session: nox.Session, stack: str, tests: str) -> None:
+    """This project with the versions of `requirements/<stack>.txt`; then `tests`, or what was asked for."""
+    session.install("-c", f"requirements/{stack}.txt", "-e", ".[test]")
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or [tests]))
+
+
+@nox.session(python="3.11")
+def newest(session: nox.Session) -> None:
+    """The new stack, everything."""
+    install_and_test(session, "newest", "tests")
+
+
+@nox.session(python="3.9")
+def lowest(session: nox.Session) -> None:
+    """The lowest versions that pyproject.toml allows, everything."""
+    install_and_test(session, "lowest", "tests")
+
+
+@nox.session(python="3.9")
+def old(session: nox.Session) -> None:
+    """The old stack: the newest that Python 3.9 allows, everything."""
+    install_and_test(session, "cu126", "tests")
+
+
+@nox.session(python=["3.10", "3.12", "3.13"])
+def quick(session: nox.Session) -> None:
+    """The new stack on the other Pythons, without the model."""
+    install_and_test(session, "newest", "tests/quick")
