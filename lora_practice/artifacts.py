@@ -107,6 +107,7 @@ class OutputFolder:
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
         """Move the finished files in place, the record last: "finished" means that everything is there."""
         for file in sorted(staged.iterdir()):
+            record.setdefault("files", {})[file.name] = manifest.sha256(file)
             os.replace(file, self.path / file.name)
         record.pop("replaces", None)
         self.write_record({**record, "status": "finished"})

@@ -1,0 +1,111 @@
+"""The files of an output folder, one by one: there, whole, explained. Reads no pickle and loads no torch."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice import manifest
+from lora_practice.artifacts import CHECKPOINT_MANIFEST
+from lora_practice.contents import KINDS, Kind, kind_of
+from lora_practice.errors import text
+
+ZIPPED = (".bin", ".pt", ".pth")  # what torch.save writes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry of the folder. `fault` is why it is not whole; "" if it is. A folder's name ends in "/"."""
+
+    name: str
+    size: int
+    kind: Optional[Kind]
+    fault: str = ""
+    changed: bool = False  # whole, but no longer what the run wrote
+
+    def needed_for(self, use: str) -> bool:
+        """Whether "inference", "sharing" or "resuming" needs it."""
+        return self.kind is not None and use in self.kind.needed_for
+
+
+def take(folder: Path, record: Optional[Mapping[str, Any]] = None) -> list[Item]:
+    """Everything at the top of `folder`, ours first and in the table's order, hidden files left out.
+
+    `record` may hold the SHA-256 of the files that the run wrote. A checkpoint's own manifest knows them too.
+    """
+    known = dict((record or {}).get("files") or {})
+    known.update(_from_manifest(folder))
+    items = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            items.append(_folder(path))
+            continue
+        fault = damage(path)
+        changed = not fault and path.name in known and manifest.sha256(path) != known[path.name]
+        if changed and path.suffix == ".safetensors":  # no one edits weights by hand
+            fault = text("和训练写下的不一样", "not what the run wrote")
+        items.append(Item(path.name, path.stat().st_size, kind_of(path.name), fault, changed and not fault))
+    order = {id(kind): number for number, kind in enumerate(KINDS)}
+    return sorted(items, key=lambda item: (order.get(id(item.kind), len(KINDS)), _numbered(item.name)))
+
+
+def damage(path: Path) -> str:
+    """Why a file cannot be what its name says, in a few words; "" where nothing speaks against it."""
+    if not path.stat().st_size:
+        return text("是空的", "it is empty")
+    try:
+        if path.suffix == ".json":
+            if not isinstance(json.loads(path.read_text("utf-8")), dict):
+                return text("不是 JSON 对象", "not a JSON object")
+        elif path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(str(path), "np") as file:  # the header must fit the file's length
+                file.keys()
+        elif path.suffix in ZIPPED:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    return text("已损坏", "it is damaged")
+        elif path.suffix in (".txt", ".jinja", ".md", ".html"):
+            path.read_text("utf-8")
+    except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+        return getattr(error, "strerror", None) or text("已损坏", "it is damaged")
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        return text("已损坏", "it is damaged")
+    return ""
+
+
+def _folder(path: Path) -> Item:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    kind = kind_of(path.name + "/")
+    fault = ""
+    if path.name.startswith("checkpoint-"):
+        fault = manifest.damage(path, CHECKPOINT_MANIFEST)
+    elif kind is not None:
+        broken = [(file.name, damage(file)) for file in sorted(path.iterdir()) if file.is_file()]
+        missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+        missing += [] if any(path.glob("model*.safetensors")) else ["model.safetensors"]
+        fault = next((f"{name}: {reason}" for name, reason in broken if reason), "")
+        fault = fault or (text(f"缺少 {missing[0]}", f"{missing[0]} is missing") if missing else "")
+    return Item(path.name + "/", size, kind, fault)
+
+
+def _from_manifest(folder: Path) -> dict[str, str]:
+    try:
+        noted = json.loads((folder / CHECKPOINT_MANIFEST).read_text("utf-8"))["files"]
+        return {name: one["sha256"] for name, one in noted.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    stem, _, number = name.rstrip("/").rpartition("-")
+    return (stem, int(number)) if number.isdigit() else (name, 0)
