@@ -132,7 +132,8 @@ def _layer(module: str, a: Any, b: Any, config: Mapping[str, Any]) -> Layer:
 
     a64, b64 = a.astype("f8"), b.astype("f8")
     with np.errstate(invalid="ignore", over="ignore"):
-        core = np.linalg.qr(b64, mode="r") @ np.linalg.qr(a64.T, mode="r").T
+        r_b, r_a = np.asarray(np.linalg.qr(b64, mode="r")), np.asarray(np.linalg.qr(a64.T, mode="r"))
+        core = r_b @ r_a.T
     rank = int(a.shape[0])
     scale = scaling(module, rank, config)
     singular = np.linalg.svd(core, compute_uv=False) * scale if np.isfinite(core).all() else np.array([np.nan])
