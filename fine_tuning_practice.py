@@ -66,6 +66,11 @@ class TrainSettings:
     output_dir: str = setting(DEFAULT_OUTPUT_DIR, "结果放哪里", "where the results go")
     overwrite: bool = setting(False, "换掉 output_dir 里已有的结果", "replace the earlier run in output_dir")
     resume: bool = setting(False, "从最新的完整存盘点继续", "go on from the newest whole checkpoint")
+    trust_checkpoint: bool = setting(
+        False,
+        "也从别处拷来的存盘点继续：只对信得过的来源用",
+        "resume a checkpoint from elsewhere too: only if you trust it",
+    )
     # 序列 / sequences
     max_length: int = setting(
         512,

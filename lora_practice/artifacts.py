@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice import manifest
+from lora_practice import manifest, origin
 from lora_practice.errors import UserError, tell, text
 from lora_practice.resuming import check_same_settings
 
@@ -42,7 +42,7 @@ class OutputFolder:
 
         Raises:
             UserError: it is a file, cannot be written, holds a run that is neither to be resumed nor to be
-                replaced, holds someone else's files, or resuming would change the run.
+                replaced, holds someone else's files, or resuming would change the run or read a stranger's checkpoint.
         """
         try:
             path = Path(output_dir).expanduser()
@@ -76,7 +76,10 @@ class OutputFolder:
         if not resume:
             raise _unfinished(path, record)
         check_same_settings(path, record, settings)
-        return cls(path, resumed=record)
+        claimed = cls(path, resumed=record)
+        if claimed.checkpoint:
+            origin.check(claimed.checkpoint, CHECKPOINT_MANIFEST, trusted=bool(settings.get("trust_checkpoint")))
+        return claimed
 
     def began_with(self, thing: str, kind: str) -> bool:
         """Whether the run that is resumed began with "model" or "data" of this kind, and so must go on with it."""
@@ -120,7 +123,7 @@ class OutputFolder:
 
         Newer ones than N were passed over as damaged when the run was resumed; they do not count.
         """
-        manifest.write(staged, CHECKPOINT_MANIFEST)
+        origin.seal(staged, CHECKPOINT_MANIFEST)
         target = self.path / staged.name
         if target.exists():
             shutil.rmtree(target)
@@ -163,7 +166,7 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
-        fault = manifest.damage(checkpoint, CHECKPOINT_MANIFEST)
+        fault = manifest.damage(checkpoint, CHECKPOINT_MANIFEST, thorough=True)
         if not fault:
             return checkpoint
         tell(text(f"{checkpoint} 不完整（{fault}），不用它", f"{checkpoint} is not whole ({fault}), passed over"))

@@ -18,7 +18,7 @@ def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> No
     """Note size, time and SHA-256 of every file below `folder` in `folder/name`, together with `extra`."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != folder / name:
             stat = path.stat()
             note = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
             files[path.relative_to(folder).as_posix()] = note
@@ -29,14 +29,18 @@ def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> No
 def write_whole(path: Path, content: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(content, "utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(content, "utf-8")
+        os.replace(scratch, path)
+    except BaseException:  # a full disk, Ctrl-C
+        scratch.unlink(missing_ok=True)
+        raise
 
 
-def damage(folder: Path, name: str) -> str:
+def damage(folder: Path, name: str, thorough: bool = False) -> str:
     """What keeps `folder` from being whole, in a few words; "" if it is whole.
 
-    A file whose size and modification time are as noted is trusted; otherwise its SHA-256 decides.
+    A file whose size and modification time are as noted is trusted unless `thorough`; otherwise its SHA-256 decides.
     """
     try:
         files = json.loads((folder / name).read_text("utf-8"))["files"]
@@ -45,14 +49,12 @@ def damage(folder: Path, name: str) -> str:
             if not path.is_file():
                 return text(f"缺少 {relative}", f"{relative} is missing")
             stat = path.stat()
-            intact = stat.st_size == noted["size"] and (
-                stat.st_mtime_ns == noted["mtime_ns"] or sha256(path) == noted["sha256"]
-            )
-            if not intact:
+            untouched = stat.st_mtime_ns == noted["mtime_ns"] and not thorough
+            if stat.st_size != noted["size"] or not (untouched or sha256(path) == noted["sha256"]):
                 return text(f"{relative} 已损坏", f"{relative} is damaged")
     except FileNotFoundError:
         return text("没有写完", "it was not written to the end")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return text(f"{name} 读不了", f"{name} cannot be read")
     return ""
 

@@ -25,7 +25,8 @@ def opening(
     settings: Any, machine: Machine, base: Source, data: Source, rows: Rows, argv: Sequence[str]
 ) -> dict[str, Any]:
     """The record as it stands before the first step; `argv` are the flags that were given."""
-    repeatable = [word for word in argv if word not in ("--resume", "--overwrite")]
+    once = ("--resume", "--overwrite", "--trust_checkpoint", "--trust-checkpoint")
+    repeatable = [word for word in argv if word not in once]
     return {
         "made_by": f"lora-finetune-practice {__version__}",
         "started_at": time.strftime("%Y-%m-%d %H:%M"),
@@ -149,7 +150,8 @@ def _quoted(words: str) -> str:
 
 
 def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]) -> str:
-    hidden = ["output_dir", "overwrite", "resume", "run_inference", "merge_adapter", "skip_login", "report_to"]
+    hidden = ["output_dir", "overwrite", "resume", "trust_checkpoint", "run_inference", "merge_adapter"]
+    hidden += ["skip_login", "report_to"]
     # where the embedded ones were used, these name something else
     hidden += ["model_name"] if model["kind"] == "embedded" else []
     hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []

@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         LORA_PRACTICE_CACHE=cache,
         LANG="C.UTF-8",  # English
         HF_HOME=str(Path(config._lora_practice_home.name) / "huggingface"),  # type: ignore[attr-defined]
+        XDG_CONFIG_HOME=str(Path(config._lora_practice_home.name) / "config"),  # type: ignore[attr-defined]
         HF_ENDPOINT=CLOSED_PORT,
         HF_HUB_DISABLE_TELEMETRY="1",
         TOKENIZERS_PARALLELISM="false",

@@ -15,6 +15,12 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs PO
 SAVING = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "out")
 
 
+def copied_to(place: Path, killed: Path) -> Path:
+    """A copy of a killed run, and of the home that it was started from."""
+    shutil.copytree(killed.parent / "home", place / "home")
+    return Path(shutil.copytree(killed, place / "out"))
+
+
 def record(folder: Path) -> dict:
     return json.loads((folder / "run_record.json").read_text("utf-8"))
 
@@ -67,7 +73,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_ends_bit_for_bit_th
 
 
 def test_a_killed_run_is_resumed_from_its_last_checkpoint_bit_for_bit(tmp_path, killed, uninterrupted):
-    shutil.copytree(killed, tmp_path / "out")
+    copied_to(tmp_path, killed)
     assert record(killed)["status"] == "running"
     done = succeeded(train(tmp_path, *SAVING, "--resume"))
     assert "going on from out/checkpoint-4" in done.stderr
@@ -76,7 +82,7 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint_bit_for_bit(tmp_path, 
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, killed, uninterrupted):
-    out = Path(shutil.copytree(killed, tmp_path / "out"))
+    out = copied_to(tmp_path, killed)
     with open(out / "checkpoint-4" / "optimizer.pt", "r+b") as file:
         file.truncate(1000)
     done = succeeded(train(tmp_path, *SAVING, "--resume"))
@@ -86,7 +92,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, killed, u
 
 
 def test_without_a_whole_checkpoint_resuming_is_refused_and_nothing_is_lost(tmp_path, killed):
-    out = Path(shutil.copytree(killed, tmp_path / "out"))
+    out = copied_to(tmp_path, killed)
     for checkpoint in out.glob("checkpoint-*"):
         (checkpoint / "checkpoint.json").unlink()
     before = sorted(path for path in out.rglob("*"))
@@ -94,8 +100,18 @@ def test_without_a_whole_checkpoint_resuming_is_refused_and_nothing_is_lost(tmp_
     assert sorted(path for path in out.rglob("*")) == before
 
 
+def test_a_checkpoint_from_another_machine_is_refused_until_the_user_trusts_it(tmp_path, killed, uninterrupted):
+    out = Path(shutil.copytree(killed, tmp_path / "out"))  # but not the home with the key
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    told = refused(train(tmp_path, *SAVING, "--resume"), "not saved by you on this machine", "--trust_checkpoint")
+    assert "out/checkpoint-4" in told
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = succeeded(train(tmp_path, *SAVING, "--resume", "--trust_checkpoint"))
+    assert "going on from out/checkpoint-4" in done.stderr and same_run(out, uninterrupted)
+
+
 def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path, killed):
-    shutil.copytree(killed, tmp_path / "out")
+    copied_to(tmp_path, killed)
     told = refused(train(tmp_path, *SAVING, "--resume", "--lora_r", "8"))
     assert "lora_r: 6 -> 8" in told
 

@@ -1,0 +1,87 @@
+"""kill -9 at chosen and at random moments of a real training, and what must hold after each."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from journey_harness import ROOT, TRAIN, Running
+
+DOOR = str(ROOT / "tests" / "killed_door.py")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A moment: the `n`-th change on the disk of this kind, or so many seconds after the start."""
+
+    words: str
+    event: str = ""
+    part: str = ""
+    n: int = 1
+    milliseconds: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.seconds:
+            return f"{self.words} ({self.seconds:.1f} s after the start)"
+        return f"{self.words} (number {self.n}{f', {self.milliseconds} ms later' if self.milliseconds else ''})"
+
+
+def random_kill(random: Random, kind: int, seconds: float) -> Kill:
+    """One of eight kinds; `seconds` is how long an uninterrupted run takes."""
+    n = random.randint(1, 4)
+    kinds = (
+        Kill("in the midst of a save", "os.mkdir", ".writing-", n, random.randint(1, 400)),
+        Kill("before a checkpoint's manifest", "open", "checkpoint.json", n),
+        Kill("before a checkpoint's rename", "os.rename", "checkpoint-", n),
+        Kill("before an old checkpoint is removed", "shutil.rmtree", "checkpoint-", n),
+        Kill("while an old checkpoint is removed", "os.remove", "", random.randint(2, 60)),
+        Kill("before any change of a file", "", "", random.randint(1, 100)),
+        Kill("while the results are moved in place", "os.rename", "tokenizer", random.randint(1, 2)),
+        Kill("at any time", seconds=random.uniform(0.1, 1.0) * seconds),
+    )
+    return kinds[kind % len(kinds)]
+
+
+def run_into(kill: Kill, place: Path, out: str, *flags: str) -> tuple[bool, Running]:
+    """Door 1 in `place` with the output folder `out`; whether the kill came before the end, and what was said."""
+    flags = ("--output_dir", out, *flags)
+    if kill.seconds:
+        run = Running(place, TRAIN, *flags)
+        deadline = time.monotonic() + kill.seconds
+        while time.monotonic() < deadline and run.process.poll() is None:
+            time.sleep(0.01)
+        run.process.kill()
+    else:
+        words = (kill.event, kill.part, str(kill.n), str(kill.milliseconds), str(place / out))
+        run = Running(place, DOOR, *words, *flags)
+    code = run.end(1800)
+    assert code in (0, -signal.SIGKILL), (code, run.words)
+    return code != 0, run
+
+
+def resume_flag(out: Path) -> tuple[str, ...]:
+    """`--resume`, if the run got as far as its first record."""
+    return ("--resume",) if (out / "run_record.json").is_file() else ()
+
+
+def steps_safe(out: Path) -> int:
+    """N of the newest whole checkpoint, judged by its manifest; 0 if there is none."""
+    from lora_practice import manifest
+    from lora_practice.artifacts import CHECKPOINT_MANIFEST, checkpoints
+
+    whole = [one for one in checkpoints(out) if not manifest.damage(one, CHECKPOINT_MANIFEST)]
+    return int(whole[-1].name.rpartition("-")[2]) if whole else 0
+
+
+def differences(out: Path, other: Path) -> list[str]:
+    """What two finished runs do not share, bit for bit: adapter, tokenizer, losses; and leftovers in the first."""
+    names = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+    found = [name for name in names if (out / name).read_bytes() != (other / name).read_bytes()]
+    records = [json.loads((folder / "run_record.json").read_text("utf-8")) for folder in (out, other)]
+    found += [key for key in ("losses", "steps", "status") if records[0][key] != records[1][key]]
+    return found + [str(left) for left in out.glob(".*")]
