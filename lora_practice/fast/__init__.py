@@ -1,9 +1,9 @@
 """LoRA training without autograd, for a CPU or an old card: same loss, same gradients, less work.
 
 Reading order: plan (what is computed), noise (dropout as a function), ops (the small pieces), attention, products,
-linear (LoRA inside one matrix product), loss, layer (forward and backward of a decoder layer), weights (from a PEFT
-model to layers), native (optional compiled pieces), engine (the step); and for generation decode_weights,
-decode_native, decode. Imports torch only.
+space (memory used again), linear (LoRA inside one matrix product), loss, layer (forward and backward of a decoder
+layer), weights (from a PEFT model to layers), native (optional compiled pieces), engine (the step); and for
+generation decode_weights, decode_native, decode. Imports torch only.
 """
 
 from __future__ import annotations

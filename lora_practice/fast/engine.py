@@ -14,6 +14,8 @@ from .loss import head_loss
 from .noise import Noise
 from .ops import Plain, wide_of
 from .plan import Example, Plan, count_labels, plan_step
+from .products import ROW_STEP
+from .space import Space, return_freed_memory
 from .weights import Weights, read
 
 
@@ -21,7 +23,7 @@ def build(
     peft_model: Any,
     compute_dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    token_budget: Optional[int] = 1024,
+    token_budget: Optional[int] = 512,
     share_prefix: bool = True,
     kernels: bool = True,
 ) -> Engine:
@@ -58,6 +60,7 @@ class Engine:
         self.weights, self.dtype, self.ops = weights, dtype, ops
         self.seed, self.step = seed, 0
         self.token_budget, self.share_prefix = token_budget, share_prefix
+        self.space = Space((token_budget or 0) + ROW_STEP)
         self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups])
 
     @torch.no_grad()
@@ -83,6 +86,7 @@ class Engine:
             total += self._forward_backward(plan, noise, loss_scale / num_items)
             noise = noise and noise._replace(row0=noise.row0 + plan.rows)
         self.lora.give(keep_rate)
+        return_freed_memory()
         self.step += 1
         return total / max(num_items, 1)
 
@@ -92,7 +96,7 @@ class Engine:
         self.lora.take(1.0)
         total = 0.0
         for plan in plan_step(examples, self.token_budget, self.share_prefix):
-            now = self._pass(plan, None)
+            now = self._pass(plan, None, backward=False)
             h = self._embed(now.plan)
             for layer in self.weights.layers:
                 h, _ = layer.forward(h, now)
@@ -113,13 +117,15 @@ class Engine:
                 parameter.data = view.contiguous()
         self.weights.moved.clear()
 
-    def _pass(self, plan: Plan, noise: Optional[Noise]) -> Pass:
+    def _pass(self, plan: Plan, noise: Optional[Noise], backward: bool = True) -> Pass:
         device = self.weights.embedding.device
+        plan = plan.padded(ROW_STEP)
         plan = plan if device.type == "cpu" else plan.to(device)
         wide = torch.empty(0, dtype=wide_of(self.dtype), device=device)
         cos, sin = self.weights.rotary(wide, plan.positions[None])
         half = cos.shape[-1] // 2
-        return Pass(plan, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), noise, self.ops)
+        cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return Pass(plan, cos, sin, noise, self.ops, self.space, backward)
 
     def _embed(self, plan: Plan) -> torch.Tensor:
         h = self.weights.embedding[plan.ids].to(wide_of(self.dtype))

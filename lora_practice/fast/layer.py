@@ -20,7 +20,7 @@ from .linear import LinearGroup
 from .noise import Noise
 from .ops import Activation, Plain, wide_of
 from .plan import Plan
-from .products import rows_buffer
+from .space import Space
 
 
 class HeadNorm(NamedTuple):
@@ -39,6 +39,8 @@ class Pass(NamedTuple):
     sin: torch.Tensor
     noise: Optional[Noise]
     ops: Plain
+    space: Space
+    backward: bool  # False: layers may forget what only their backward pass reads
 
 
 class Saved(NamedTuple):
@@ -73,6 +75,7 @@ class Layer:
     activation: Activation
     head_norm: Optional[HeadNorm] = None
     window: Optional[int] = None
+    index: int = 0
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -80,26 +83,48 @@ class Layer:
 
     def forward(self, h: torch.Tensor, now: Pass) -> tuple[torch.Tensor, Saved]:
         """h (n, K) wide -> (h3, saved)."""
-        xu = self.qkv.input_buffer(h.shape[0])
+        xu = self._input(self.qkv, now)
         rstd1 = now.ops.norm(h, self.norm1, self.eps, xu[:, : self.qkv.width])
         qkv, u_qkv, raw_qk = self._project(xu, now)
-        ou = self.out.input_buffer(h.shape[0])
+        ou = self._kept("o", self.out.width + self.out.rank, self.out.matrix.dtype, now)
         o = ou[:, : self.out.width]
         now.ops.attend(qkv, now.plan, self.window, self.heads, o)
-        h2, u_o = _add_product(h, self.out, ou, now)
-        xu = self.gate_up.input_buffer(h.shape[0])
+        h2, u_o = self._add_product("h2", h, self.out, ou, now)
+        xu = self._input(self.gate_up, now)
         rstd2 = now.ops.norm(h2, self.norm2, self.eps, xu[:, : self.gate_up.width])
-        gate_up, u_gate_up = self.gate_up.forward(xu, now.noise, now.ops)
-        au = self.down.input_buffer(h.shape[0])
+        gate_up = self._kept("gate_up", self.gate_up.matrix.shape[0], xu.dtype, now)
+        gate_up, u_gate_up = self.gate_up.forward(xu, now.noise, now.ops, gate_up)
+        au = self._input(self.down, now)
         now.ops.gate(gate_up, self.activation, au[:, : self.down.width])
-        h3, u_down = _add_product(h2, self.down, au, now)
+        h3, u_down = self._add_product("h3", h2, self.down, au, now)
         saved = Saved(h, rstd1, u_qkv, raw_qk, qkv, o, u_o, h2, rstd2, u_gate_up, gate_up, u_down)
         return h3, saved
+
+    def _kept(self, name: str, width: int, dtype: torch.dtype, now: Pass, more: int = 0) -> torch.Tensor:
+        """(n + more, width) of this layer, untouched until its backward pass is done."""
+        place = self.index if now.backward else -1
+        return now.space.rows((name, place), now.plan.rows + more, width, dtype, now.cos.device)
+
+    @staticmethod
+    def _passing(name: str, width: int, dtype: torch.dtype, now: Pass) -> torch.Tensor:
+        """(n, width) that the next layer uses again."""
+        return now.space.rows((name, width), now.plan.rows, width, dtype, now.cos.device)
+
+    def _input(self, group: LinearGroup, now: Pass) -> torch.Tensor:
+        """(n, K + R) to be filled: x in the first K columns."""
+        return self._passing("xu", group.width + group.rank, group.matrix.dtype, now)
+
+    def _add_product(
+        self, name: str, h: torch.Tensor, group: LinearGroup, xu: torch.Tensor, now: Pass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h + group(x), u): the residual sum is wide."""
+        y, u = group.forward(xu, now.noise, now.ops)
+        return torch.add(h, y, out=self._kept(name, h.shape[1], h.dtype, now)), u
 
     def _project(self, xu: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """(rotated q|k|v (n + 1, ...) wide with a zero row at the end, u, q|k before the head norm if any)."""
         n = xu.shape[0]
-        qkv = rows_buffer(n + 1, self.qkv.matrix.shape[0], wide_of(xu.dtype), xu.device)
+        qkv = self._kept("qkv", self.qkv.matrix.shape[0], wide_of(xu.dtype), now, more=1)
         qkv[n] = 0
         rows = qkv[:n]
         y, u = self.qkv.forward(xu, now.noise, now.ops)
@@ -134,13 +159,13 @@ class Layer:
 
     def _mlp_backward(self, d_h: torch.Tensor, saved: Saved, now: Pass) -> torch.Tensor:
         ops, noise, gate_up = now.ops, now.noise, saved.gate_up
-        n, narrow = gate_up.shape[0], gate_up.dtype
-        a = rows_buffer(n, self.down.width, narrow, gate_up.device)
+        narrow = gate_up.dtype
+        a = self._input(self.down, now)[:, : self.down.width]
         ops.gate(gate_up, self.activation, a)
         d_a = self.down.backward(d_h.to(narrow), a, saved.u_down, noise, ops)
-        d_gate_up = rows_buffer(n, gate_up.shape[1], narrow, gate_up.device)
+        d_gate_up = self._passing("d_gate_up", gate_up.shape[1], narrow, now)
         ops.gate_backward(d_a, gate_up, self.activation, d_gate_up)
-        x2 = rows_buffer(n, self.gate_up.width, narrow, gate_up.device)
+        x2 = self._input(self.gate_up, now)[:, : self.gate_up.width]
         ops.norm_again(saved.h2, self.norm2, saved.rstd2, x2)
         d_x2 = self.gate_up.backward(d_gate_up, x2, saved.u_gate_up, noise, ops)
         ops.norm_backward(d_x2, saved.h2, self.norm2, saved.rstd2, d_h)
@@ -154,7 +179,7 @@ class Layer:
         ops.rotate(d_qkv, self.heads.query + self.heads.shared, now.cos, now.sin, -1)
         if saved.raw_qk is not None:
             self._head_norm_backward(d_qkv, saved.raw_qk, ops)
-        x1 = rows_buffer(n, self.qkv.width, narrow, d_h.device)
+        x1 = self._input(self.qkv, now)[:, : self.qkv.width]
         ops.norm_again(saved.h, self.norm1, saved.rstd1, x1)
         if need_d_h:
             d_x1 = self.qkv.backward(d_qkv.to(narrow), x1, saved.u_qkv, noise, ops)
@@ -172,9 +197,3 @@ class Layer:
             d_values = torch.zeros_like(values)
             ops.norm_backward(d_out, values, weight, rstd, d_values)
             d_part.copy_(d_values.view(d_part.shape))
-
-
-def _add_product(h: torch.Tensor, group: LinearGroup, xu: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h + group(x), u): the residual sum is wide."""
-    y, u = group.forward(xu, now.noise, now.ops)
-    return torch.add(h, y), u

@@ -25,7 +25,7 @@ import torch
 
 from .noise import Noise
 from .ops import Plain, wide_of
-from .products import product, product_back, rows_buffer
+from .products import product, product_back
 
 
 class Site(NamedTuple):
@@ -61,16 +61,14 @@ class LinearGroup:
         """Where the site's c B sits in the matrix: (N_s, r)."""
         return self.matrix[site.outputs, self.width + site.ranks.start : self.width + site.ranks.stop]
 
-    def input_buffer(self, n: int) -> torch.Tensor:
-        """(n, K + R) to be filled: x in the first K columns."""
-        return rows_buffer(n, self.width + self.rank, self.matrix.dtype, self.matrix.device)
-
-    def forward(self, xu: torch.Tensor, noise: Optional[Noise], ops: Plain) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, xu: torch.Tensor, noise: Optional[Noise], ops: Plain, out: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """xu (n, K + R) with x in place; u is filled in. Returns y (n, N) and a copy of u (n, R) for the backward."""
         x, u = xu[:, : self.width], xu[:, self.width :]
         if self.sites:
             ops.lora_down(x, self.down, self.sites, noise, u)
-        y = product(xu, self.matrix)
+        y = product(xu, self.matrix, out)
         if self.bias is not None:
             y += self.bias
         return y, u.clone()

@@ -1,4 +1,4 @@
-"""From the examples of one optimizer step to rows of work: nothing is computed twice, nothing is padded.
+"""From the examples of one optimizer step to rows of work: nothing is computed twice, next to nothing is padded.
 
 Legend: a *row* is one token position that the model computes; a step has n rows. An *example* is a pair
 (input_ids, labels) of equal length T, labels unshifted, -100 = not trained (the Hugging Face convention).
@@ -75,6 +75,26 @@ class Plan:
             paths = torch.tensor([len(run.path) for run in self.runs])
             self.flat = (starts, paths, torch.tensor([row for run in keys for row in run]))
         return self.flat
+
+    def padded(self, step: int) -> Plan:
+        """The same work with the rows, and the rows with labels, filled up to multiples of `step`.
+
+        The rows that are added belong to no example and carry no label: nothing depends on them, no gradient either.
+        """
+        n, labelled = self.rows, self.label_rows.numel()
+        more_labelled = -labelled % step
+        more = -n % step or (step if more_labelled else 0)  # a row to point at, when one with labels is wanted
+        if not more:
+            return self
+        return Plan(
+            ids=torch.cat([self.ids, self.ids.new_zeros(more)]),
+            positions=torch.cat([self.positions, self.positions.new_zeros(more)]),
+            runs=[*self.runs, *(Run([], row, row + 1) for row in range(n, n + more))],
+            label_rows=torch.cat([self.label_rows, self.label_rows.new_full((more_labelled,), n)]),
+            label_counts=torch.cat([self.label_counts, self.label_counts.new_zeros(more_labelled)]),
+            pair_slots=self.pair_slots,
+            pair_labels=self.pair_labels,
+        )
 
     def to(self, device: torch.device) -> Plan:
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}

@@ -6,8 +6,6 @@ whenever the dtypes agree, so the model keeps working, in generation and evaluat
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -19,6 +17,7 @@ from .linear import LinearGroup, Site
 from .noise import threshold_of
 from .ops import ACTIVATIONS, wide_of
 from .products import rows_buffer
+from .space import return_freed_memory
 
 SERVED = (
     "LlamaForCausalLM",
@@ -76,7 +75,7 @@ def read(peft_model: Any, dtype: torch.dtype) -> Weights:
         raise NotServed(f"LoRA layers differ in dropout: {sorted(reader.dropouts)}")
     hidden = causal.config.hidden_size
     embedding = causal.get_input_embeddings().weight
-    _return_freed_memory()
+    return_freed_memory()
     return Weights(
         embedding=embedding.detach(),
         embedding_scale=float(torch.tensor(hidden**0.5)) if kind == "GemmaForCausalLM" else 1.0,  # float32, as theirs
@@ -160,6 +159,7 @@ class _Reader:
             activation=ACTIVATIONS[self.activation_name()],
             head_norm=head_norm,
             window=window,
+            index=index,
         )
 
     def group(self, *modules: Any) -> LinearGroup:
@@ -206,12 +206,6 @@ class _Reader:
         self.sites += 1
         ranks = slice(rank, rank + a.shape[0])
         return Site(a, b, float(module.scaling[adapter]), slice(row, row + b.shape[0]), ranks, self.sites)
-
-
-def _return_freed_memory() -> None:
-    """glibc keeps the pages of the replaced weights for itself until asked; elsewhere there is nothing to ask."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _base_linear(module: Any) -> torch.nn.Linear:

@@ -85,3 +85,14 @@ def test_masks_drop_what_they_should_independently():
         assert abs(moved) < 5 / count**0.5
     per_row = dropped.reshape(8, 512, 576).mean(2).flatten()
     assert per_row.var() == pytest.approx(rate * (1 - rate) / 576, rel=0.1)
+
+
+def test_padding_adds_rows_that_belong_to_no_example():
+    plan = plan_step([([1, 2, 3, 4], [-100, 2, 3, 4]), ([1, 2, 9, 8, 7], [-100, -100, 9, 8, 7])])[0]
+    padded = plan.padded(8)
+    assert padded.rows % 8 == 0 and padded.label_rows.numel() % 8 == 0
+    assert padded.ids[: plan.rows].equal(plan.ids) and padded.runs[: len(plan.runs)] == plan.runs
+    assert all(run.path == [] and run.last == run.first + 1 for run in padded.runs[len(plan.runs) :])
+    added = padded.label_rows[plan.label_rows.numel() :]
+    assert (added >= plan.rows).all() and padded.label_counts.sum() == plan.label_counts.sum()
+    assert padded.padded(8) is padded
