@@ -37,6 +37,7 @@ def verb(zh: str, en: str, door_settings: Optional[Callable[[], Any]] = None) ->
     return app.command(cls=cls, help=text(zh, en), context_settings={"obj": door_settings})
 
 
+Json = Annotated[bool, typer.Option("--json", help=text("输出 JSON，给程序读", "print JSON, for a program"))]
 Folder = Annotated[
     Path, typer.Argument(metavar=text("文件夹", "FOLDER"), help=text("训练结果的文件夹", "the output folder of a run"))
 ]
@@ -66,6 +67,50 @@ def train(ctx: typer.Context) -> None:
     from fine_tuning_practice import main
 
     main(ctx.args)
+
+
+@verb(
+    "检查数据文件：格式、长度、重复、每个问题和改法",
+    "look through a data file: shape, lengths, copies, each problem and its cure",
+)
+def check_data(
+    path: Annotated[Path, typer.Argument(metavar=text("文件", "FILE"), help="JSONL, JSON, CSV, TSV, Parquet")],
+    show: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=text(
+                "按模型看到的样子显示第 N 行，标出训练的部分", "show row N as the model sees it, trained parts marked"
+            ),
+        ),
+    ] = None,
+    max_length: Annotated[
+        int,
+        typer.Option(
+            "--max_length", "--max-length", min=8, metavar="N", help=text("同训练的 --max_length", "as in train")
+        ),
+    ] = 512,
+    model_name: Annotated[
+        str,
+        typer.Option(
+            "--model_name",
+            "--model-name",
+            help=text("用谁的分词器；默认是内置模型的", "whose tokenizer; by default the embedded model's"),
+        ),
+    ] = "",
+    chat_template_path: Annotated[
+        str, typer.Option("--chat_template_path", "--chat-template-path", help=text("同训练的参数", "as in train"))
+    ] = "",
+    json: Json = False,
+) -> int:
+    """See `lora_practice.check`."""
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    from lora_practice.check import check
+
+    return check(path, model_name, chat_template_path, max_length, show, json)
 
 
 @verb(

@@ -102,7 +102,9 @@ def run(app: typer.Typer, argv: Sequence[str], prog: str) -> Optional[int]:
 def _in_our_words(error: Any) -> UserError:
     context, kind = error.ctx, type(error).__name__
     parameter = getattr(error, "param", None)
-    name = _metavar(parameter) if parameter is not None else ""
+    name = ""
+    if parameter is not None:
+        name = parameter.opts[0] if parameter.param_type_name == "option" else _metavar(parameter)
     if kind == "NoSuchOption":
         near = list(error.possibilities or [])
         hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
@@ -114,7 +116,7 @@ def _in_our_words(error: Any) -> UserError:
     elif kind == "UsageError":  # the only one left: words too many
         what = text("多余的参数：", "unexpected argument: ") + error.message.rpartition("(")[2].rstrip(").")
     else:
-        what = f"{name}: {error.message}"
+        what = text(f"{name} 的值不对：{error.message}", f"{name}: {error.message}")
     path = context.command_path if context else ""
     return UserError(what, fix=f"{path} --help")
 
@@ -141,10 +143,10 @@ def _add_options(page: argparse.ArgumentParser, parameters: Sequence[Any]) -> No
 
 
 def _metavar(parameter: Any) -> str:
-    if parameter.param_type_name == "option" and not parameter.metavar:
-        return "N" if parameter.type.name in ("integer", "float") else "…"
+    if parameter.param_type_name == "option":
+        return parameter.metavar or "…"
     name = parameter.metavar or parameter.name.upper()
-    return name if parameter.required or parameter.param_type_name == "option" else f"[{name}]"
+    return name if parameter.required else f"[{name}]"
 
 
 def _help_of(parameter: Any) -> str:

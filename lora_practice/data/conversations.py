@@ -13,7 +13,7 @@ Each but the last may carry `system` (text) and, for pairs, `history` ([[user, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -35,11 +35,20 @@ SHAPES = "messages | conversations | " + " | ".join(f"{ask} + {answer}" for ask,
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row to train on: turns (an optional system, then user and assistant by turns), or plain text."""
+    """One row to train on: turns (an optional system, then user and assistant by turns), or plain text.
+
+    `shape` is the one it had in the file, such as "messages" or "prompt + completion".
+    """
 
     messages: tuple[Message, ...]
     origin: str
     raw_text: str = ""
+    shape: str = field(default="", compare=False)
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What it says, wherever it stands: rows with the same content are copies."""
+        return (self.raw_text, *((turn["role"], turn["content"]) for turn in self.messages))
 
     def as_dicts(self) -> list[dict[str, str]]:
         """Fresh copies of the turns, for `tokenizer.apply_chat_template`."""
@@ -107,13 +116,13 @@ def from_row(row: Any, origin: str) -> Conversation:
             )
         ask, answer = _shape(row)
         if ask == "text":
-            return Conversation((), origin, content_of(row["text"], "text"))
+            return Conversation((), origin, content_of(row["text"], "text"), ask)
         turns = _pair(row, ask, answer) if answer else read_turns(row[ask], ask)
         system = row.get("system")
         if given(system) and not (turns and turns[0] == {"role": "system", "content": system}):
             turns.insert(0, {"role": "system", "content": content_of(system, "system")})
         check_order(turns)
-        return Conversation(tuple(turns), origin)
+        return Conversation(tuple(turns), origin, shape=f"{ask} + {answer}" if answer else ask)
     except BadRow as bad:
         bad.origin = origin
         raise

@@ -94,8 +94,8 @@ def hold_out(rows: Iterable[Conversation], count: int, seed: int) -> tuple[Itera
         return rows, []
     found = list(rows)
     chosen = random.Random(seed).sample(range(len(found)), min(count, len(found)))
-    contents = {_content(found[i]) for i in chosen}
-    kept = [row for row in found if _content(row) not in contents]
+    contents = {found[i].content for i in chosen}
+    kept = [row for row in found if row.content not in contents]
     if not kept:
         raise UserError(
             text(f"留出 {count} 行后没有可训练的了", "no row is left to train on"),
@@ -107,10 +107,6 @@ def hold_out(rows: Iterable[Conversation], count: int, seed: int) -> tuple[Itera
         zh, en = "行与留出的行内容相同，不训练", "rows are the same as held-out ones and are not trained on"
         tell(text(f"{repeated} {zh}", f"{repeated} {en}"))
     return kept, [found[i] for i in sorted(chosen)]
-
-
-def _content(row: Conversation) -> tuple[Any, ...]:
-    return (row.raw_text, *((m["role"], m["content"]) for m in row.messages))
 
 
 def _open(source: Source, config: Optional[str]) -> Iterable[Any]:

@@ -8,6 +8,7 @@ it needs no `{% generation %}` marks in the template.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -33,8 +34,9 @@ class Example:
 
 @dataclass
 class Lost:
-    """What did not reach the model, each kind with its count and the first few origins."""
+    """What did not reach the model, each kind with its count and the first `shown` origins."""
 
+    shown: int = 3
     counts: dict[str, int] = field(default_factory=dict)
     origins: dict[str, list[str]] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ class Lost:
         """Count one row under `kind`."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         first = self.origins.setdefault(kind, [])
-        if len(first) < 3:
+        if len(first) < self.shown:
             first.append(origin)
 
     def lines(self, max_length: int) -> list[str]:
@@ -58,7 +60,7 @@ class Lost:
                 "rows train on their last answer only: the template rewrites history",
             ),
         }
-        return [f"{n} {sentence[kind]}: {', '.join(self.origins[kind])}" for kind, n in self.counts.items()]
+        return [f"{n} {sentence[kind]}: {', '.join(self.origins[kind][:3])}" for kind, n in self.counts.items()]
 
 
 class Encoder:
@@ -67,6 +69,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> None:
         self.tokenizer, self.max_length, self.assistant_only = tokenizer, max_length, assistant_only_loss
         self.lost = Lost()
+        self.lengths = array("i")  # tokens of each row before it is cut; of a very long one at least 2 * max_length
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
         """Yield an example for each row that has something to train on; the rest is counted in `lost`."""
@@ -166,6 +169,7 @@ class Encoder:
         for ids, trained in parts:
             length += len(ids)
             answered = length if trained else answered
+        self.lengths.append(length)
         if answered > self.max_length:
             self.lost.add("cut", origin)
         input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]

@@ -31,6 +31,7 @@ LAYERS = [
             "data.bounds",
             "data.template",
             "data.tokens",
+            "data.survey",
             "data.examples",
             "data.batches",
             "data.prepare",
@@ -45,7 +46,7 @@ LAYERS = [
         ),
     ],
     ["model"],
-    ["pieces", "generate", "talk", "record"],
+    ["pieces", "generate", "talk", "record", "check"],
     [
         *("export", "hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],

@@ -1,0 +1,72 @@
+"""`lora-practice check-data` on real files, with the embedded tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_practice.helping import columns
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check(folder: Path, *flags: str, lang: str = "en") -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LORA_PRACTICE_LANG": lang, "PYTHONUTF8": "1"}
+    command = [sys.executable, "-m", "lora_practice.cli", "check-data", *flags]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120}
+    done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, **options)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_a_good_file_is_ready_and_plain_when_piped(embedded_rows: Path, tmp_path: Path) -> None:
+    for lang, verdict in (("zh", "可以训练。"), ("en", "Ready to train.")):
+        done = check(tmp_path, str(embedded_rows), lang=lang)
+        assert done.returncode == 0
+        assert done.stdout.rstrip().endswith(verdict)
+        assert "\x1b" not in done.stdout
+        assert all(columns(line) <= 80 for line in done.stdout.splitlines() if str(embedded_rows) not in line)
+
+
+def test_a_machine_reads_the_same_facts(embedded_rows: Path, tmp_path: Path) -> None:
+    facts = json.loads(check(tmp_path, str(embedded_rows), "--json", "--max-length", "32").stdout)
+    assert facts["rows"] == sum(1 for _ in embedded_rows.open(encoding="utf-8"))
+    assert facts["shapes"] == {"messages": facts["rows"]}
+    assert sum(one["rows"] for one in facts["lengths"]) == facts["rows"]
+    assert facts["counts"]["cut"] > 100
+    assert len([one for one in facts["problems"] if one["kind"] == "cut"]) == 100
+    assert facts["trainable"] == (facts["rows_trained"] > 0)
+
+
+def test_a_chinese_row_is_shown_in_whole_characters_with_its_trained_part_marked(tmp_path: Path) -> None:
+    row = {"prompt": "介绍一下鑫源", "completion": "鑫源是一家公司 🙂"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "gb18030")
+    shown = check(tmp_path, "own.jsonl", "--show", "1").stdout
+    assert shown.startswith("own.jsonl:1: ")
+    assert "〔鑫·源·是·一·家·公·司· 🙂·<|im_end|>〕" in shown
+    assert "\ufffd" not in shown
+    parts = json.loads(check(tmp_path, "own.jsonl", "--show", "1", "--json").stdout)["pieces"]
+    assert "".join(one["text"] for one in parts if one["trained"]) == "鑫源是一家公司 🙂<|im_end|>"
+
+
+def test_problems_and_mistakes_end_with_their_own_codes(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "utf-8")
+    done = check(tmp_path, "own.jsonl")
+    assert done.returncode == 1
+    assert "own.jsonl:2: broken JSON" in done.stdout
+    for flags, word in (
+        (["own.jsonl", "--show", "2"], "own.jsonl:2: broken JSON"),
+        (["own.jsonl", "--show", "9"], "there is no row 9"),
+        (["own.jsonl", "--show", "0"], "--show"),
+        (["missing.jsonl"], "missing.jsonl: no such data file"),
+        (["own.jsonl", "--model_name", "./nowhere"], "no such model folder"),
+    ):
+        wrong = check(tmp_path, *flags)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        (line,) = wrong.stderr.splitlines()
+        assert word in line
+    assert [one.name for one in tmp_path.iterdir()] == ["own.jsonl"]
