@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -70,6 +71,9 @@ class TrainSettings:
         False,
         "也从别处拷来的存盘点继续：只对信得过的来源用",
         "resume a checkpoint from elsewhere too: only if you trust it",
+    )
+    plan: bool = setting(
+        False, "只估计时间、内存和磁盘（真的试两步），不训练", "try two steps, tell time, memory and disk, do not train"
     )
     # 序列 / sequences
     max_length: int = setting(
@@ -211,7 +215,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     prepare_environment()
     plain_settings = dataclasses.asdict(settings)
-    folder = OutputFolder.claim(settings.output_dir, settings.resume, settings.overwrite, plain_settings)
+    replace = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches nothing
+    started = time.time()
+    folder = OutputFolder.claim(settings.output_dir, settings.resume, replace, plain_settings)
     meant = {name: named_by_user(settings, name, shipped) for name, shipped in SHIPPED.items()}
     # a resumed run goes on with the model and the data that it began with
     embedded_data = settings.embedded or folder.began_with("data", "embedded")
@@ -231,7 +237,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     versions.check_stack()
     versions.check_tracker(settings.report_to)
-    from lora_practice import export, model, record, talk, train
+    from lora_practice import export, model, preflight, record, talk, train
     from lora_practice.data.prepare import prepare
     from lora_practice.machine import decide, look
     from lora_practice.resuming import check_same_data
@@ -243,9 +249,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     lora = model.add_lora(model.load_base(base, model.weights_dtype(machine, base, settings.fast)), settings, base)
     engine = train.build_engine(lora, settings, machine)
     trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
-    tell(train.announce(machine, base, data, rows, trainer))
+    downloaded = preflight.fetched_mb(base, started) + preflight.fetched_mb(data, started)
+    plan = preflight.estimate(trainer, base, train.steps_of(trainer), settings.merge_adapter, downloaded)
+    tell(train.announce(machine, base, data, rows, trainer, plan))
+    if settings.plan:
+        tell(preflight.said(plan, trainer, settings, machine))
+        return 0
 
     notes = record.opening(settings, machine, base, data, rows, sys.argv[1:] if argv is None else argv)
+    notes["estimate"] = plan.record()
     folder.begin(notes)
     notes.update(train.run(trainer, rows.held_out))
     if notes["interrupted"]:

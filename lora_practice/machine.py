@@ -202,11 +202,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def matmul_gflops(device: str = "cpu") -> float:
-    """Billions of fp32 operations a second in the matrix products of a small model, measured for 0.1 s."""
+def matmul_gflops(device: str = "cpu", dtype: str = "float32") -> float:
+    """Billions of operations a second in the matrix products of a small model, measured for 0.1 s."""
     import torch
 
-    x, w = torch.rand(128, 576, device=device), torch.rand(576, 1536, device=device)
+    x, w = (torch.rand(shape, device=device).to(getattr(torch, dtype)) for shape in ((128, 576), (576, 1536)))
     float((x @ w)[0, 0])  # reading a value waits for the device
     started, rounds = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:

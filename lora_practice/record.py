@@ -151,7 +151,7 @@ def _quoted(words: str) -> str:
 
 def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]) -> str:
     hidden = ["output_dir", "overwrite", "resume", "trust_checkpoint", "run_inference", "merge_adapter"]
-    hidden += ["skip_login", "report_to"]
+    hidden += ["skip_login", "report_to", "plan"]
     # where the embedded ones were used, these name something else
     hidden += ["model_name"] if model["kind"] == "embedded" else []
     hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []
@@ -174,21 +174,25 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def announcement(machine: Machine, base: Source, data: Source, rows: Rows, steps: int, minutes: float) -> str:
+def announcement(machine: Machine, base: Source, data: Source, rows: Rows, steps: int, seconds: float) -> str:
     """The first line: device, precision, model, data, steps, time."""
     where = f"{machine.facts.gpu or 'GPU'}" if machine.device == "cuda" else f"CPU x{machine.facts.cores}"
     embedded = text("（内置）", " (embedded)")
     model = base.name.rpartition("/")[2] + (embedded if base.kind == "embedded" else "")
     source = data.name.rpartition("/")[2].partition("==")[0] + (embedded if data.kind == "embedded" else "")
-    about = text(f"约 {minutes:.0f} 分钟", f"about {minutes:.0f} min")
-    if minutes < 1.5:
-        about = text(f"约 {minutes * 60:.0f} 秒", f"about {minutes * 60:.0f} s")
     return text(
         f"{where}，{machine.precision}｜{model}｜{source} {len(rows.train)} 行 {rows.train.tokens} token"
-        f"（训练其中 {rows.train.trained_tokens}）｜{steps} 步，{about}",
+        f"（训练其中 {rows.train.trained_tokens}）｜{steps} 步，{about(seconds)}",
         f"{where}, {machine.precision} | {model} | {source}: {len(rows.train)} rows, {rows.train.tokens} tokens "
-        f"({rows.train.trained_tokens} trained) | {steps} steps, {about}",
+        f"({rows.train.trained_tokens} trained) | {steps} steps, {about(seconds)}",
     )
+
+
+def about(seconds: float) -> str:
+    """An estimate in words: "about 40 s", "about 12 min"."""
+    if seconds < 90:
+        return text(f"约 {seconds:.0f} 秒", f"about {seconds:.0f} s")
+    return text(f"约 {seconds / 60:.0f} 分钟", f"about {seconds / 60:.0f} min")
 
 
 def how_to_resume(record: dict[str, Any]) -> str:

@@ -18,15 +18,11 @@ from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
 from lora_practice.data.tokens import IGNORED, Example, count_trained
 from lora_practice.errors import UserError, tell, text
-from lora_practice.machine import Machine, matmul_gflops, peak_memory
+from lora_practice.machine import Machine, peak_memory
+from lora_practice.preflight import Estimate
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
 from lora_practice.watch import Interrupt, Progress
-
-# Work for a token of SmolLM2-135M, over what a bare matrix product reaches: measured, not counted.
-PLAIN_GFLOP_PER_TOKEN = 2.0
-START_SECONDS = 5  # before the first step
-FAST_GFLOP_PER_TOKEN = {"fp32": 0.3, "fp16": 0.3, "bf16": 0.18}
 
 
 def build_trainer(
@@ -70,6 +66,7 @@ def build_trainer(
         disable_tqdm=True,
         log_level="error",
     )
+    made = [place for place in [folder.path, *folder.path.parents] if not place.exists()]
     trainer = PracticeTrainer(
         model=model,
         args=arguments,
@@ -78,6 +75,8 @@ def build_trainer(
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[Interrupt()],
     )
+    for place in made:  # transformers makes the folder here; ours is made when the run begins
+        place.rmdir()
     trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen))
@@ -110,19 +109,19 @@ def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.E
         return None
 
 
-def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer) -> str:
+def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer, plan: Estimate) -> str:
     """The first lines that a user reads: device, precision, model, data, steps, expected time; and advice."""
-    work = PLAIN_GFLOP_PER_TOKEN if trainer.engine is None else FAST_GFLOP_PER_TOKEN[machine.precision]
-    minutes = rows.train.tokens * trainer.args.num_train_epochs * work / matmul_gflops(machine.device) / 60
-    steps = steps_of(trainer)
-    if trainer.args.max_steps > 0:
-        minutes *= min(1.0, steps / max(1, _steps_per_epoch(trainer)))
     path = text("普通路径（TRL）", "plain path (TRL)")
     if trainer.engine is not None:
         path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
     why = machine.reason if machine.facts.gpu else ""  # "no card" goes without saying
-    minutes += START_SECONDS / 60
-    lines = [record.announcement(machine, base, data, rows, steps, minutes), why, path, machine.advice]
+    lines = [record.announcement(machine, base, data, rows, plan.steps, plan.seconds), why, path, machine.advice]
+    lines.append(
+        text(
+            f"预计内存最多 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",
+            f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
+        )
+    )
     return "\n".join(line for line in lines if line)
 
 

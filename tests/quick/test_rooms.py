@@ -50,7 +50,7 @@ LAYERS = [
     [
         *("export", "hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
-    ["watch", "trainer", "train"],
+    ["watch", "trainer", "preflight", "train"],
     ["cli"],
 ]
 PLACE = {name: (level, order) for level, layer in enumerate(LAYERS) for order, name in enumerate(layer)}

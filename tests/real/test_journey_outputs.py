@@ -143,6 +143,7 @@ def test_two_thousand_rows_and_the_defaults_make_checkpoint_250(lora, tokenizer,
     trainer = build_trainer(lora, None, tokenizer, rows, TrainSettings(), machine, folder)
     assert steps_of(trainer) == 250
     trainer.create_optimizer_and_scheduler(num_training_steps=250)
+    folder.path.mkdir()
     trainer.state.global_step, trainer.state.max_steps = 250, 250
     trainer._save_checkpoint(trainer.model, None)  # what the trainer calls at the end of the epoch
     assert [one.name for one in folder.path.iterdir()] == ["checkpoint-250"]

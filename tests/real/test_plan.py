@@ -1,0 +1,31 @@
+"""`train --plan` tells what a run would take and writes nothing; a run keeps its estimate beside what it took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from journey_harness import SMALL, TRAIN, run, succeeded
+
+
+def test_a_plan_says_time_memory_disk_and_writes_nothing(tmp_path: Path, embedded_model: Path) -> None:
+    flags = (*SMALL, "--plan", "--output_dir", "out")
+    chinese = succeeded(run(tmp_path, TRAIN, *flags, LORA_PRACTICE_LANG="zh")).stderr
+    for word in ("时间", "内存", "磁盘", "下载", "--max_length", "--lora_r 12", "--bf16", "什么都没有写"):
+        assert word in chinese
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_may_name_a_folder_that_holds_a_finished_run(trained, tmp_path: Path) -> None:
+    before = {one: one.stat().st_mtime_ns for one in trained.folder.rglob("*")}
+    done = succeeded(run(tmp_path, TRAIN, *SMALL, "--plan", "--fast", "off", "--output_dir", str(trained.folder)))
+    assert "Only a plan: nothing was written." in done.stderr
+    assert {one: one.stat().st_mtime_ns for one in trained.folder.rglob("*")} == before
+
+
+def test_the_estimate_stands_in_the_record_beside_what_the_run_took(trained) -> None:
+    told, took = trained.record["estimate"], trained.record
+    assert told["steps"] == took["steps"]
+    assert 0.8 < told["peak_memory_mb"] / took["peak_memory_mb"] < 1.2
+    assert 0.2 < told["seconds"] / took["seconds"] < 5  # a busy machine may be slower or faster a moment later
+    written = sum(one.stat().st_size for one in trained.folder.rglob("*") if one.is_file()) / 1e6
+    assert 0.8 < told["disk_mb"] / written < 1.2
