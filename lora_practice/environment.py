@@ -17,6 +17,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
+from lora_practice import versions
 from lora_practice.errors import UserError, tell, text
 
 REACH_SECONDS = 4.0
@@ -96,19 +97,6 @@ def go_offline() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """The network errors of whichever HTTP library huggingface_hub has loaded, and `others`, for an `except`."""
-    kinds: list[type[BaseException]] = [ConnectionError, TimeoutError, *others]
-    for module, names in (
-        ("httpx2", ("TransportError",)),
-        ("httpx", ("TransportError",)),
-        ("requests.exceptions", ("ConnectionError", "Timeout", "ChunkedEncodingError")),
-    ):
-        if module in sys.modules:
-            kinds += [getattr(sys.modules[module], name) for name in names]
-    return tuple(kinds)
-
-
 def datasets_cache() -> Path:
     """Where `datasets` keeps what it has loaded: HF_DATASETS_CACHE, else a folder in HF_HOME."""
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
@@ -132,7 +120,7 @@ def check_login(skip: bool) -> None:
 
     try:
         name = HfApi().whoami()["name"]
-    except network_errors(OSError) as error:
+    except versions.network_errors(OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status not in (401, 403):
             tell(text("Hub 没说 HF_TOKEN 对不对，先用着", "the Hub did not say whether HF_TOKEN is right: going on"))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice import embedded
-from lora_practice.environment import dataset_is_cached, hub_endpoint, hub_is_reachable, network_errors
+from lora_practice import embedded, versions
+from lora_practice.environment import dataset_is_cached, hub_endpoint, hub_is_reachable
 from lora_practice.errors import UserError, text
 
 # the defaults that we ship: only these may be stood in for, not what a learner writes in their place
@@ -146,7 +146,7 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
     reachable = hub_is_reachable()
     import datasets
 
-    kinds = network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
+    kinds = versions.network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
     try:
         return datasets.load_dataset(source.name, config, split="train")
     except kinds as error:
@@ -224,7 +224,7 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
         ) from error
     except LocalEntryNotFoundError:
         return None
-    except network_errors(OSError) as error:
+    except versions.network_errors(OSError) as error:
         raise UserError(
             text(f"下载中断：{type(error).__name__}", f"the download broke off: {type(error).__name__}"),
             where=name,

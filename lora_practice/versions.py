@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from lora_practice.errors import UserError, text
@@ -55,6 +56,49 @@ def sft_config(**wanted: Any) -> Any:
     if unknown:
         raise RuntimeError(f"trl.SFTConfig of this version has no {', '.join(unknown)}")
     return SFTConfig(**wanted)
+
+
+def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
+    """The network errors of whichever HTTP library huggingface_hub has loaded, and `others`, for an `except`.
+
+    Before 1.0 that is requests; since then httpx, lately httpx2.
+    """
+    kinds: list[type[BaseException]] = [ConnectionError, TimeoutError, *others]
+    for module, names in (
+        ("httpx2", ("TransportError",)),
+        ("httpx", ("TransportError",)),
+        ("requests.exceptions", ("ConnectionError", "Timeout", "ChunkedEncodingError")),
+    ):
+        if module in sys.modules:
+            kinds += [getattr(sys.modules[module], name) for name in names]
+    return tuple(kinds)
+
+
+def limit_silence(seconds: float) -> None:
+    """Have huggingface_hub give up a server after `seconds` without a byte; by itself it waits for ever.
+
+    Before 1.0 it speaks through a `requests.Session`; since then through an httpx client.
+    """
+    import huggingface_hub
+
+    if hasattr(huggingface_hub, "set_client_factory"):
+        from huggingface_hub.utils._http import default_client_factory
+
+        def client() -> Any:
+            made = default_client_factory()
+            made.timeout = seconds
+            return made
+
+        huggingface_hub.set_client_factory(client)
+        return
+    import requests
+
+    class Session(requests.Session):
+        def request(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["timeout"] = kwargs.get("timeout") or seconds
+            return super().request(*args, **kwargs)
+
+    huggingface_hub.configure_http_backend(Session)
 
 
 def installed() -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lora_practice.environment import network_errors
+from lora_practice import versions
 from lora_practice.errors import UserError, tell, text
 from lora_practice.hub.rights import TOKEN_PAGE
 
@@ -101,7 +101,7 @@ class Link:
                 )
                 fix = text("检查 HF_ENDPOINT", "check HF_ENDPOINT")
                 return Trouble(UserError(text(zh, en), self.endpoint, fix))
-            if isinstance(one, network_errors()) or type(one).__module__.startswith("hf_xet"):
+            if isinstance(one, versions.network_errors()) or type(one).__module__.startswith("hf_xet"):
                 return self._explain_connection(one)
         return None
 
@@ -132,26 +132,7 @@ class Link:
 def open_link(token: str, silence: float) -> None:
     """Prepare huggingface_hub: its messages come through without tokens, and a server is given up after
     `silence` seconds without a byte (by itself it would wait for ever)."""
-    import huggingface_hub
-
-    if hasattr(huggingface_hub, "set_client_factory"):  # 1.0 and later: httpx
-        from huggingface_hub.utils._http import default_client_factory
-
-        def client() -> Any:
-            made = default_client_factory()
-            made.timeout = silence
-            return made
-
-        huggingface_hub.set_client_factory(client)
-    else:  # requests
-        import requests
-
-        class Session(requests.Session):
-            def request(self, *args: Any, **kwargs: Any) -> Any:
-                kwargs["timeout"] = kwargs.get("timeout") or silence
-                return super().request(*args, **kwargs)
-
-        huggingface_hub.configure_http_backend(Session)
+    versions.limit_silence(silence)
 
     class Discreet(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -128,6 +128,13 @@ def test_only_one_room_reads_the_hubs_variables() -> None:
     assert readers <= {"environment"}
 
 
+def test_only_one_room_knows_how_versions_differ() -> None:
+    """Signatures and versions are asked in one place, so that an upgrade is read in one place."""
+    asking = {"inspect", "importlib.metadata", "packaging"}
+    askers = {room(path) for path in FILES if asking & set(imports(path))}
+    assert askers == {"versions"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=room)
 def test_what_is_public_says_what_it_is(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))
