@@ -11,18 +11,21 @@ Environments are kept in .nox and used again: on Linux each holds a CUDA build o
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import nox
 
 nox.options.reuse_venv = "yes"
+nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # also where CI is set
 
-# pyenv's python3.9 answers only where 3.9 is among the versions in use: all of them are
+# pyenv's python3.9 answers only where 3.9 is among the versions in use: let all be, the one that runs this first
 PYENV = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
 if PYENV.is_dir():
-    os.environ.setdefault("PYENV_ROOT", str(PYENV.parent))
-    os.environ["PYENV_VERSION"] = ":".join(sorted(one.name for one in PYENV.iterdir()))
+    names = sorted(one.name for one in PYENV.iterdir())
+    os.environ["PYENV_VERSION"] = ":".join(sorted(names, key=lambda name: name != platform.python_version()))
+    os.environ["PYENV_ROOT"] = str(PYENV.parent)
 
 
 def install_and_test(session: nox.Session, stack: str, tests: str) -> None:
