@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import lora_practice
 
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 ROOMS = [one.name for one in pkgutil.walk_packages(lora_practice.__path__, "lora_practice.")]
 SAVING = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--output_dir", "out")
 ASKED = ("--prompt", "My printer is not printing.", "--max-new-tokens", "8")
@@ -32,26 +33,35 @@ def test_every_room_opens():
         importlib.import_module(name)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_a_run_is_killed_resumed_merged_and_answers(tmp_path, embedded_model, embedded_rows):
-    run = Running(tmp_path, TRAIN, *SAVING)
-    run.wait_until((tmp_path / "out" / "checkpoint-2").is_dir, 300)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, embedded_model, embedded_rows) -> Path:
+    """A run that kill -9 ended after its first checkpoint and that was resumed and merged."""
+    place = tmp_path_factory.mktemp("finished")
+    run = Running(place, TRAIN, *SAVING)
+    run.wait_until((place / "out" / "checkpoint-2").is_dir, 300)
     run.process.kill()
     assert run.end() == -signal.SIGKILL
-    done = succeeded(train(tmp_path, *SAVING, "--resume", "--merge_adapter"))
+    done = succeeded(train(place, *SAVING, "--resume", "--merge_adapter"))
     assert "going on from out/checkpoint-" in done.stderr
-    assert len(losses(tmp_path / "out")) == 4
-    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    return place / "out"
+
+
+def test_a_killed_run_is_resumed_and_ends_whole(finished):
+    assert len(losses(finished)) == 4
+    adapter = load_file(finished / "adapter_model.safetensors")
     assert all(bool(one.isfinite().all() and one.any()) for one in adapter.values())
 
-    answers = [succeeded(infer(tmp_path, "--model-dir", place, *ASKED)).stdout for place in ("out", "out/merged")]
+
+def test_adapter_and_merged_model_answer_alike(finished, tmp_path):
+    folders = (str(finished), str(finished / "merged"))
+    answers = [succeeded(infer(tmp_path, "--model-dir", folder, *ASKED)).stdout for folder in folders]
     assert len(answers[0].split()) > 2
     assert answers[0][:10] == answers[1][:10]  # merging rounds to fp16 once: a late word may differ
 
 
-def test_the_plain_path_trains_and_agrees_with_the_fast_one(trained, tmp_path):
-    flags = ("--max_steps", "2", "--save_strategy", "no", "--eval_subset_size", "4", "--output_dir", "plain")
-    succeeded(train(tmp_path, *SMALL, *flags, "--fast", "off"))
-    plain, fast = losses(tmp_path / "plain"), losses(trained.folder)
+def test_the_plain_path_trains_and_agrees_with_the_fast_one(finished, tmp_path):
+    flags = ("--max_steps", "2", "--save_strategy", "no", "--output_dir", "plain", "--fast", "off")
+    succeeded(train(tmp_path, *SMALL, *flags))
+    plain = losses(tmp_path / "plain")
     assert len(plain) == 2
-    assert plain[0] == pytest.approx(fast[0], rel=1e-3)  # before the first update dropout has nothing to drop
+    assert plain[0] == pytest.approx(losses(finished)[0], rel=1e-3)  # before the first update LoRA adds nothing
