@@ -15,7 +15,7 @@ def in_a_process(code: str, folder: Path, **variables: str) -> subprocess.Comple
     """Run Python code in `folder` with few variables and these; it must end well."""
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
     env = {**kept, "PYTHONPATH": str(ROOT), "LORA_PRACTICE_LANG": "en", "HOME": str(folder), **variables}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "cwd": folder, "env": env}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "cwd": folder, "env": env}
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
     return done

@@ -82,7 +82,7 @@ def run(folder: Path, door: tuple[str, ...], *flags: str, lang: str = "en", **va
     env = {**env, "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1", **variables}
     first = [str(ROOT / door[0])] if door[0].endswith(".py") else list(door)
     command = [sys.executable, *first, *flags]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 60}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, **options)
     assert "Traceback" not in done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
