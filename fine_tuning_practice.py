@@ -239,10 +239,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     versions.check_tracker(settings.report_to)
     from lora_practice import export, model, preflight, record, talk, train
     from lora_practice.data.prepare import prepare
-    from lora_practice.machine import decide, look
+    from lora_practice.machine import decide
+    from lora_practice.probe import look
     from lora_practice.resuming import check_same_data
 
-    machine = decide(look(), settings.bf16)
+    machine = decide(look(), settings.bf16, weights=model.stored_bytes(base.path))
     tokenizer = model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
     rows = prepare(data, subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)

@@ -79,7 +79,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from transformers import set_seed
 
     from lora_practice import generate, talk
-    from lora_practice.machine import decide, look
+    from lora_practice.machine import decide
+    from lora_practice.probe import look
 
     set_seed(settings.seed)
     talker = generate.load(settings.model_dir, decide(look(), device=settings.device), settings.base_model or None)

@@ -96,7 +96,7 @@ def run(module: str, name: str, spec: dict) -> dict:
 
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
-    from lora_practice.machine import look
+    from lora_practice.probe import look
     from lora_practice.versions import installed
 
     return {"processor": look().cpu, "system": platform.platform(terse=True), **installed()}

@@ -13,8 +13,8 @@ from lora_practice.adapter import WEIGHTS
 from lora_practice.artifacts import checkpoints, read_record
 from lora_practice.data.template import render
 from lora_practice.errors import UserError, tell, text
-from lora_practice.machine import Machine
-from lora_practice.model import check_vocabulary, load_base, load_tokenizer
+from lora_practice.machine import Machine, fits_in_fp32
+from lora_practice.model import check_vocabulary, load_base, load_tokenizer, stored_bytes
 from lora_practice.pieces import Pieces
 from lora_practice.sources import Source, fetch_repository, find_model
 
@@ -105,7 +105,10 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     has_adapter = (folder / "adapter_config.json").is_file()
     base = find_base(folder, base_model) if has_adapter else here
     on_cpu = machine.device == "cpu"
-    model = load_base(base, "stored" if on_cpu else machine.precision)
+    dtype = "stored" if on_cpu else machine.precision
+    if dtype == "fp32" and not fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory):
+        dtype = "fp16"
+    model = load_base(base, dtype)
     if has_adapter:
         model = with_adapter(model, folder)
     tokenizer = tokenizer_for(model, here, base, base_model)

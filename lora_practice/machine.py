@@ -1,39 +1,23 @@
-"""The only place that decides device and precision, and says why.
-
-`look()` reads the facts of this machine; `decide()` is a pure function of those facts.
-"""
+"""The only place that decides device and precision, and says why: pure functions of what `probe.look` found."""
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Optional
 
+from lora_practice import cards
 from lora_practice.errors import UserError, text
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is true of a machine. Memory in bytes; `capability` like (7, 5); `kernels` like ("sm_75",)."""
-
-    cores: int = 1
-    memory: int = 0
-    cpu: str = ""
-    cpu_bf16: bool = False
-    cuda_usable: bool = False
-    gpu: str = ""
-    gpu_memory: int = 0
-    capability: Optional[tuple[int, int]] = None
-    kernels: tuple[str, ...] = ()
+from lora_practice.probe import Facts
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A decision: `device` is "cpu" or "cuda", `precision` "fp32", "fp16" or "bf16", `reason` a sentence."""
+    """A decision: `device` is "cpu" or "cuda", `precision` "fp32", "fp16" or "bf16", `reason` a sentence.
+
+    `advice` is what would do better here, or empty: a flag, or the line that mends the card.
+    """
 
     device: str
     precision: str
@@ -42,24 +26,37 @@ class Machine:
     advice: str = ""
 
 
-def decide(facts: Facts, bf16: bool = False, device: str = "auto") -> Machine:
-    """Choose device and precision: CUDA with fp16 if this card can run here, else CPU with fp32; MPS never.
+@dataclass(frozen=True)
+class Trouble:
+    """Something that is not right, in one sentence, and what mends it: a line to type, advice, or nothing."""
 
-    bf16 only when asked for, and only where the hardware has it: by capability >= 8, since
-    `torch.cuda.is_bf16_supported()` also says yes to a T4, which only emulates it.
+    what: str
+    cure: str = ""
+
+
+def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int = 0) -> Machine:
+    """Choose device and precision: CUDA if this card can run here, else CPU with fp32; MPS never.
+
+    On a card fp16, or fp32 where its fp16 is slow or known for NaN, unless the model does not fit so. bf16 only when
+    asked for, and only where the hardware has it: by capability >= 8, since `torch.cuda.is_bf16_supported()` also
+    says yes to a T4, which only emulates it.
+
+    Args:
+        facts: what the machine is.
+        bf16: the user asks for it.
+        device: "auto", "cpu" or "cuda".
+        weights: bytes of the model's weights in half precision; 0 if unknown.
 
     Raises:
-        UserError: `device="cuda"` is asked for where no card can be used.
+        UserError: `device="cuda"` is asked for where no card can be used, or bf16 where there is none.
     """
-    on_card, why_not = _card_is_usable(facts)
-    if device == "cuda" and not on_card:
-        raise UserError(
-            why_not,
-            fix=text("用 --device cpu，或换一个支持这张卡的 torch", "use --device cpu, or another torch build"),
-        )
-    if on_card and device != "cpu":
-        return _on_card(facts, bf16)
-    reason = why_not or text("按要求用 CPU", "CPU as asked")
+    trouble = card_trouble(facts)
+    if device == "cuda" and trouble:
+        other = text("用 --device cpu", "use --device cpu")
+        fix = f"{other}{text('，或 ', ', or ')}{trouble.cure}" if trouble.cure else other
+        raise UserError(trouble.what, fix=fix)
+    if not trouble and device != "cpu":
+        return _on_card(facts, bf16, weights)
     if bf16 and not facts.cpu_bf16:
         raise UserError(
             text(
@@ -69,41 +66,126 @@ def decide(facts: Facts, bf16: bool = False, device: str = "auto") -> Machine:
             where="--bf16",
             fix=text("去掉 --bf16", "leave --bf16 out"),
         )
-    advice = ""
+    advice = []
+    if trouble and trouble.cure:
+        advice.append(text(f"要用显卡：{trouble.cure}", f"to use the card: {trouble.cure}"))
     if facts.cpu_bf16 and not bf16:
-        advice = text("这颗 CPU 有 bf16 指令：加 --bf16 会更快", "this CPU has bf16 instructions: --bf16 is faster")
-    return Machine("cpu", "bf16" if bf16 else "fp32", reason, facts, advice)
+        advice.append(
+            text("这颗 CPU 有 bf16 指令：加 --bf16 会更快", "this CPU has bf16 instructions: --bf16 is faster")
+        )
+    reason = text("按要求用 CPU", "CPU as asked")
+    if trouble:
+        reason = trouble.what
+        if facts.gpu or facts.card_on_bus:
+            reason += text("，改用 CPU", ": using the CPU")
+    return Machine("cpu", "bf16" if bf16 else "fp32", reason, facts, "\n".join(advice))
 
 
-def _on_card(facts: Facts, bf16: bool) -> Machine:
-    major = facts.capability[0] if facts.capability else 0
-    if bf16 and major < 8:
+def _on_card(facts: Facts, bf16: bool, weights: int) -> Machine:
+    assert facts.capability is not None  # or card_trouble would have said so
+    card, has_bf16 = f"{facts.gpu} ({sm(facts)})", facts.capability[0] >= 8
+    if bf16 and not has_bf16:
         raise UserError(
             text(
                 f"{facts.gpu} 没有真正的 bf16（计算能力 {_dotted(facts)}，需要 8.0）",
                 f"{facts.gpu} has no real bf16 (compute capability {_dotted(facts)}, 8.0 is needed)",
             ),
             where="--bf16",
-            fix=text("去掉 --bf16，用 fp16", "leave --bf16 out: fp16 is used"),
+            fix=text("去掉 --bf16", "leave --bf16 out"),
         )
-    advice = ""
-    if major >= 8 and not bf16:
+    if bf16:
+        return Machine("cuda", "bf16", card, facts)
+    if has_bf16:
         advice = text("这张卡支持 bf16：加 --bf16 更稳", "this card has bf16: --bf16 is steadier than fp16")
-    return Machine("cuda", "bf16" if bf16 else "fp16", f"{facts.gpu} (sm_{_sm(facts)})", facts, advice)
+        return Machine("cuda", "fp16", card, facts, advice)
+    weak = cards.weak_half(facts.gpu, facts.capability)
+    if not weak:
+        return Machine("cuda", "fp16", card, facts)
+    if fits_in_fp32(weights, facts.gpu_memory):
+        return Machine("cuda", "fp32", text(f"{card}：{weak}，用 fp32", f"{card}: {weak}, so fp32"), facts)
+    too_large = text("但模型按 fp32 放不下，用 fp16", "but the model does not fit in fp32, so fp16")
+    return Machine("cuda", "fp16", text(f"{card}：{weak}，{too_large}", f"{card}: {weak}, {too_large}"), facts)
 
 
-def _card_is_usable(facts: Facts) -> tuple[bool, str]:
+def fits_in_fp32(weights: int, gpu_memory: int) -> bool:
+    """Whether a model of so many bytes in half precision leaves a card 60% of its memory when stored in fp32."""
+    return weights * 2 < gpu_memory * 0.4 or not weights
+
+
+def card_trouble(facts: Facts) -> Trouble | None:
+    """Why the card cannot be used, with the cure; None if it can. Having no card is a trouble without a cure."""
     if not facts.gpu:
-        return False, text("没有可用的 NVIDIA 显卡", "no usable NVIDIA card")
-    if not facts.cuda_usable or facts.capability is None:
-        return False, text(f"{facts.gpu} 不能用（驱动或 torch 不配）", f"{facts.gpu} cannot be used (driver or torch)")
-    if facts.kernels and not runs_on(facts.capability, facts.kernels):
-        return False, text(
-            f"装的 torch 没有 {facts.gpu}（sm_{_sm(facts)}）的内核（只有 {'、'.join(facts.kernels)}），改用 CPU",
-            f"the installed torch has no kernels for {facts.gpu} (sm_{_sm(facts)}), only for "
-            f"{', '.join(facts.kernels)}: using the CPU",
+        return _no_card(facts)
+    line = ""
+    if facts.capability:
+        line = cards.pip_line(facts.capability, _driver(facts), facts.torch, facts.python)
+        if facts.capability < (5, 0):
+            zh = f"{facts.gpu}（{sm(facts)}）太老：torch 2.6 以后没有它的内核"
+            return Trouble(text(zh, f"{facts.gpu} ({sm(facts)}) is too old: no torch since 2.6 has kernels for it"))
+    if not facts.cuda_usable or not facts.capability:
+        return _unusable(facts, line)
+    if not facts.kernels or runs_on(facts.capability, facts.kernels):
+        return None
+    return Trouble(
+        text(
+            f"装的 torch 没有 {facts.gpu}（{sm(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
+            f"the installed torch has no kernels for {facts.gpu} ({sm(facts)}), only for {', '.join(facts.kernels)}",
+        ),
+        line or _other_driver(facts),
+    )
+
+
+def _no_card(facts: Facts) -> Trouble:
+    if facts.card_on_bus:
+        said = f"（{facts.driver_trouble}）" if facts.driver_trouble else ""
+        said_en = f" ({facts.driver_trouble})" if facts.driver_trouble else ""
+        return Trouble(
+            text(f"有 NVIDIA 显卡，但驱动没装或没起来{said}", f"an NVIDIA card without a working driver{said_en}"),
+            text(
+                "装 NVIDIA 驱动（GTX 10xx 及更老的卡最高 580）后重启；在容器里：docker run --gpus all",
+                "install NVIDIA's driver (580 at most for GTX 10xx and older), then restart; in a container: "
+                "docker run --gpus all",
+            ),
         )
-    return True, ""
+    if facts.driver_trouble:
+        zh, en = f"驱动看不到显卡（{facts.driver_trouble}）", f"the driver sees no card ({facts.driver_trouble})"
+        return Trouble(text(zh, en), text("重启，或重装驱动", "restart, or install the driver again"))
+    return Trouble(text("没有可用的 NVIDIA 显卡", "no usable NVIDIA card"))
+
+
+def _unusable(facts: Facts, line: str) -> Trouble:
+    """torch does not reach a card that the driver names."""
+    if facts.card_hidden:
+        what = text(f"CUDA_VISIBLE_DEVICES 把 {facts.gpu} 藏起来了", f"CUDA_VISIBLE_DEVICES hides {facts.gpu}")
+        return Trouble(what, "unset CUDA_VISIBLE_DEVICES")
+    if facts.torch and not facts.cuda:
+        what = text(f"装的 torch 是 CPU 版，用不了 {facts.gpu}", f"the installed torch is a CPU build: no {facts.gpu}")
+        return Trouble(what, line or _other_driver(facts))
+    least = cards.oldest_driver(facts.cuda, facts.capability or (0, 0))
+    if facts.cuda and (_driver(facts) or least) < least:
+        return Trouble(
+            text(
+                f"驱动 {facts.driver} 太旧：CUDA {facts.cuda} 的 torch 要 {least} 以上",
+                f"driver {facts.driver} is too old: a torch for CUDA {facts.cuda} needs {least} or newer",
+            ),
+            line or _other_driver(facts),
+        )
+    zh, en = f"{facts.gpu} 不能用（驱动或 torch 不配）", f"{facts.gpu} cannot be used (driver or torch)"
+    return Trouble(
+        text(zh, en), facts.driver_trouble or text("重启，或重装驱动", "restart, or install the driver again")
+    )
+
+
+def _other_driver(facts: Facts) -> str:
+    """No torch serves this card with this driver: say which driver would."""
+    if not facts.capability:
+        return text("更新 NVIDIA 驱动", "update NVIDIA's driver")
+    newest = cards.pip_line(facts.capability, None, facts.torch, facts.python)
+    if not newest:
+        return ""
+    old = facts.capability < (7, 5)
+    need = text("装 580 版", "install version 580 of") if old else text("更新", "update")
+    return text(f"{need} NVIDIA 驱动，再 {newest}", f"{need} NVIDIA's driver, then {newest}")
 
 
 def runs_on(capability: tuple[int, int], kernels: tuple[str, ...]) -> bool:
@@ -125,69 +207,17 @@ def runs_on(capability: tuple[int, int], kernels: tuple[str, ...]) -> bool:
     return False
 
 
-def _sm(facts: Facts) -> str:
-    return "".join(map(str, facts.capability or "?"))
+def sm(facts: Facts) -> str:
+    """This card's kernels by name, like "sm_61"."""
+    return "sm_" + "".join(map(str, facts.capability or "?"))
 
 
 def _dotted(facts: Facts) -> str:
     return ".".join(map(str, facts.capability or "?"))
 
 
-def look() -> Facts:
-    """Read this machine's facts (imports torch)."""
-    import torch
-
-    gpu, gpu_memory, capability = "", 0, None
-    kernels: tuple[str, ...] = ()
-    usable = torch.cuda.is_available()
-    if usable:
-        capability = torch.cuda.get_device_capability(0)
-        properties = torch.cuda.get_device_properties(0)
-        gpu, gpu_memory = properties.name, properties.total_memory
-        kernels = tuple(torch.cuda.get_arch_list())
-    elif Path("/proc/driver/nvidia/version").exists():
-        gpu = "NVIDIA"
-    name, flags = _cpu_flags()
-    return Facts(
-        cores=usable_cores(),
-        memory=available_memory(),
-        cpu=name,
-        cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16"}),
-        cuda_usable=usable,
-        gpu=gpu,
-        gpu_memory=gpu_memory,
-        capability=capability,
-        kernels=kernels,
-    )
-
-
-def usable_cores() -> int:
-    """Cores this process may use: affinity and the cgroup's quota, not what the board carries."""
-    count = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    quota = _read("/sys/fs/cgroup/cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit():
-        count = min(count, max(1, int(quota[0]) // int(quota[1])))
-    return count
-
-
-def available_memory() -> int:
-    """Bytes this process can still take: what is free, and what a container's limit leaves."""
-    free = 0
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: no figure for "available"
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        left = int(limit) - int(used)
-        for line in _read("/sys/fs/cgroup/memory.stat").splitlines():
-            if line.startswith("inactive_file "):  # cached files count as used, but give way
-                left += int(line.split()[1])
-        free = min(free, left) if free else left
-    return max(0, free)
+def _driver(facts: Facts) -> int | None:
+    return cards.release(facts.driver + ".0")[0] or None
 
 
 def peak_memory() -> int:
@@ -213,22 +243,3 @@ def matmul_gflops(device: str = "cpu", dtype: str = "float32") -> float:
         float((x @ w)[0, 0])
         rounds += 1
     return rounds * 2 * 128 * 576 * 1536 / (time.perf_counter() - started) / 1e9
-
-
-def _cpu_flags() -> tuple[str, set[str]]:
-    name, flags = platform.processor() or platform.machine(), set()
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            break
-    return name, flags
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

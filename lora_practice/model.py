@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.errors import UserError, tell, text
-from lora_practice.machine import Machine
+from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.sources import Source, find_template
 
 DTYPES = {"stored": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -82,8 +82,12 @@ def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
     """
     if machine.device == "cpu":
         return "bf16" if machine.precision == "bf16" and fast != "off" else "fp32"
-    stored = sum(file.stat().st_size for file in Path(base.path or "").glob("*.safetensors"))
-    return "fp32" if stored * 2 < machine.facts.gpu_memory * 0.4 else machine.precision
+    return "fp32" if fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory) else machine.precision
+
+
+def stored_bytes(folder: Optional[Path]) -> int:
+    """What the weights of a model's folder take on disk; 0 where there are none."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
 
 
 def add_lora(model: Any, settings: Any, base: Source) -> Any:

@@ -114,7 +114,8 @@ def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: 
     path = text("普通路径（TRL）", "plain path (TRL)")
     if trainer.engine is not None:
         path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
-    why = machine.reason if machine.facts.gpu else ""  # "no card" goes without saying
+    seen = machine.facts.gpu or machine.facts.card_on_bus
+    why = machine.reason if seen else ""  # "no card" goes without saying
     lines = [record.announcement(machine, base, data, rows, plan.steps, plan.seconds), why, path, machine.advice]
     lines.append(
         text(

@@ -1,0 +1,195 @@
+"""What is true of this machine, read into one frozen value. Decides nothing; what cannot be read stays unknown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+GPU_TOOL_SECONDS = 5
+_CGROUPS = Path("/sys/fs/cgroup")
+_WSL_TOOLS = "/usr/lib/wsl/lib"  # not in every PATH
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of a machine. Memory in bytes; `capability` like (7, 5); `kernels` like ("sm_75",).
+
+    `memory` is what can still be taken, `memory_total` what this process could ever have, `memory_limit` a
+    container's limit or 0. `instructions` is None where they cannot be read. `gpu` is the first NVIDIA card that
+    torch or the driver names; `cuda` the CUDA version that torch was built with, empty for a CPU build.
+    """
+
+    cores: int = 1
+    board_cores: int = 1
+    memory: int = 0
+    memory_total: int = 0
+    memory_limit: int = 0
+    cpu: str = ""
+    cpu_bf16: bool = False
+    instructions: Optional[tuple[str, ...]] = None
+    cuda_usable: bool = False
+    gpu: str = ""
+    gpu_memory: int = 0
+    capability: Optional[tuple[int, int]] = None
+    kernels: tuple[str, ...] = ()
+    driver: str = ""
+    driver_trouble: str = ""
+    card_on_bus: bool = False
+    card_hidden: bool = False
+    wsl: bool = False
+    torch: str = ""
+    cuda: str = ""
+    python: tuple[int, int] = (3, 11)
+
+
+def look(driver_too: bool = False) -> Facts:
+    """Read this machine's facts (imports torch). The driver is asked if torch sees no card, or if told to."""
+    import torch
+
+    usable = torch.cuda.is_available()
+    facts: dict = {"cuda_usable": usable, "torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    if driver_too or not usable:
+        facts.update(_driver_facts())
+    if usable:
+        properties = torch.cuda.get_device_properties(0)
+        facts.update(gpu=properties.name, gpu_memory=properties.total_memory)
+        facts.update(capability=torch.cuda.get_device_capability(0), kernels=tuple(torch.cuda.get_arch_list()))
+    name, flags = _cpu_flags()
+    total, free, limit = memory()
+    return Facts(
+        cores=usable_cores(),
+        board_cores=os.cpu_count() or 1,
+        memory=free,
+        memory_total=total,
+        memory_limit=limit,
+        cpu=name,
+        cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16"}),
+        instructions=_instructions(flags) if flags else None,
+        card_on_bus=_card_on_bus(),
+        card_hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
+        wsl="microsoft" in _read("/proc/sys/kernel/osrelease").lower(),
+        python=sys.version_info[:2],
+        **facts,
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use: affinity and the container's quota, not what the board carries."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    for folder in _groups(""):
+        quota = _read(f"{folder}/cpu.max").split()
+        if len(quota) == 2 and quota[0].isdigit():
+            count = min(count, max(1, int(quota[0]) // int(quota[1])))
+    for folder in _groups("cpu"):
+        quota = [_read(f"{folder}/cpu.cfs_quota_us").strip(), _read(f"{folder}/cpu.cfs_period_us").strip()]
+        if all(one.isdigit() for one in quota):  # -1: no quota
+            count = min(count, max(1, int(quota[0]) // int(quota[1])))
+    return count
+
+
+def memory() -> tuple[int, int, int]:
+    """(total, free, limit) in bytes: what the board or the container's limit allows, what is left, that limit or 0."""
+    import psutil
+
+    board = psutil.virtual_memory()
+    total, free, limit = board.total, board.available, 0
+    for kind, most, used, cached in (
+        ("", "memory.max", "memory.current", "inactive_file "),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        for folder in _groups(kind):
+            ceiling, taken = _read(f"{folder}/{most}").strip(), _read(f"{folder}/{used}").strip()
+            if not (ceiling.isdigit() and taken.isdigit()) or int(ceiling) >= board.total:
+                continue
+            lines = _read(f"{folder}/memory.stat").splitlines()
+            gives_way = sum(int(line.split()[1]) for line in lines if line.startswith(cached))
+            free = min(free, int(ceiling) - int(taken) + gives_way)
+            total = limit = min(int(ceiling), limit or total)
+    return total, max(0, free), limit
+
+
+def _groups(kind: str) -> list[str]:
+    """Folders of this process's cgroup and of those above it: version 2 for "", else version 1's hierarchy `kind`.
+
+    Inside a container the path may be one of the host's, which is not there: then only the root is.
+    """
+    own = "/"
+    for line in _read("/proc/self/cgroup").splitlines():
+        number_kinds_path = line.split(":", 2)
+        if len(number_kinds_path) == 3 and kind in number_kinds_path[1].split(","):
+            own = number_kinds_path[2]
+    root = _CGROUPS / kind
+    return [str(root / own.strip("/")), *(str(root / str(up).strip("/")) for up in Path(own).parents)]
+
+
+def _driver_facts() -> dict:
+    """What the driver itself says of the first card, where torch may see none: name, memory, capability, version."""
+    version = re.search(r"\b(\d{3,}\.\d[\d.]*)", _read("/proc/driver/nvidia/version"))
+    found: dict = {"driver": version.group(1), "gpu": "NVIDIA"} if version else {}
+    tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL_TOOLS)
+    if not tool:
+        return found
+    # drivers before 510 do not know compute_cap, and refuse the whole question
+    for fields in ("name,driver_version,memory.total,compute_cap", "name,driver_version,memory.total"):
+        command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=GPU_TOOL_SECONDS)
+        except (OSError, subprocess.SubprocessError) as error:
+            return {**found, "driver_trouble": f"nvidia-smi: {type(error).__name__}"}
+        said = (done.stdout.strip() or done.stderr.strip() or f"nvidia-smi: {done.returncode}").splitlines()[0]
+        values = [value.strip() for value in said.split(",")]
+        if done.returncode == 0 and len(values) == len(fields.split(",")):
+            return {**found, **_card(values)}
+    return {**found, "driver_trouble": said}
+
+
+def _card(values: list[str]) -> dict:
+    card: dict = {"gpu": values[0], "driver": values[1]}
+    if values[2].isdigit():  # MiB
+        card["gpu_memory"] = int(values[2]) << 20
+    capability = re.fullmatch(r"(\d+)\.(\d)", values[3]) if len(values) > 3 else None
+    if capability:
+        card["capability"] = (int(capability.group(1)), int(capability.group(2)))
+    return card
+
+
+def _card_on_bus() -> bool:
+    """Whether an NVIDIA display controller is plugged in, driver or not (Linux)."""
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        if _read(f"{device}/vendor").strip() == "0x10de" and _read(f"{device}/class").startswith("0x03"):
+            return True
+    return False
+
+
+def _instructions(flags: set[str]) -> tuple[str, ...]:
+    """The sets that matter here, of all that the processor has."""
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+    return tuple(one for one in wanted if one in flags)
+
+
+def _cpu_flags() -> tuple[str, set[str]]:
+    name, flags = platform.processor() or platform.machine(), set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    return name, flags
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,50 @@
+"""Machines that are only described: what `probe.look` would find on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_practice.probe import Facts
+
+GB = 1 << 30
+CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+CU128 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+KERNELS = {"12.6": CU126, "12.8": CU128, "13.0": CU130}
+
+
+def card(gpu: str, major: int, minor: int, cuda: str, **more: Any) -> Facts:
+    """A machine with this card and a torch 2.13 of this CUDA that reaches it."""
+    facts = {"cores": 8, "memory": 16 * GB, "gpu_memory": 6 * GB, "driver": "580.95.05", **more}
+    facts = {"torch": f"2.13.0+cu{cuda.replace('.', '')}", "cuda": cuda, "cuda_usable": True, **facts}
+    return Facts(gpu=gpu, capability=(major, minor), kernels=KERNELS.get(cuda, ()), **facts)
+
+
+def unreached(gpu: str, major: int, minor: int, cuda: str, **more: Any) -> Facts:
+    """The same, but torch does not reach the card."""
+    return card(gpu, major, minor, cuda, cuda_usable=False, **more)
+
+
+GTX_970 = card("NVIDIA GeForce GTX 970", 5, 2, "12.6")
+GTX_1060 = card("NVIDIA GeForce GTX 1060 6GB", 6, 1, "12.6")
+GTX_1060_NEW_TORCH = card("NVIDIA GeForce GTX 1060 6GB", 6, 1, "12.8", torch="2.8.0+cu128")
+GTX_1080_TI = card("NVIDIA GeForce GTX 1080 Ti", 6, 1, "12.6", gpu_memory=11 * GB)
+GTX_1650 = card("NVIDIA GeForce GTX 1650", 7, 5, "13.0", gpu_memory=4 * GB)
+RTX_2060 = card("NVIDIA GeForce RTX 2060", 7, 5, "13.0")
+T4 = card("Tesla T4", 7, 5, "12.8", gpu_memory=15 * GB)
+P100 = card("Tesla P100-PCIE-16GB", 6, 0, "12.6", gpu_memory=16 * GB)
+V100 = card("Tesla V100-SXM2-16GB", 7, 0, "12.6", gpu_memory=16 * GB)
+RTX_3060 = card("NVIDIA GeForce RTX 3060", 8, 6, "13.0", gpu_memory=12 * GB)
+OLD_LAPTOP = Facts(cores=2, memory=3 * GB, memory_total=4 * GB, cpu="Celeron N3350", instructions=())
+LAPTOP = Facts(cores=4, memory=8 * GB, cpu="i5-8250U", instructions=("avx2",))
+AVX512_CPU = Facts(cores=4, memory=12 * GB, cpu="i7-1165G7", instructions=("avx2", "avx512f"))
+BF16_CPU = Facts(
+    cores=16, memory=32 * GB, cpu="Xeon 8481C", cpu_bf16=True, instructions=("avx2", "avx512f", "avx512_bf16")
+)
+SMALL_CONTAINER = Facts(
+    cores=2, board_cores=64, memory=int(1.8 * GB), memory_total=2 * GB, memory_limit=2 * GB, cpu="EPYC"
+)
+WSL_NO_CARD = Facts(cores=8, memory=8 * GB, cpu="i5-8250U", wsl=True)
+NO_DRIVER = Facts(cores=8, memory=16 * GB, card_on_bus=True, torch="2.13.0+cu130", cuda="13.0")
+CPU_BUILD = unreached("NVIDIA GeForce GTX 1060 6GB", 6, 1, "", torch="2.13.0+cpu")
+DRIVER_TOO_OLD = unreached("NVIDIA GeForce RTX 3060", 8, 6, "13.0", driver="535.183.01")
