@@ -162,6 +162,21 @@ def upload(ctx: typer.Context) -> None:
     main(ctx.args)
 
 
+@verb(
+    "这台机器能不能练：硬件、显卡、网络、要下载什么、哪里不对、怎么改",
+    "can this machine train: hardware, card, network, downloads, what is wrong and its cure",
+)
+def doctor(json: Json = False) -> int:
+    """See `lora_practice.doctor.passport`."""
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    from lora_practice.doctor.passport import Plan, present
+
+    defaults = _train_settings()
+    return present(Plan(defaults.model_name, defaults.dataset_path, defaults.dataset_name, defaults.output_dir), json)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from lora_practice import __version__

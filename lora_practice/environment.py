@@ -97,10 +97,19 @@ def go_offline() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it has fetched: HF_HUB_CACHE, else a folder in HF_HOME."""
+    return Path(os.environ.get("HF_HUB_CACHE") or _home() / "hub").expanduser()
+
+
 def datasets_cache() -> Path:
     """Where `datasets` keeps what it has loaded: HF_DATASETS_CACHE, else a folder in HF_HOME."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    return Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    return Path(os.environ.get("HF_DATASETS_CACHE") or _home() / "datasets").expanduser()
+
+
+def _home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface").expanduser()
 
 
 def dataset_is_cached(name: str) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, Optional
 
 from lora_practice.errors import text
 
-# one wide character or a word, with the punctuation that may not begin a line
-_PIECE = re.compile(r"(?:[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）？！]*\s*|\s+")
+# one wide character or a word, with the punctuation that may not begin (or end) a line
+_PIECE = re.compile(r"(?:[（《]*[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）？！]*\s*|\s+")
 
 
 class Help(argparse.HelpFormatter):
@@ -35,12 +35,17 @@ class Help(argparse.HelpFormatter):
         return f"{action.option_strings[0]} {action.metavar or ''}".rstrip()
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        lines = [""]
-        for piece in _PIECE.findall(text):
-            if lines[-1] and columns(lines[-1] + piece.rstrip()) > width:
-                lines.append("")
-            lines[-1] += piece
-        return [line.rstrip() for line in lines]
+        return wrap(text, width)
+
+
+def wrap(words: str, width: int) -> list[str]:
+    """Lines of at most `width` terminal columns, Chinese too; what has no place to break stays whole."""
+    lines = [""]
+    for piece in _PIECE.findall(words):
+        if lines[-1] and columns(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
 
 
 def columns(words: str) -> int:

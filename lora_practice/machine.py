@@ -94,13 +94,14 @@ def _on_card(facts: Facts, bf16: bool, weights: int) -> Machine:
             fix=text("去掉 --bf16", "leave --bf16 out"),
         )
     if bf16:
-        return Machine("cuda", "bf16", card, facts)
+        return Machine("cuda", "bf16", text(f"{card}：按要求用 bf16", f"{card}: bf16 as asked"), facts)
     if has_bf16:
         advice = text("这张卡支持 bf16：加 --bf16 更稳", "this card has bf16: --bf16 is steadier than fp16")
-        return Machine("cuda", "fp16", card, facts, advice)
+        return Machine("cuda", "fp16", text(f"{card}：默认用 fp16", f"{card}: fp16 by default"), facts, advice)
     weak = cards.weak_half(facts.gpu, facts.capability)
     if not weak:
-        return Machine("cuda", "fp16", card, facts)
+        good = text(f"{card}：用 fp16，它够快；没有 bf16", f"{card}: fp16, which is fast on it; no bf16")
+        return Machine("cuda", "fp16", good, facts)
     if fits_in_fp32(weights, facts.gpu_memory):
         return Machine("cuda", "fp32", text(f"{card}：{weak}，用 fp32", f"{card}: {weak}, so fp32"), facts)
     too_large = text("但模型按 fp32 放不下，用 fp16", "but the model does not fit in fp32, so fp16")

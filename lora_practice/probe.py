@@ -46,22 +46,18 @@ class Facts:
     wsl: bool = False
     torch: str = ""
     cuda: str = ""
+    torch_trouble: str = ""
     python: tuple[int, int] = (3, 11)
 
 
 def look(driver_too: bool = False) -> Facts:
     """Read this machine's facts (imports torch). The driver is asked if torch sees no card, or if told to."""
-    import torch
-
-    usable = torch.cuda.is_available()
-    facts: dict = {"cuda_usable": usable, "torch": torch.__version__, "cuda": torch.version.cuda or ""}
-    if driver_too or not usable:
-        facts.update(_driver_facts())
-    if usable:
-        properties = torch.cuda.get_device_properties(0)
-        facts.update(gpu=properties.name, gpu_memory=properties.total_memory)
-        facts.update(capability=torch.cuda.get_device_capability(0), kernels=tuple(torch.cuda.get_arch_list()))
     name, flags = _cpu_flags()
+    known = _torch_facts()
+    if flags:
+        known["instructions"] = _instructions(flags)
+    if driver_too or not known.get("cuda_usable"):
+        known = {**_driver_facts(), **known}
     total, free, limit = memory()
     return Facts(
         cores=usable_cores(),
@@ -71,13 +67,28 @@ def look(driver_too: bool = False) -> Facts:
         memory_limit=limit,
         cpu=name,
         cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16"}),
-        instructions=_instructions(flags) if flags else None,
         card_on_bus=_card_on_bus(),
         card_hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
         wsl="microsoft" in _read("/proc/sys/kernel/osrelease").lower(),
         python=sys.version_info[:2],
-        **facts,
+        **known,
     )
+
+
+def _torch_facts() -> dict:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that it needs does not load
+        return {"torch_trouble": (str(error).strip() or type(error).__name__).splitlines()[0]}
+    # only Linux lists the processor's sets in a file
+    sets = {"AVX2": ("avx2",), "AVX512": ("avx2", "avx512f")}.get(torch.backends.cpu.get_cpu_capability())
+    facts: dict = {"torch": torch.__version__, "cuda": torch.version.cuda or "", "instructions": sets}
+    facts["cuda_usable"] = torch.cuda.is_available()
+    if facts["cuda_usable"]:
+        properties = torch.cuda.get_device_properties(0)
+        facts.update(gpu=properties.name, gpu_memory=properties.total_memory)
+        facts.update(capability=torch.cuda.get_device_capability(0), kernels=tuple(torch.cuda.get_arch_list()))
+    return facts
 
 
 def usable_cores() -> int:

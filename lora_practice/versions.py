@@ -8,6 +8,8 @@ from typing import Any
 
 from lora_practice.errors import UserError, text
 
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface-hub", "tokenizers")
+
 
 def check_stack() -> None:
     """Refuse a torch in which resuming cannot work, before anything is trained.
@@ -106,14 +108,4 @@ def installed() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    names = [
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "datasets",
-        "huggingface-hub",
-        "tokenizers",
-    ]
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

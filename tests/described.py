@@ -15,9 +15,10 @@ KERNELS = {"12.6": CU126, "12.8": CU128, "13.0": CU130}
 
 def card(gpu: str, major: int, minor: int, cuda: str, **more: Any) -> Facts:
     """A machine with this card and a torch 2.13 of this CUDA that reaches it."""
-    facts = {"cores": 8, "memory": 16 * GB, "gpu_memory": 6 * GB, "driver": "580.95.05", **more}
-    facts = {"torch": f"2.13.0+cu{cuda.replace('.', '')}", "cuda": cuda, "cuda_usable": True, **facts}
-    return Facts(gpu=gpu, capability=(major, minor), kernels=KERNELS.get(cuda, ()), **facts)
+    facts: dict[str, Any] = {"cpu": "i5-8400", "cores": 6, "board_cores": 6, "instructions": ("avx2",)}
+    facts.update(memory=12 * GB, memory_total=16 * GB, gpu_memory=6 * GB, driver="580.95.05")
+    facts.update(torch=f"2.13.0+cu{cuda.replace('.', '')}", cuda=cuda, cuda_usable=True)
+    return Facts(gpu=gpu, capability=(major, minor), kernels=KERNELS.get(cuda, ()), **{**facts, **more})
 
 
 def unreached(gpu: str, major: int, minor: int, cuda: str, **more: Any) -> Facts:
@@ -35,16 +36,21 @@ T4 = card("Tesla T4", 7, 5, "12.8", gpu_memory=15 * GB)
 P100 = card("Tesla P100-PCIE-16GB", 6, 0, "12.6", gpu_memory=16 * GB)
 V100 = card("Tesla V100-SXM2-16GB", 7, 0, "12.6", gpu_memory=16 * GB)
 RTX_3060 = card("NVIDIA GeForce RTX 3060", 8, 6, "13.0", gpu_memory=12 * GB)
-OLD_LAPTOP = Facts(cores=2, memory=3 * GB, memory_total=4 * GB, cpu="Celeron N3350", instructions=())
-LAPTOP = Facts(cores=4, memory=8 * GB, cpu="i5-8250U", instructions=("avx2",))
-AVX512_CPU = Facts(cores=4, memory=12 * GB, cpu="i7-1165G7", instructions=("avx2", "avx512f"))
-BF16_CPU = Facts(
-    cores=16, memory=32 * GB, cpu="Xeon 8481C", cpu_bf16=True, instructions=("avx2", "avx512f", "avx512_bf16")
-)
-SMALL_CONTAINER = Facts(
-    cores=2, board_cores=64, memory=int(1.8 * GB), memory_total=2 * GB, memory_limit=2 * GB, cpu="EPYC"
-)
-WSL_NO_CARD = Facts(cores=8, memory=8 * GB, cpu="i5-8250U", wsl=True)
+
+
+def without_card(cpu: str, cores: int, memory: float, *instructions: str, **more: Any) -> Facts:
+    """A machine with a CPU build of torch; `memory` in GB, of which a fifth is taken."""
+    facts = {"board_cores": cores, "torch": "2.13.0+cpu", "instructions": instructions, **more}
+    return Facts(cpu=cpu, cores=cores, memory=int(memory * 0.8 * GB), memory_total=int(memory * GB), **facts)
+
+
+OLD_LAPTOP = without_card("Celeron N3350", 2, 4)
+LAPTOP = without_card("i5-8250U", 4, 8, "avx2")
+AVX512_CPU = without_card("i7-1165G7", 8, 16, "avx2", "avx512f")
+BF16_CPU = without_card("Xeon 8481C", 16, 32, "avx2", "avx512f", "avx512_bf16", cpu_bf16=True)
+MAC = without_card("arm", 8, 16, instructions=None)
+SMALL_CONTAINER = without_card("EPYC", 2, 2, "avx2", board_cores=64, memory_limit=2 * GB)
+WSL_NO_CARD = without_card("i5-8250U", 8, 8, "avx2", wsl=True)
 NO_DRIVER = Facts(cores=8, memory=16 * GB, card_on_bus=True, torch="2.13.0+cu130", cuda="13.0")
 CPU_BUILD = unreached("NVIDIA GeForce GTX 1060 6GB", 6, 1, "", torch="2.13.0+cpu")
 DRIVER_TOO_OLD = unreached("NVIDIA GeForce RTX 3060", 8, 6, "13.0", driver="535.183.01")

@@ -38,7 +38,7 @@ FLAGS += ["-fassociative-math", "-fopenmp-simd"]  # not -ffast-math: it switches
 @functools.cache
 def library(type_name: str) -> ctypes.CDLL:
     """Build if needed, then load. Raises OSError or SubprocessError when that cannot be done."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    compiler = find_compiler()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-practice"
     here = Path(__file__).parent
     runtime = _openmp_runtime()
@@ -50,6 +50,11 @@ def library(type_name: str) -> ctypes.CDLL:
             raise OSError("no C++ compiler found")
         _compile(compiler, type_name, runtime, here, path)
     return ctypes.CDLL(str(path))
+
+
+def find_compiler() -> Optional[str]:
+    """Path of the C++ compiler that would be used: CXX, else the system's; None if there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
 
 
 def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, path: Path) -> None:

@@ -68,6 +68,7 @@ TABLE = [
     (d.OLD_LAPTOP, {}, "cpu", "fp32", "no usable NVIDIA card"),
     (d.LAPTOP, {}, "cpu", "fp32", "no usable NVIDIA card"),
     (d.AVX512_CPU, {}, "cpu", "fp32", "no usable NVIDIA card"),
+    (d.MAC, {}, "cpu", "fp32", "no usable NVIDIA card"),
     (d.SMALL_CONTAINER, {}, "cpu", "fp32", "no usable NVIDIA card"),
     (d.BF16_CPU, {}, "cpu", "fp32", "--bf16 is faster"),
     (d.BF16_CPU, {"bf16": True}, "cpu", "bf16", "no usable NVIDIA card"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Optional
 
 import psutil
 import pytest
@@ -152,8 +154,22 @@ def test_the_processor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {})
     facts = probe.look()
     assert (facts.cpu, facts.cpu_bf16, facts.instructions) == ("Some CPU", True, ("avx2", "avx512_bf16"))
+
+
+@pytest.mark.parametrize(("word", "known"), [("AVX2", ("avx2",)), ("AVX512", ("avx2", "avx512f")), ("DEFAULT", None)])
+def test_elsewhere_torch_knows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, word: str, known: Optional[tuple[str, ...]]
+) -> None:
     monkeypatch.setattr(probe, "_read", lambda path: "")
-    assert probe.look().instructions is None  # unknown, which is not the same as none
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: word)
+    assert probe.look().instructions == known  # None: unknown, which is not the same as none
+
+
+def test_a_torch_that_does_not_load_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    facts = probe.look()
+    assert "torch" in facts.torch_trouble
+    assert (facts.torch, facts.cuda_usable) == ("", False)
 
 
 def test_an_unreadable_file_says_nothing(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ LAYERS = [
     ["model"],
     ["pieces", "generate", "talk", "record", "check"],
     [
+        *("doctor.surroundings", "doctor.diagnosis", "doctor.passport"),
         *("export", "hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
     ["watch", "trainer", "preflight", "train"],
