@@ -88,7 +88,7 @@ def _machine(facts: Facts, around: Surroundings) -> Iterator[Row]:
     sets = text("指令集不知道", "instruction sets unknown")
     if facts.instructions is not None:
         sets = " ".join(facts.instructions) or text("没有 AVX2", "no AVX2")
-    cores = text(f"{facts.cores} 核", f"{facts.cores} cores")
+    cores = text(f"{facts.cores} 核", f"{facts.cores} core{'s' * (facts.cores > 1)}")
     yield "CPU", f"{facts.cpu or '?'}{text('，', ', ')}{cores}{text('；', '; ')}{sets}"
     left, total = gigabytes(facts.memory), gigabytes(facts.memory_total)
     limit = text("（容器的限制）", " (the container's limit)") if facts.memory_limit else ""

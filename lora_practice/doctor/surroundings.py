@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -20,6 +21,7 @@ from lora_practice.sources import MODEL_FILES
 from lora_practice.versions import LIBRARIES
 
 ANSWER_SECONDS = 5.0
+NO_ONE = ("none", "")  # no token, no name
 COUNT_SECONDS = 1.0
 
 
@@ -103,7 +105,7 @@ def survey(plan: Plan, facts: Facts) -> Surroundings:
             Need(plan.dataset_path, data_here, None if data_here else data()),
         ),
         hub=Hub(
-            environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked",)) if token else ("none",))
+            environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked", "")) if token else NO_ONE)
         ),
         compiler=_compiler() if facts.torch else None,
         versions={name: _version(name) for name in LIBRARIES},
@@ -169,17 +171,15 @@ def _has_data(name: str) -> bool:
 
 def _megabytes(name: str, kind: str, subset: str) -> Optional[float]:
     """What the Hub says the files weigh that would be fetched: a model's at the top, a data set's of one subset."""
-    from fnmatch import fnmatch
-
     from huggingface_hub import HfApi
 
-    files = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=ANSWER_SECONDS).siblings or []
+    info: Any = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=ANSWER_SECONDS)
+    files = info.siblings or []
     if kind == "model":
-        wanted = [
-            one for one in files if any(fnmatch(one.rfilename, f) for f in MODEL_FILES) and "/" not in one.rfilename
-        ]
+        top = [one for one in files if "/" not in one.rfilename]
+        wanted = [one for one in top if any(fnmatch(one.rfilename, pattern) for pattern in MODEL_FILES)]
     else:
-        wanted = [one for one in files if f"/{subset}/" in f"/{one.rfilename}"]
+        wanted = [one for one in files if not subset or f"/{subset}/" in f"/{one.rfilename}"]
     return sum(one.size or 0 for one in wanted) / 1e6 if wanted else None
 
 

@@ -174,6 +174,8 @@ def test_the_hub_is_asked_for_sizes_and_for_the_tokens_scope(
     model, data = found.wanted
     assert (model.here, model.megabytes) == (False, 0.3)
     assert (data.here, data.megabytes) == (False, 0.05)
+    everything = survey(dataclasses.replace(PLAN, dataset_name=""), d.LAPTOP).wanted[1]
+    assert everything.megabytes == pytest.approx(2.75)
     assert "to be fetched, 0.3 MB" in page(Passport(decide(d.LAPTOP), found, []))
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     passport = Passport(decide(d.LAPTOP), survey(PLAN, d.LAPTOP), [])
