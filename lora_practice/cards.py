@@ -85,3 +85,22 @@ def release(version: str) -> tuple[int, int]:
     """(2, 13) of "2.13.0+cu126"; (0, 0) of what is no version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
+
+def runs_on(capability: Capability, kernels: tuple[str, ...]) -> bool:
+    """True if a torch built for `kernels` runs on a card of this compute capability.
+
+    Binary code (sm_XY) runs on the same major version and an equal or higher minor; PTX (compute_XY) on
+    anything newer (CUDA C Programming Guide, "Binary Compatibility" and "PTX Compatibility").
+    """
+    major, minor = capability
+    for kernel in kernels:
+        named = re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[af]?", kernel)
+        if not named:
+            continue
+        built_major, built_minor = int(named.group(2)), int(named.group(3))
+        if named.group(1) == "sm" and built_major == major and built_minor <= minor:
+            return True
+        if named.group(1) == "compute" and (built_major, built_minor) <= (major, minor):
+            return True
+    return False

@@ -136,11 +136,8 @@ def merge(folder: Folder) -> None:
     tell(export.said(*export.merge(folder)))
 
 
-AsJson = Annotated[bool, typer.Option("--json", help=text("输出 JSON，给程序读", "print JSON, for programs"))]
-
-
 @verb("看懂一个训练结果：每个文件、改了哪些层、能做什么", "what an output folder holds, and what it is good for")
-def inspect(folder: Folder, json: AsJson = False) -> None:
+def inspect(folder: Folder, json: Json = False) -> None:
     """Print the verdict on FOLDER."""
     from lora_practice.inspecting import as_json, lines
     from lora_practice.judging import judge

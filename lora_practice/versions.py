@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
-from typing import Any
+from typing import Any, Optional
 
 from lora_practice.errors import UserError, text
 
@@ -106,6 +107,16 @@ def limit_silence(seconds: float) -> None:
 def installed() -> dict[str, str]:
     """Versions of the libraries that a run depends on."""
     import platform
-    from importlib.metadata import version
 
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    return {"python": platform.python_version(), **{name: version or "" for name, version in libraries().items()}}
+
+
+def libraries() -> dict[str, Optional[str]]:
+    """The version of each library that a run depends on; None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, Optional[str]] = dict.fromkeys(LIBRARIES)
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

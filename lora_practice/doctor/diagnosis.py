@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lora_practice import cards, embedded
 from lora_practice.doctor.surroundings import Place, Surroundings
 from lora_practice.errors import text
-from lora_practice.machine import card_trouble, sm
 from lora_practice.probe import Facts
+from lora_practice.trouble import card_trouble, sm
 
 STOP, MEND, NOTE = "stop", "mend", "note"
 # what training SmolLM2-135M on short chats was measured to take (see the README), and what it can start with

@@ -12,8 +12,9 @@ from lora_practice.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigaby
 from lora_practice.doctor.surroundings import Hub, Need, Place, Plan, Surroundings, survey
 from lora_practice.errors import EXIT_USER_ERROR, text, visible
 from lora_practice.helping import columns, wrap
-from lora_practice.machine import Machine, decide, sm
+from lora_practice.machine import Machine, decide
 from lora_practice.probe import Facts, look
+from lora_practice.trouble import sm
 
 WIDTH, LABEL = 80, 12
 Row = tuple[str, str]

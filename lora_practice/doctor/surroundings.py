@@ -11,14 +11,13 @@ import threading
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice import embedded, environment, manifest
 from lora_practice.probe import Facts
 from lora_practice.sources import MODEL_FILES
-from lora_practice.versions import LIBRARIES
+from lora_practice.versions import libraries, network_errors
 
 ANSWER_SECONDS = 5.0
 NO_ONE = ("none", "")  # no token, no name
@@ -108,7 +107,7 @@ def survey(plan: Plan, facts: Facts) -> Surroundings:
             environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked", "")) if token else NO_ONE)
         ),
         compiler=_compiler() if facts.torch else None,
-        versions={name: _version(name) for name in LIBRARIES},
+        versions=libraries(),
     )
 
 
@@ -137,7 +136,7 @@ def _size(path: Path, deadline: float) -> tuple[int, bool]:
 
 
 def _token() -> Optional[str]:
-    if not _version("huggingface-hub"):
+    if not libraries()["huggingface-hub"]:
         return None
     from huggingface_hub import get_token
 
@@ -190,7 +189,7 @@ def _ask(question: Callable[[], Any], at_all: bool) -> Callable[[], Any]:
     def run() -> None:
         try:
             got.append(question())
-        except environment.network_errors(OSError, ValueError):
+        except network_errors(OSError, ValueError):
             return
 
     asking = threading.Thread(target=run, daemon=True)
@@ -210,10 +209,3 @@ def _compiler() -> Optional[str]:
     from lora_practice.fast.compiling import find_compiler  # imports torch
 
     return find_compiler()
-
-
-def _version(name: str) -> Optional[str]:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

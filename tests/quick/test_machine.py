@@ -11,9 +11,11 @@ from described import GB, card, unreached
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_practice.cards import runs_on
 from lora_practice.errors import UserError
-from lora_practice.machine import card_trouble, decide, runs_on
+from lora_practice.machine import decide
 from lora_practice.probe import Facts
+from lora_practice.trouble import card_trouble
 
 
 @pytest.fixture(autouse=True)

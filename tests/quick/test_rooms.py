@@ -15,7 +15,7 @@ DOORS = ("fine_tuning_practice", "inference", "scripts", "upload_lora_to_hub")
 # A file imports lower layers only; inside one layer, only what stands before it on the same line.
 LAYERS = [
     ["errors", "helping", "settings", "verbs", "manifest", "origin", "versions"],
-    ["cards", "probe", "machine", "gguf_model", "environment", "embedded", "sources"],
+    ["cards", "probe", "trouble", "machine", "gguf_model", "environment", "embedded", "sources"],
     [
         *(
             "data.encodings",
