@@ -51,8 +51,26 @@ class TrainSettings:
     train_subset_size: int = setting(2000, "最多用多少行；0 是全部", "rows used at most; 0 takes all", minimum=0)
     eval_subset_size: int = setting(
         0,
-        "留出多少行不训练，只在前后各测一次损失",
-        "rows held out; their loss is measured before and after",
+        "留出多少段对话不训练，只用来测损失和困惑度",
+        "conversations held out, never trained on: their loss and perplexity are measured",
+        minimum=0,
+    )
+    eval_strategy: str = setting(
+        "steps",
+        "训练中何时测留出的对话；no 只在前后各测一次",
+        "when the held-out ones are measured; no: only before and after",
+        choices=("no", "steps", "epoch"),
+    )
+    eval_steps: int = setting(
+        50, "eval_strategy=steps 时每几步测一次", "steps between measurements with eval_strategy=steps", minimum=1
+    )
+    load_best_model_at_end: bool = setting(
+        True, "结束时用留出损失最低的适配器", "end with the adapter whose held-out loss was the lowest"
+    )
+    early_stopping_patience: int = setting(
+        0,
+        "连续几次没有更低就提前停；0 不提前停",
+        "stop after so many measurements without a lower loss; 0 never",
         minimum=0,
     )
     skip_bad_rows: bool = setting(
@@ -251,7 +269,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     engine = train.build_engine(lora, settings, machine)
     trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
     downloaded = preflight.fetched_mb(base, started) + preflight.fetched_mb(data, started)
-    plan = preflight.estimate(trainer, base, train.steps_of(trainer), settings.merge_adapter, downloaded)
+    plan = preflight.estimate(trainer, base, train.steps_of(trainer), settings, rows.held_out, downloaded)
     tell(train.announce(machine, base, data, rows, trainer, plan))
     if settings.plan:
         tell(preflight.said(plan, trainer, settings, machine))
@@ -260,7 +278,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     notes = record.opening(settings, machine, base, data, rows, sys.argv[1:] if argv is None else argv)
     notes["estimate"] = plan.record()
     folder.begin(notes)
-    notes.update(train.run(trainer, rows.held_out))
+    notes.update(train.run(trainer, rows.held_out, settings))
     if notes["interrupted"]:
         folder.write_record({**notes, "status": "interrupted"})
         tell(record.how_to_resume(notes))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_practice import embedded
+from lora_practice.data.examples import Examples
 from lora_practice.errors import text
 from lora_practice.helping import columns
 from lora_practice.machine import Machine, matmul_gflops, peak_memory
@@ -41,7 +42,9 @@ class Estimate:
         return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
-def estimate(trainer: PracticeTrainer, base: Source, steps: int, merge: bool, download_mb: float) -> Estimate:
+def estimate(
+    trainer: PracticeTrainer, base: Source, steps: int, settings: Any, held_out: Examples, download_mb: float
+) -> Estimate:
     """Do one micro-batch of the longest rows and one step of typical ones (on the plain path a quarter of one)."""
     arguments = trainer.args
     lengths = _lengths(trainer)
@@ -57,8 +60,10 @@ def estimate(trainer: PracticeTrainer, base: Source, steps: int, merge: bool, do
     taken = probe(trainer, typical) * window * (sum(lengths) / len(lengths)) / sum(lengths[i] for i in typical)
     rows = steps * window if arguments.max_steps > 0 else len(lengths) * arguments.num_train_epochs
     left = 1.0 - _steps_done(trainer) / max(1, steps)
-    seconds = taken * rows / window * left
-    disk = _disk(trainer, base, steps, merge)
+    # measuring the held-out rows is the forward half of training on as many tokens
+    measured = _measurements(settings, steps) * held_out.tokens / (sum(lengths) / len(lengths)) / 2
+    seconds = taken * (rows + measured) / window * left
+    disk = _disk(trainer, base, steps, settings.merge_adapter)
     return Estimate(steps, taken, seconds, round(_peak(arguments.device) / 1e6), round(disk / 1e6), round(download_mb))
 
 
@@ -210,6 +215,12 @@ def _lengths(trainer: PracticeTrainer) -> list[int]:
 def _steps_done(trainer: PracticeTrainer) -> int:
     checkpoint = trainer.folder.checkpoint
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def _measurements(settings: Any, steps: int) -> int:
+    """How often the held-out rows are measured while training."""
+    often = {"no": 0, "steps": math.ceil(steps / settings.eval_steps), "epoch": math.ceil(settings.num_train_epochs)}
+    return often[settings.eval_strategy]
 
 
 def _peak(device: Any) -> int:

@@ -131,7 +131,8 @@ def _losses(record: dict[str, Any]) -> str:
     table = "\n".join(["| step | loss (nats per trained token) |", "|---|---|", *rows])
     held: Optional[dict[str, float]] = record.get("held_out_loss")
     if held:
-        table += f"\n\nHeld-out loss: {held['before']:.4f} before, {held['after']:.4f} after."
+        table += f"\n\nHeld-out loss: {held['before']:.4f} before, {held['after']:.4f} after"
+        table += f" (the adapter of step {record['best_step']}, the lowest)." if record.get("best_step") else "."
     return table
 
 

@@ -16,8 +16,9 @@ from lora_practice.artifacts import OutputFolder, free_disk_check
 from lora_practice.data.batches import Collator, pack
 from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
-from lora_practice.data.tokens import IGNORED, Example, count_trained
+from lora_practice.data.tokens import Example
 from lora_practice.errors import UserError, tell, text
+from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, perplexity, take_best
 from lora_practice.machine import Machine, peak_memory
 from lora_practice.preflight import Estimate
 from lora_practice.sources import Source
@@ -126,14 +127,15 @@ def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: 
     return "\n".join(line for line in lines if line)
 
 
-def run(trainer: PracticeTrainer, held_out: Sequence[Example]) -> dict[str, Any]:
-    """Train to the end, or to the user's Ctrl-C.
+def run(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) -> dict[str, Any]:
+    """Train to the end, to an early stop, or to the user's Ctrl-C. `settings` holds TrainSettings' fields.
 
     Returns:
         For the record: "steps", "interrupted", "losses" (one dict per logged step; `loss` in nats per trained
-        token), "held_out_loss", "seconds", "tokens_per_second", "peak_memory_mb".
+        token), "seconds", "tokens_per_second", "peak_memory_mb"; with held-out rows also what `_judged` returns.
     """
     before = held_out_loss(trainer, held_out) if held_out else None
+    evaluation = attach(trainer, held_out, settings)
     checkpoint = trainer.folder.checkpoint
     if checkpoint:
         tell(text(f"从 {checkpoint} 继续", f"going on from {checkpoint}"))
@@ -141,21 +143,40 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example]) -> dict[str, Any]
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
     state = trainer.state
+    stopped_early = evaluation is not None and evaluation.stopped_early
     keys = ("step", "loss", "grad_norm", "learning_rate")
     losses = [{key: entry[key] for key in keys if key in entry} for entry in state.log_history if "loss" in entry]
     result = {
         "steps": state.global_step,
-        "interrupted": state.global_step < state.max_steps,
+        "interrupted": state.global_step < state.max_steps and not stopped_early,
         "losses": losses,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
         "peak_memory_mb": round(peak_memory() / 1e6),
     }
     if before is not None:
-        after = held_out_loss(trainer, held_out)
-        result["held_out_loss"] = {"before": round(before, 4), "after": round(after, 4)}
-        tell(text(f"留出数据的损失：{before:.3f} → {after:.3f}", f"held-out loss: {before:.3f} -> {after:.3f}"))
+        result["stopped_early"] = stopped_early
+        result.update(_judged(trainer, held_out, before, interrupted=bool(result["interrupted"])))
     return result
+
+
+def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float, interrupted: bool) -> dict[str, Any]:
+    """Take the best adapter, if one was kept, and measure it.
+
+    Returns: "held_out_loss" before and after, "evaluations" (step, loss, perplexity), "best_step".
+    """
+    best = None if interrupted else take_best(trainer)
+    after = held_out_loss(trainer, held_out)
+    chosen = text(f"，取第 {best} 步的适配器（最低）", f"; the adapter of step {best}, the lowest") if best else ""
+    first, last = perplexity(before), perplexity(after)
+    zh = f"留出数据的损失：{before:.3f} → {after:.3f}，困惑度 {first:.2f} → {last:.2f}"
+    tell(text(zh, f"held-out loss: {before:.3f} -> {after:.3f}, perplexity {first:.2f} -> {last:.2f}") + chosen)
+    start = {"step": 0, "loss": before, "perplexity": first}
+    return {
+        "held_out_loss": {"before": round(before, 4), "after": round(after, 4)},
+        "evaluations": [start, *evaluations(trainer.state.log_history)],
+        "best_step": best,
+    }
 
 
 def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
@@ -166,6 +187,7 @@ def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
         trainer.save_model(str(staging))
         (staging / "README.md").write_text(record.card(notes), "utf-8")
         trainer.folder.finish(staging, notes)
+    (trainer.folder.path / BEST).unlink(missing_ok=True)
 
 
 def write_card(folder: OutputFolder, notes: dict[str, Any]) -> None:
@@ -209,22 +231,6 @@ def needs_checkpointing(model: Any, longest: int, settings: Any, machine: Machin
         )
         return True
     return False
-
-
-def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> float:
-    """Mean loss in nats per trained token over `examples`, without dropout or gradients."""
-    if trainer.engine is not None:
-        return trainer.engine.eval_loss([(example.input_ids, example.labels) for example in examples])
-    model, collate, total, count = trainer.model, Collator(trainer.processing_class.pad_token_id), 0.0, 0
-    model.eval()
-    with torch.no_grad():
-        for example in examples:
-            batch = collate([_row(example)])
-            labels = batch["labels"][:, 1:].flatten()
-            logits = model(batch["input_ids"].to(model.device)).logits[:, :-1].flatten(0, 1).float().cpu()
-            losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            total, count = total + float(losses), count + count_trained(example.labels)
-    return total / count
 
 
 def packed_dataset(examples: Examples, max_length: int) -> Any:

@@ -12,10 +12,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lora_practice.errors import tell, text
+from lora_practice.machine import peak_memory
 
 
 class Progress(TrainerCallback):
-    """A bar with step, loss, tokens/s and time left; plain lines at each logged step when nobody watches.
+    """A bar with step, loss, tokens/s, time left and the most memory so far; plain lines when nobody watches.
 
     `tokens_seen()` gives the tokens trained on so far in this process.
     """
@@ -42,6 +43,11 @@ class Progress(TrainerCallback):
             control.should_log = True  # the last loss belongs to the record
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "eval_loss" in logs:
+            held_out = text("留出损失", "held-out loss")
+            words = f"{held_out} {logs['eval_loss']:.3f}, {text('困惑度', 'perplexity')} {logs['eval_perplexity']:.2f}"
+            self.bar.clear()
+            tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {words}")
         if not logs or "loss" not in logs:
             return
         self.loss = f"loss {logs['loss']:.3f}"
@@ -59,7 +65,9 @@ class Progress(TrainerCallback):
             return self.loss
         left = elapsed / done * (state.max_steps - state.global_step)
         speed = f"{self.tokens_seen() / elapsed:.0f} tok/s"
-        return ", ".join(part for part in (self.loss, speed, text("剩 ", "") + clock(left) + text("", " left")) if part)
+        memory = f"{peak_memory() / 1e9:.1f} GB"
+        parts = (self.loss, speed, text("剩 ", "") + clock(left) + text("", " left"), memory)
+        return ", ".join(part for part in parts if part)
 
 
 class Interrupt(TrainerCallback):

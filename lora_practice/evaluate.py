@@ -1,0 +1,144 @@
+"""Loss on conversations that are never trained on, while training: shown, the best adapter kept, an early stop."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from lora_practice.artifacts import free_disk_check
+from lora_practice.data.batches import Collator
+from lora_practice.data.tokens import IGNORED, Example, count_trained
+from lora_practice.errors import tell, text
+from lora_practice.trainer import PracticeTrainer
+
+BEST = "best.safetensors"  # the adapter with the lowest held-out loss so far; gone when the run is finished
+CHUNK = 64  # rows handed to the fast engine at once, which then cuts them as it cuts a step
+
+
+def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> float:
+    """Mean loss in nats per trained token over `examples`, without dropout or gradients, in flat memory."""
+    total, count = 0.0, 0
+    if trainer.engine is not None:
+        for start in range(0, len(examples), CHUNK):
+            part = [(one.input_ids, one.labels) for one in examples[start : start + CHUNK]]
+            trained = sum(count_trained(labels) for _, labels in part)
+            total, count = total + trainer.engine.eval_loss(part) * trained, count + trained
+        return total / count
+    model, collate = trainer.model, Collator(trainer.processing_class.pad_token_id)
+    model.eval()
+    with torch.no_grad():
+        for example in examples:
+            batch = collate([{"input_ids": example.input_ids, "labels": example.labels}])
+            labels = batch["labels"][:, 1:].flatten()
+            logits = model(batch["input_ids"].to(model.device)).logits[:, :-1].flatten(0, 1).float().cpu()
+            losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            total, count = total + float(losses), count + count_trained(example.labels)
+    return total / count
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss: among how many equally likely tokens the model seems to choose."""
+    return math.exp(min(loss, 700.0))
+
+
+def attach(trainer: PracticeTrainer, examples: Sequence[Example], settings: Any) -> Optional[Evaluation]:
+    """Evaluate while this trainer runs, as TrainSettings' fields say; None if they say not to."""
+    if not examples or settings.eval_strategy == "no":
+        return None
+    steps = settings.eval_steps if settings.eval_strategy == "steps" else 0
+    patience = settings.early_stopping_patience
+    evaluation = Evaluation(trainer, examples, steps, settings.load_best_model_at_end, patience)
+    trainer.add_callback(evaluation)
+    return evaluation
+
+
+class Evaluation(TrainerCallback):
+    """Measures the held-out loss every `steps` steps (0: at the end of each epoch).
+
+    What was measured stands in the trainer's log, and so in its checkpoints: a resumed run goes on with it.
+    With `keep_best`, the best adapter lies in BEST until `take_best`; with a `patience` above 0, so many
+    evaluations in a row without a new best end the run.
+    """
+
+    def __init__(
+        self, trainer: PracticeTrainer, examples: Sequence[Example], steps: int, keep_best: bool, patience: int
+    ) -> None:
+        self.trainer, self.examples, self.steps = trainer, examples, steps
+        self.keep_best, self.patience = keep_best, patience
+        self.stopped_early = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure after every `steps` steps, and after the last."""
+        if (self.steps and state.global_step % self.steps == 0) or state.global_step == state.max_steps:
+            self._measure(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure here if not by steps; an interrupted run comes by in the middle of an epoch."""
+        if not self.steps and state.epoch == round(state.epoch):
+            self._measure(state, control)
+
+    def _measure(self, state: Any, control: Any) -> None:
+        done = evaluations(state.log_history)
+        if done and done[-1]["step"] == state.global_step:
+            return
+        loss = held_out_loss(self.trainer, self.examples)
+        should_log = control.should_log
+        self.trainer.model.eval()  # by this TRL tells the log of an evaluation from that of training
+        self.trainer.log({"eval_loss": loss, "eval_perplexity": perplexity(loss)})
+        self.trainer.model.train()
+        control.should_log = should_log  # the loss of this step is still to be logged
+        losses = [one["loss"] for one in done] + [loss]
+        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        if self.keep_best and best == len(losses) - 1:
+            keep(self.trainer, state.global_step, loss)
+        waited = len(losses) - 1 - best
+        if self.patience and waited >= self.patience and state.global_step < state.max_steps:
+            self.stopped_early = control.should_training_stop = True
+            tell(
+                text(
+                    f"留出损失连续 {waited} 次没有更低，提前停止",
+                    f"the held-out loss has not fallen in {waited} evaluations: stopping early",
+                )
+            )
+
+
+def evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{"step", "loss", "perplexity"} of each evaluation in a trainer's log; loss in nats per trained token."""
+    found = [entry for entry in log_history if "eval_loss" in entry]
+    return [{"step": one["step"], "loss": one["eval_loss"], "perplexity": one["eval_perplexity"]} for one in found]
+
+
+def keep(trainer: PracticeTrainer, step: int, loss: float) -> None:
+    """Write the adapter as it is now to BEST, whole or not at all."""
+    tensors = {name: one.detach().cpu().contiguous() for name, one in _trainable(trainer)}
+    free_disk_check(trainer.folder.path, sum(one.numel() * one.element_size() for one in tensors.values()) + 1_000_000)
+    with trainer.folder.staging() as staging:
+        save_file(tensors, staging / BEST, {"step": str(step), "loss": repr(loss)})
+        os.replace(staging / BEST, trainer.folder.path / BEST)
+
+
+def take_best(trainer: PracticeTrainer) -> Optional[int]:
+    """Put the best adapter into the model.
+
+    Returns: the step that it is of; None if none was kept.
+    """
+    path = trainer.folder.path / BEST
+    if not path.exists():
+        return None
+    with torch.no_grad(), safe_open(path, "pt") as kept:
+        step = int(kept.metadata()["step"])
+        if step != trainer.state.global_step:
+            for name, one in _trainable(trainer):
+                one.copy_(kept.get_tensor(name))
+    return step
+
+
+def _trainable(trainer: PracticeTrainer) -> list[tuple[str, Any]]:
+    return [(name, one) for name, one in trainer.model.named_parameters() if one.requires_grad]
