@@ -4,8 +4,7 @@ To add a verb, write a function here: `@verb(zh, en)` above it, its parameters a
 inside it. What it returns is the exit code (None is 0); a user's mistake is a UserError, as everywhere.
 """
 
-from __future__ import annotations
-
+# annotations stay objects here: on Python 3.9 typer finds no Annotated in a string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
