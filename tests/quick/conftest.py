@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from hypothesis import HealthCheck, settings
 
 from lora_practice import environment
 
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 CLOSED = "http://127.0.0.1:9"  # nobody listens there
 
 
