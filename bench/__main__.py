@@ -2,7 +2,8 @@
 
 Each variant trains in a process of its own; the processes alternate, so that a slow minute of the machine falls
 on all. Tokens per second count the examples' own tokens: work that is skipped shows up as speed. The first
-optimizer step of each process warms up and is not counted; the best round of each variant is shown.
+optimizer step of each process warms up and is not counted; the best round of each variant is shown. On a machine with
+an NVIDIA card the same command compares on the card, in fp16 (`--device cpu` for the processor beside it).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.examples import write_examples
-from bench.variants import GENERATION, VARIANTS
+from bench.variants import CARD_VARIANTS, GENERATION, VARIANTS
 
 
 def main() -> None:
     options = parse()
-    names = [v for v in VARIANTS if not options.only or any(word in v.name for word in options.only)]
+    known = CARD_VARIANTS if options.device == "cuda" else VARIANTS
+    names = [v for v in known if not options.only or any(word in v.name for word in options.only)]
     loads = {"short": (8, options.short_steps), "long": (options.long_window, options.long_steps)}
     results: dict[str, dict[str, list[dict]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -41,12 +43,13 @@ def main() -> None:
                         "threads": options.threads,
                         "clock": options.clock,
                         "dropout": options.dropout,
+                        "device": options.device,
                     }
                     print(f"round {round_number + 1}, {load}: {variant.name} ...", file=sys.stderr, flush=True)
                     result = run("bench.worker", variant.name, spec)
                     results.setdefault(load, {}).setdefault(variant.name, []).append(result)
     report = {"machine": machine(options), "options": vars(options), "results": results}
-    if not options.only:
+    if not options.only and options.device == "cpu":
         report["generation"] = {name: generation(name, how, options) for name, how in GENERATION.items()}
     print(table(report))
     if options.json:
@@ -69,13 +72,22 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--assistant-only", action="store_true", help="labels on answers only (default: all tokens)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a usable card if there is one")
     options = parser.parse_args()
+    options.device = options.device or card_or_cpu()
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu needs --threads 1: waiting threads burn processor time")
     options.rounds = options.rounds or (1 if options.quick else 2)
     options.short_steps = 3 if options.quick else 10
     options.long_window, options.long_steps = (2, 1) if options.quick else (8, 2)
     return options
+
+
+def card_or_cpu() -> str:
+    """ "cuda" where a run of this project would choose the card."""
+    from lora_practice.machine import decide, look
+
+    return decide(look()).device
 
 
 def generation(name: str, how: str, options: argparse.Namespace) -> dict:
@@ -99,7 +111,8 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
     from lora_practice.probe import look
     from lora_practice.versions import installed
 
-    return {"processor": look().cpu, "system": platform.platform(terse=True), **installed()}
+    facts = look()
+    return {"processor": facts.cpu, "card": facts.gpu, "system": platform.platform(terse=True), **installed()}
 
 
 def table(report: dict) -> str:

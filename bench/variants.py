@@ -10,7 +10,7 @@ class Variant:
     """One way to train. `engine` None: plain TRL; else options of fast.build."""
 
     name: str
-    dtype: str  # "fp32" or "bf16": TRL's autocast flag, or the engine's compute dtype
+    dtype: str  # "fp32", "bf16" or "fp16": TRL's autocast flag, or the engine's compute dtype
     engine: dict | None = None
     checkpointing: bool = False
     batch: int = 1  # examples per micro-batch; batch x accumulation is the same for all
@@ -26,6 +26,16 @@ VARIANTS = [
     Variant("ours, bf16, no sharing", "bf16", {"share_prefix": False}),
     Variant("ours, fp32, torch only", "fp32", {"kernels": False}),
     Variant("ours, bf16, torch only", "bf16", {"kernels": False}),
+]
+
+# On a card: fp16 as every card since Pascal has it, with loss scaling; never bf16, never Triton.
+CARD_VARIANTS = [
+    Variant("TRL, reference settings", "fp16", checkpointing=True),
+    Variant("TRL tuned, fp32", "fp32", batch=8),
+    Variant("TRL tuned, fp16", "fp16", batch=8),
+    Variant("ours, fp16", "fp16", {}),
+    Variant("ours, fp16, no sharing", "fp16", {"share_prefix": False}),
+    Variant("ours, fp32", "fp32", {}),
 ]
 
 GENERATION = {
