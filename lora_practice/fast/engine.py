@@ -23,7 +23,7 @@ def build(
     peft_model: Any,
     compute_dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    token_budget: Optional[int] = 512,
+    token_budget: Optional[int] = 320,
     share_prefix: bool = True,
     kernels: bool = True,
 ) -> Engine:

@@ -37,6 +37,7 @@ def head_loss(
         total += ops.cross_entropy(logits, plan.label_counts[first:last], slots, labels, scale)
         if d_x is not None:
             d_x[first:last] = product_back(logits, weight)
+        del logits  # before the next ones are made
     return total, d_x
 
 
