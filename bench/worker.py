@@ -163,7 +163,7 @@ def share_of_ceiling(
     needed, sizes = 0.0, []
     for step in step_rows(trainer, rows, spec)[1:]:
         pairs = [(row["input_ids"], row["labels"]) for row in step]
-        for plan in plan_step(pairs, engine.token_budget, engine.share_prefix):
+        for plan in plan_step(pairs, engine.token_budget or None, engine.share_prefix):
             needed += 4.0 * (plan.rows * linear + plan.label_rows.numel() * head)
             sizes.append(plan.rows)
     n = sizes[len(sizes) // 2]

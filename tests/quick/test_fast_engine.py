@@ -74,8 +74,8 @@ def test_dropout_is_peft_dropout_with_named_masks():
 
 def test_micro_batches_and_kernels_change_nothing():
     model, batch = tiny(dropout=0.2, dtype=torch.float32), examples()
-    whole, gradients = fast_step(model, batch, seed=1, share_prefix=False, token_budget=None, kernels=False)
-    for options in ({"token_budget": 20, "kernels": False}, {"token_budget": None}, {"token_budget": 20}):
+    whole, gradients = fast_step(model, batch, seed=1, share_prefix=False, token_budget=0, kernels=False)
+    for options in ({"token_budget": 20, "kernels": False}, {"token_budget": 0}, {"token_budget": 20}):
         loss, mine = fast_step(model, batch, seed=1, share_prefix=False, **options)
         assert loss == pytest.approx(whole, rel=1e-6)
         assert worst(mine, gradients) < 1e-5
