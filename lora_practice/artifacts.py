@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import manifest, origin
+from lora_practice.disk import explained, free_disk_check
 from lora_practice.errors import UserError, tell, text
 from lora_practice.resuming import check_same_settings
 
@@ -105,7 +106,9 @@ class OutputFolder:
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run_record.json whole."""
-        manifest.write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+        content = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+        with explained(self.path, len(content), text("再运行一次", "run it again")):
+            manifest.write_whole(self.path / RECORD, content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
         """Move the finished files in place, the record last: "finished" means that everything is there."""
@@ -124,6 +127,7 @@ class OutputFolder:
         Newer ones than N were passed over as damaged when the run was resumed; they do not count.
         """
         origin.seal(staged, CHECKPOINT_MANIFEST)
+        manifest.flush(staged)
         target = self.path / staged.name
         if target.exists():
             shutil.rmtree(target)
@@ -134,9 +138,15 @@ class OutputFolder:
             shutil.rmtree(old)
 
     @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A hidden folder beside the files, on the same disk; gone afterwards, whatever happened."""
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path) as name:
+    def staging(self, needed: int) -> Iterator[Path]:
+        """A hidden folder beside the files, on the same disk; gone afterwards, whatever happened.
+
+        Raises:
+            UserError: fewer than `needed` bytes are free, or the disk refuses a write midway.
+        """
+        free_disk_check(self.path, needed)
+        kept = text("已有的存盘点都在，用 --resume 继续", "earlier checkpoints are kept, go on with --resume")
+        with explained(self.path, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path) as name:
             yield Path(name)
 
 
@@ -178,21 +188,6 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
         )
     tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
     return None
-
-
-def free_disk_check(path: Path, needed: int) -> None:
-    """UserError if fewer than `needed` bytes are free where `path` is or will be."""
-    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            text(
-                f"磁盘空间不够：需要约 {needed / 1e6:.0f} MB，只剩 {free / 1e6:.0f} MB",
-                f"not enough disk: about {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
-            ),
-            where=str(path),
-            fix=text("腾出空间，或换一个 --output_dir", "free some, or choose another --output_dir"),
-        )
 
 
 def _check_writable(path: Path) -> None:

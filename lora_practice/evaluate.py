@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from lora_practice.artifacts import free_disk_check
 from lora_practice.data.batches import Collator
 from lora_practice.data.tokens import IGNORED, Example, count_trained
 from lora_practice.errors import tell, text
@@ -118,8 +117,8 @@ def evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def keep(trainer: PracticeTrainer, step: int, loss: float) -> None:
     """Write the adapter as it is now to BEST, whole or not at all."""
     tensors = {name: one.detach().cpu().contiguous() for name, one in _trainable(trainer)}
-    free_disk_check(trainer.folder.path, sum(one.numel() * one.element_size() for one in tensors.values()) + 1_000_000)
-    with trainer.folder.staging() as staging:
+    needed = sum(one.numel() * one.element_size() for one in tensors.values()) + 1_000_000
+    with trainer.folder.staging(needed) as staging:
         save_file(tensors, staging / BEST, {"step": str(step), "loss": repr(loss)})
         os.replace(staging / BEST, trainer.folder.path / BEST)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_practice import adapter
-from lora_practice.artifacts import free_disk_check
+from lora_practice.disk import free_disk_check
 from lora_practice.errors import UserError, text
 from lora_practice.generate import find_base, stop_ids, tokenizer_for, with_adapter
 from lora_practice.model import load_base

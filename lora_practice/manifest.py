@@ -26,6 +26,14 @@ def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> No
     (folder / name).write_text(content + "\n", "utf-8")
 
 
+def flush(folder: Path) -> None:
+    """Have the disk take every file below `folder`: a rename may reach it first, and then the power may fail."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
 def write_whole(path: Path, content: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

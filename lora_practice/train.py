@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback
 
 from lora_practice import fast, record, versions
-from lora_practice.artifacts import OutputFolder, free_disk_check
+from lora_practice.artifacts import OutputFolder
 from lora_practice.data.batches import Collator, pack
 from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
@@ -182,8 +182,7 @@ def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float
 def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
     """Write the adapter, the tokenizer, the card and the record into the output folder."""
     notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
-    free_disk_check(trainer.folder.path, 30_000_000)
-    with trainer.folder.staging() as staging:
+    with trainer.folder.staging(30_000_000) as staging:
         trainer.save_model(str(staging))
         (staging / "README.md").write_text(record.card(notes), "utf-8")
         trainer.folder.finish(staging, notes)
@@ -192,7 +191,7 @@ def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
 
 def write_card(folder: OutputFolder, notes: dict[str, Any]) -> None:
     """Write card and record of a finished run anew, when something was added to them."""
-    with folder.staging() as staging:
+    with folder.staging(100_000) as staging:
         (staging / "README.md").write_text(record.card(notes), "utf-8")
         folder.finish(staging, notes)
 

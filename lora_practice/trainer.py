@@ -9,7 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from lora_practice import adapter
-from lora_practice.artifacts import OutputFolder, free_disk_check
+from lora_practice.artifacts import OutputFolder
 from lora_practice.fast import Engine
 
 
@@ -60,8 +60,8 @@ class PracticeTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        free_disk_check(self.folder.path, 4 * weights + 20_000_000)  # adapter, two Adam moments, tokenizer
-        with self.folder.staging() as staging:
+        needed = 4 * weights + 20_000_000  # adapter, two Adam moments, tokenizer
+        with self.folder.staging(needed) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)

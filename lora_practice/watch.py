@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -71,14 +72,17 @@ class Progress(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM saves a checkpoint after the running step and stops; a second one leaves at once."""
+    """Ctrl-C, SIGTERM or a closed terminal saves after the running step and stops; a second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # Windows has none, and nohup asks to be left alone
+        for number in numbers:
             self.previous[number] = signal.signal(number, self._ask)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,6 +94,10 @@ class Interrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _ask(self, number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_the_terminal()
+            self.asked = True  # a shell passes the hang-up on, so a second one is no impatience
+            return
         if self.asked:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
@@ -100,6 +108,17 @@ class Interrupt(TrainerCallback):
                 "\ninterrupted: saving after this step (once more leaves at once)",
             )
         )
+
+
+def _leave_the_terminal() -> None:
+    """Point stdout and stderr nowhere if their terminal is gone: a word to it would be an error and end the run."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 def clock(seconds: float) -> str:

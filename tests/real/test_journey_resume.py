@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from journey_harness import SMALL, TRAIN, Running, refused, succeeded, train
+from journey_harness import SMALL, TRAIN, Running, environment, refused, succeeded, train
+from kill_harness import NEVER, Kill, differences, resume_flag, run_into, steps_safe
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 SAVING = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "out")
+LONG = ("--num_train_epochs", "20")  # 160 steps, for a run that is stopped
 
 
 def copied_to(place: Path, killed: Path) -> Path:
@@ -180,3 +186,89 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     for extra in ((), ("--overwrite",), ("--resume",)):
         refused(train(tmp_path, *SMALL, "--output_dir", "photos", *extra), "photos")
     assert [one.name for one in (tmp_path / "photos").iterdir()] == ["me.jpg"]
+
+
+def test_kills_in_the_midst_of_saves_and_before_a_rename_cost_nothing_that_was_saved(tmp_path, uninterrupted):
+    out, seen = tmp_path / "out", []
+    milliseconds = random.randint(1, 150)
+    for kill in (
+        Kill("in the midst of a save", "os.mkdir", ".writing-", 2, milliseconds),
+        Kill("before a checkpoint's rename", "os.rename", "checkpoint-", 1),
+        Kill("before a checkpoint's manifest", "open", "checkpoint.json", 2),
+        NEVER,
+    ):
+        killed, words = run_into(kill, tmp_path, "out", *SAVING[:-2], *resume_flag(out))
+        assert killed == (kill is not NEVER), (str(kill), words)
+        seen.append(steps_safe(out))
+    # the first one may come just before or just after the rename of checkpoint-4
+    assert seen[0] in (2, 4) and seen == sorted(seen) and seen[-1] == 8, (milliseconds, seen)
+    assert not differences(out, uninterrupted)
+
+
+def test_sigterm_saves_as_ctrl_c_does_and_the_newest_checkpoints_are_kept(tmp_path):
+    run = Running(tmp_path, TRAIN, *SAVING, *LONG, "--save_steps", "1", "--save_total_limit", "2")
+    run.wait_for("step 3/160", 300)
+    run.process.terminate()
+    assert run.end(300) == 130
+    out = tmp_path / "out"
+    steps = record(out)["steps"]
+    assert record(out)["status"] == "interrupted" and steps_safe(out) == steps >= 3
+    assert f"saved at step {steps}" in run.words
+    assert {one.name for one in out.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (steps - 1, steps)}
+
+
+def test_a_closed_terminal_saves_too(tmp_path):
+    pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
+    ours, theirs = pty.openpty()
+
+    def in_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "preexec_fn": in_the_terminal}
+    command = [sys.executable, TRAIN, *SAVING, *LONG]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path / "home"), **streams)
+    os.close(theirs)
+    said = b""
+    while b"loss" not in said:  # the bar of the first step
+        said += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(300) == 130
+    out = tmp_path / "out"
+    assert record(out)["status"] == "interrupted" and steps_safe(out) == record(out)["steps"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
+def test_a_disk_that_refuses_a_checkpoint_midway_keeps_the_earlier_one_and_the_run_goes_on(tmp_path, uninterrupted):
+    import resource
+
+    run = Running(tmp_path, TRAIN, *SAVING)
+    out = tmp_path / "out"
+    run.wait_until((out / "checkpoint-2").is_dir, 300)
+    # the adapter's 7 MB still fit into one file, the optimizer's 15 MB no more
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+    assert run.end() == 2
+    line = run.words.rstrip().splitlines()[-1]
+    assert line.startswith("Error: out: the disk refused a write midway") and line.endswith("go on with --resume")
+    assert "MB needed" in line and not list(out.glob(".*"))
+    safe = steps_safe(out)
+    done = succeeded(train(tmp_path, *SAVING, "--resume"))
+    assert f"going on from out/checkpoint-{safe}" in done.stderr
+    assert same_run(out, uninterrupted)
+
+
+def test_a_disk_without_room_for_a_checkpoint_says_how_much_it_takes(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "none", str(out)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        told = refused(train(tmp_path, *SAVING), "not enough disk", "MB needed", "MB free", "--resume")
+        assert told.startswith("Error: out: ") and [one.name for one in out.glob("check*")] == ["checkpoint-2"]
+        subprocess.run(["mount", "-o", "remount,size=300m", str(out)], check=True)
+        succeeded(train(tmp_path, *SAVING, "--resume"))
+        assert same_run(out, uninterrupted)
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
