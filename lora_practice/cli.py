@@ -173,6 +173,17 @@ def doctor(json: Json = False) -> int:
     return present(Plan(defaults.model_name, defaults.dataset_path, defaults.dataset_name, defaults.output_dir), json)
 
 
+@verb("当场证明：resume 杀掉一次训练再继续，比较结果", "see it proved: resume kills a training, goes on, and compares")
+def selftest(proof: Annotated[str, typer.Argument(metavar="resume", help=text("证明什么", "what to prove"))]) -> int:
+    """Run a proof of this name."""
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    from lora_practice import selftest as proofs
+
+    return proofs.run(proof)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from lora_practice import __version__

@@ -51,7 +51,7 @@ LAYERS = [
         *("doctor.surroundings", "doctor.diagnosis", "doctor.passport"),
         *("export", "hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
-    ["watch", "trainer", "preflight", "evaluate", "train"],
+    ["watch", "trainer", "preflight", "evaluate", "train", "selftest"],
     ["cli"],
 ]
 PLACE = {name: (level, order) for level, layer in enumerate(LAYERS) for order, name in enumerate(layer)}
