@@ -28,10 +28,10 @@ if PYENV.is_dir():
     os.environ["PYENV_ROOT"] = str(PYENV.parent)
 
 
-def install_and_test(session: nox.Session, stack: str, tests: str) -> None:
+def install_and_test(session: nox.Session, stack: str, *tests: str) -> None:
     """This project with the versions of `requirements/<stack>.txt`; then `tests`, or what was asked for."""
     session.install("-c", f"requirements/{stack}.txt", "-e", ".[test]")
-    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or [tests]))
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or tests))
 
 
 @nox.session(python="3.11")
@@ -56,3 +56,9 @@ def old(session: nox.Session) -> None:
 def quick(session: nox.Session) -> None:
     """The new stack on the other Pythons, without the model."""
     install_and_test(session, "newest", "tests/quick")
+
+
+@nox.session(python="3.11", default=False)
+def kills(session: nox.Session) -> None:
+    """Real trainings killed again and again; KILLS and KILL_SEED choose how often and when."""
+    install_and_test(session, "newest", "tests/kills", "-s")

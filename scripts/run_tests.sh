@@ -11,4 +11,4 @@ prepare_environment test
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "$@"
+exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "${@:-tests}"

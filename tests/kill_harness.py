@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import time
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from journey_harness import ROOT, TRAIN, Running
+from journey_harness import ROOT, Running, environment
 
 DOOR = str(ROOT / "tests" / "killed_door.py")
 
@@ -31,6 +32,9 @@ class Kill:
         return f"{self.words} (number {self.n}{f', {self.milliseconds} ms later' if self.milliseconds else ''})"
 
 
+NEVER, KINDS = Kill("never", "none"), 8
+
+
 def random_kill(random: Random, kind: int, seconds: float) -> Kill:
     """One of eight kinds; `seconds` is how long an uninterrupted run takes."""
     n = random.randint(1, 4)
@@ -40,28 +44,48 @@ def random_kill(random: Random, kind: int, seconds: float) -> Kill:
         Kill("before a checkpoint's rename", "os.rename", "checkpoint-", n),
         Kill("before an old checkpoint is removed", "shutil.rmtree", "checkpoint-", n),
         Kill("while an old checkpoint is removed", "os.remove", "", random.randint(2, 60)),
-        Kill("before any change of a file", "", "", random.randint(1, 100)),
+        Kill("before any change of a file", "os.", "", random.randint(1, 100)),
         Kill("while the results are moved in place", "os.rename", "tokenizer", random.randint(1, 2)),
         Kill("at any time", seconds=random.uniform(0.1, 1.0) * seconds),
     )
-    return kinds[kind % len(kinds)]
+    return kinds[kind]
 
 
-def run_into(kill: Kill, place: Path, out: str, *flags: str) -> tuple[bool, Running]:
-    """Door 1 in `place` with the output folder `out`; whether the kill came before the end, and what was said."""
-    flags = ("--output_dir", out, *flags)
-    if kill.seconds:
-        run = Running(place, TRAIN, *flags)
-        deadline = time.monotonic() + kill.seconds
-        while time.monotonic() < deadline and run.process.poll() is None:
-            time.sleep(0.01)
-        run.process.kill()
-    else:
-        words = (kill.event, kill.part, str(kill.n), str(kill.milliseconds), str(place / out))
-        run = Running(place, DOOR, *words, *flags)
+def run_into(kill: Kill, place: Path, out: str, *flags: str) -> tuple[bool, str]:
+    """Door 1 in its own new process; whether the kill came before the end, and what was said."""
+    run = Running(place, DOOR, *_moment(kill, place / out), "--output_dir", out, *flags)
     code = run.end(1800)
     assert code in (0, -signal.SIGKILL), (code, run.words)
-    return code != 0, run
+    return code != 0, run.words
+
+
+class Server:
+    """Door 1 again and again in forks of one process, which has loaded the libraries once: cheap enough for many."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        pipes: dict = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        env = environment(place / "home")
+        self.process = subprocess.Popen([sys.executable, DOOR, "serve"], cwd=place, env=env, **pipes)
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
+
+    def run_into(self, kill: Kill, out: str, *flags: str) -> tuple[bool, str]:
+        """As the function above."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        log = self.place / "log"
+        request = [_moment(kill, self.place / out), kill.seconds, ["--output_dir", out, *flags], str(log)]
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        code, words = int(self.process.stdout.readline()), log.read_text("utf-8")
+        assert code in (0, -signal.SIGKILL) and "Traceback" not in words, (code, words)
+        return code != 0, words
+
+    def close(self) -> None:
+        """End the server."""
+        self.process.communicate()
+
+
+def _moment(kill: Kill, out: Path) -> list[str]:
+    return [kill.event, kill.part, str(0 if kill.seconds else kill.n), str(kill.milliseconds), str(out)]
 
 
 def resume_flag(out: Path) -> tuple[str, ...]:

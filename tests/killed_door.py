@@ -5,19 +5,28 @@
 The N-th audit event whose name begins with EVENT and whose path, below the folder OUT, holds PART; MILLISECONDS
 later, or right before the change if that is 0. Python's own file operations are audited; what Rust and C++ write
 (safetensors, torch, tokenizers) is not, and is hit by a delay.
+
+    python tests/killed_door.py serve
+
+Loads the libraries once and forks a process for each line of JSON on stdin, [[EVENT, PART, N, MILLISECONDS, OUT],
+seconds, flags, log]: with `seconds` above 0 it is killed then. Answers with its exit code, negative for a signal.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+DOOR = str(Path(__file__).resolve().parents[1] / "fine_tuning_practice.py")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -47,8 +56,58 @@ class Killer:
         subprocess.Popen(["sh", "-c", f"sleep {self.milliseconds / 1000}; kill -9 {os.getpid()}"])
 
 
-if __name__ == "__main__":
-    event, part, n, milliseconds, out = sys.argv[1:6]
-    sys.argv = [str(Path(__file__).resolve().parents[1] / "fine_tuning_practice.py"), *sys.argv[6:]]
+def open_door(moment: list[str], flags: list[str]) -> None:
+    """Door 1 in this process, which does not come back alive from that moment."""
+    event, part, n, milliseconds, out = moment
     sys.addaudithook(Killer(event, part, int(n), int(milliseconds), Path(out).absolute()))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = [DOOR, *flags]
+    runpy.run_path(DOOR, run_name="__main__")
+
+
+def wait(pid: int, seconds: float) -> int:
+    """The end of a process, its status as `waitpid` gives it; killed after `seconds`, if that is above 0."""
+    deadline = time.monotonic() + (seconds or float("inf"))
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.01)
+
+
+def serve() -> None:
+    """One forked process after another, until stdin ends."""
+    sys.path.insert(0, str(Path(DOOR).parent))
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    import trl
+
+    import lora_practice.data.prepare
+    import lora_practice.train  # noqa: F401
+
+    assert trl.SFTTrainer and trl.SFTConfig  # loaded when they are asked for
+    print("ready", flush=True)
+    for line in sys.stdin:
+        moment, seconds, flags, log = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            with open(log, "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            code = 1
+            try:
+                open_door(moment, flags)
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        status = wait(pid, seconds)
+        print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["serve"] else open_door(sys.argv[1:6], sys.argv[6:])
