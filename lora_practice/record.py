@@ -210,11 +210,12 @@ def farewell(folder: Path, record: dict[str, Any]) -> str:
     model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model-dir {shlex.quote(str(folder))}"
     loss = record["losses"][-1]["loss"] if record["losses"] else float("nan")
     command = _runnable(shlex.join(_door("inference.py", "infer")) + model_dir)
+    took, expected = f"{record['seconds']:.0f}", f"{record['estimate']['seconds']:.0f}"
     return text(
-        f"完成：{record['steps']} 步，{record['seconds']:.0f} 秒，loss {loss:.3f}，结果在 {folder}/\n"
+        f"完成：{record['steps']} 步，{took} 秒（估计 {expected}），loss {loss:.3f}，结果在 {folder}/\n"
         f"下一步，和它聊聊：\n  {command}",
-        f"done: {record['steps']} steps in {record['seconds']:.0f} s, loss {loss:.3f}; the results are in {folder}/\n"
-        f"next, talk to it:\n  {command}",
+        f"done: {record['steps']} steps in {took} s ({expected} expected), loss {loss:.3f}; "
+        f"the results are in {folder}/\nnext, talk to it:\n  {command}",
     )
 
 
