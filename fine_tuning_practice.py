@@ -266,6 +266,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     rows = prepare(data, subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)
     lora = model.add_lora(model.load_base(base, model.weights_dtype(machine, base, settings.fast)), settings, base)
+    model.check_vocabulary(lora, tokenizer, base.name)
     engine = train.build_engine(lora, settings, machine)
     trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
     downloaded = preflight.fetched_mb(base, started) + preflight.fetched_mb(data, started)

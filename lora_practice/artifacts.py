@@ -35,7 +35,7 @@ class OutputFolder:
         self.path, self.replace = path, replace
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
-        self._replaced = Path(self.resumed["replaces"]) if self.resumed.get("replaces") else None
+        self._replaced = _kept_aside(path, self.resumed.get("replaces"))
 
     @classmethod
     def claim(cls, output_dir: str, resume: bool, overwrite: bool, settings: dict[str, Any]) -> OutputFolder:
@@ -188,6 +188,13 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
         )
     tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
     return None
+
+
+def _kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
+    """The earlier run that a record says is kept aside: beside `path` only, since it is deleted in the end."""
+    name = re.split(r"[\\/]", named or "")[-1]
+    is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
+    return path.with_name(name) if is_ours else None
 
 
 def _check_writable(path: Path) -> None:
