@@ -12,7 +12,7 @@ from typing import Annotated, Any, Callable, Optional
 
 import typer
 
-from lora_practice.errors import door, tell, text
+from lora_practice.errors import UserError, door, tell, text
 from lora_practice.verbs import Door, Verb, Verbs, run
 
 app = typer.Typer(
@@ -144,6 +144,39 @@ def inspect(folder: Folder, json: Json = False) -> None:
     verdict = judge(folder)
     for line in [as_json(verdict)] if json else lines(verdict):
         print(line)
+
+
+@verb(
+    "写出 GGUF 和 Modelfile（llama.cpp、Ollama 用），并证明和适配器一致",
+    "write GGUF files and a Modelfile (llama.cpp, Ollama), and prove that they equal the adapter",
+)
+def export(
+    folder: Folder,
+    only: Annotated[
+        Optional[str], typer.Option(metavar="f16|q8_0", help=text("只写一种精度", "write one precision only"))
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help=text("换掉已有的 文件夹/gguf", "replace an earlier FOLDER/gguf"))
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help=text("什么都不导出，只重做证明", "export nothing, only prove again"))
+    ] = False,
+) -> int:
+    """Write FOLDER/gguf and prove it; exit code 1 when the proof fails."""
+    from lora_practice.gguf_write import KINDS
+
+    if only is not None and only not in KINDS:
+        raise UserError(text(f"没有 {only} 这种精度", f"no such precision: {only}"), "--only", " / ".join(KINDS))
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    from lora_practice import export as room
+    from lora_practice import proof
+
+    kinds = KINDS if only is None else (only,)
+    lines = room.prove_gguf(folder) if check else room.to_gguf(folder, kinds, overwrite)
+    print(proof.show(lines))
+    return int(proof.verdict(lines) == "FAIL")
 
 
 @verb(

@@ -60,14 +60,24 @@ class Talker:
                 fix=text("缩短提问，或用 /reset 重来", "ask something shorter, or begin anew with /reset"),
             )
         pieces = Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
-        if self.decoder is not None:
-            add = pieces.add if pieces else None
-            written = self.decoder.generate(ids, max_new_tokens, self.stop_ids, temperature, top_p, on_token=add)
-            if pieces:
-                pieces.end()
-        else:
-            written = self._generate(ids, max_new_tokens, temperature, top_p, pieces)
-        return self.tokenizer.decode(written)
+        return self.tokenizer.decode(self.write(ids, max_new_tokens, temperature, top_p, pieces))
+
+    def write(
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        pieces: Optional[Pieces] = None,
+    ) -> list[int]:
+        """The tokens that follow `ids`; fewer than `max_new_tokens` when the answer ended by itself."""
+        if self.decoder is None:
+            return self._generate(ids, max_new_tokens, temperature, top_p, pieces)
+        add = pieces.add if pieces else None
+        written = self.decoder.generate(ids, max_new_tokens, self.stop_ids, temperature, top_p, on_token=add)
+        if pieces:
+            pieces.end()
+        return written
 
     def _generate(
         self, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, pieces: Optional[Pieces]

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from lora_practice.artifacts import CHECKPOINT_MANIFEST, read_record
@@ -18,6 +19,7 @@ from lora_practice.hub.redaction import Base, find_base, mend_manifest, private_
 
 LARGEST_TEXT = 16 << 20  # bytes; a longer text is not rewritten
 SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db"}
+MERGED = ("merged", "gguf")  # what merging and exporting wrote: the model once more, each time
 WEIGHT_SUFFIXES = {".safetensors", ".gguf"}
 
 
@@ -50,7 +52,7 @@ class Parcel:
         return sum(item.size for item in self.items)
 
 
-def pack(folder: Path, exclude_checkpoints: bool = False, token: str = "") -> Parcel:
+def pack(folder: Path, exclude_checkpoints: bool = False, token: str = "", exclude_merged: bool = False) -> Parcel:
     """Choose, inspect and (where they name private paths) rewrite the files of `folder`.
 
     Raises:
@@ -62,7 +64,8 @@ def pack(folder: Path, exclude_checkpoints: bool = False, token: str = "") -> Pa
     roots = private_roots(folder, base)
     notes: list[str] = []
     items, rewritten, left_out, leaks = [], [], [], []
-    paths = list(_walk(folder.resolve(), exclude_checkpoints, notes))
+    excluded = ("checkpoint-*",) * exclude_checkpoints + MERGED * exclude_merged
+    paths = list(_walk(folder.resolve(), excluded, notes))
     for path in paths:
         name = path.relative_to(folder.resolve()).as_posix()
         size, sha256, git_sha1, is_private = inspect_file(path, name, token, roots)
@@ -144,7 +147,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(text(zh, en), str(folder), fix)
 
 
-def _walk(folder: Path, exclude_checkpoints: bool, notes: list[str]) -> Iterator[Path]:
+def _walk(folder: Path, excluded: Sequence[str], notes: list[str]) -> Iterator[Path]:
     """Every file to look at, in the order of names; appends to `notes` what is passed over."""
     passed: list[str] = []
     for here, folders, files in os.walk(folder):
@@ -156,8 +159,8 @@ def _walk(folder: Path, exclude_checkpoints: bool, notes: list[str]) -> Iterator
                 raise UserError(text(zh, en), str(path), fix)
         chosen = []
         for name in sorted(folders):
-            is_checkpoint = exclude_checkpoints and name.startswith("checkpoint-")
-            if is_checkpoint or name in SKIPPED or name.startswith(".writing-") or Path(here, name).is_symlink():
+            is_excluded = any(fnmatch(name, pattern) for pattern in excluded)
+            if is_excluded or name in SKIPPED or name.startswith(".writing-") or Path(here, name).is_symlink():
                 passed.append(Path(here, name).relative_to(folder).as_posix() + "/")
             else:
                 chosen.append(name)

@@ -41,6 +41,7 @@ class UploadSettings:
     )
     local_dir: str = setting(DEFAULT_OUTPUT_DIR, "要上传的文件夹", "the folder to upload")
     exclude_checkpoints: bool = setting(False, "不上传 checkpoint-*", "leave checkpoint-* out")
+    exclude_merged: bool = setting(False, "不上传 merged/ 和 gguf/，只传适配器", "leave merged/ and gguf/ out")
     public: bool = setting(False, "建公开仓库，而不是私有的", "make the repository public instead of private")
     commit_message: str = setting("Upload LoRA fine-tuning output", "提交说明", "what the commit says")
     dry_run: bool = setting(
@@ -69,7 +70,7 @@ def run(settings: UploadSettings) -> str:
         UserError: nothing to send, something that must not be sent, no permission, or the upload failed.
     """
     token = os.environ.get("HF_TOKEN", "").strip()
-    parcel = pack(Path(settings.local_dir).expanduser(), settings.exclude_checkpoints, token)
+    parcel = pack(Path(settings.local_dir).expanduser(), settings.exclude_checkpoints, token, settings.exclude_merged)
     for note in parcel.notes:
         tell(note)
     if settings.dry_run:

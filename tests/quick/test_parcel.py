@@ -111,3 +111,15 @@ def test_a_folder_with_nothing_to_upload_says_so(tmp_path, kind):
         (folder / "x.txt").write_text("x", "utf-8")
     with pytest.raises(UserError, match="--local-dir"):
         pack(folder)
+
+
+def test_merged_models_stay_here_when_asked_and_the_note_names_them(tmp_path):
+    folder = make_adapter_folder(tmp_path / "out")
+    for name in ("merged/model.safetensors", "gguf/merged-f16.gguf", "gguf/Modelfile"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"FROM ./merged-f16.gguf\n")
+    assert "gguf/Modelfile" in {item.name for item in pack(folder).items}
+    parcel = pack(folder, exclude_merged=True)
+    assert not any(item.name.startswith(("merged/", "gguf/")) for item in parcel.items)
+    assert any(item.name.startswith("checkpoint-2/") for item in parcel.items)
+    assert any("merged/" in note and "gguf/" in note for note in parcel.notes)

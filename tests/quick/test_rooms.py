@@ -49,7 +49,8 @@ LAYERS = [
     ["pieces", "generate", "talk", "record", "check"],
     [
         *("doctor.surroundings", "doctor.diagnosis", "doctor.passport"),
-        *("export", "hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
+        *("gguf_tokens", "gguf_write", "modelfile", "llama_cpp", "proof", "export"),
+        *("hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
     ["watch", "trainer", "preflight", "evaluate", "train", "selftest"],
     ["cli"],

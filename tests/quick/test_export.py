@@ -1,0 +1,156 @@
+"""Exporting a tiny adapter: every form passes the proof, and each way of breaking one fails it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gguf_folders import make_folder
+from peft import LoraConfig, get_peft_model
+
+from lora_practice import export, gguf_tokens, gguf_write, llama_cpp, proof
+from lora_practice.errors import UserError
+from lora_practice.model import load_base
+from lora_practice.sources import Source
+
+NO_LLAMA = pytest.mark.skipif(bool(llama_cpp.missing()), reason="xllamacpp is not installed")
+
+
+@pytest.fixture(autouse=True)
+def two_prompts(monkeypatch):
+    monkeypatch.setattr(proof, "PROMPTS", proof.PROMPTS[1:3])
+    monkeypatch.setattr(proof, "LONGEST", 24)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """An output folder as a run leaves it, of a tiny base."""
+    place = tmp_path_factory.mktemp("tiny")
+    base, folder = make_folder(place / "base"), place / "out"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(Source("folder", str(base), base), "fp32"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (base / name).is_file():
+            shutil.copy(base / name, folder)
+    record = {"status": "finished", "model": {"kind": "folder", "name": str(base), "path": str(base)}}
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    (folder / "README.md").write_text("# out\n\nWords.\n", "utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def results(lines) -> dict[str, str]:
+    """Verdicts of the exported forms (the tiny model itself talks on and on)."""
+    return {line.form: line.verdict for line in lines[1:]}
+
+
+@NO_LLAMA
+def test_every_form_passes_and_the_card_says_so_once(run):
+    lines = export.to_gguf(run)
+    forms = ["merged/", "merged-f16.gguf", "merged-q8_0.gguf", "adapter.gguf"]
+    assert results(lines) == dict.fromkeys(forms, "PASS"), lines
+    assert {file.name for file in (run / "gguf").iterdir()} == {*forms[1:], "Modelfile"}
+    export.prove_gguf(run)
+    card = (run / "README.md").read_text("utf-8")
+    assert (
+        card.startswith("# out\n\nWords.\n\n<!-- proof -->") and card.count(proof.BEGIN) == card.count("| merged/") == 1
+    )
+    assert all(len(line) <= 80 for line in proof.show(lines).splitlines())
+    assert not list(run.glob(".writing-*"))
+
+
+def test_without_llama_cpp_the_gguf_lines_say_so_and_merged_is_still_proved(run, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked: pip install lora-finetune-practice[gguf]")
+    lines = export.to_gguf(run, ["q8_0"])
+    assert results(lines) == {"merged/": "PASS", "merged-q8_0.gguf": "-", "adapter.gguf": "-"}
+    assert "not checked: pip install" in proof.show(lines)
+    assert "FROM ./merged-q8_0.gguf" in (run / "gguf" / "Modelfile").read_text("utf-8")
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
+    (run / "gguf").mkdir()
+    (run / "gguf" / "mine").touch()
+    with pytest.raises(UserError, match=r"already exported.*--overwrite"):
+        export.to_gguf(run)
+    assert [file.name for file in (run / "gguf").iterdir()] == ["mine"] and not (run / "merged").exists()
+    export.to_gguf(run, ["f16"], replace=True)
+    assert {file.name for file in (run / "gguf").iterdir()} == {"merged-f16.gguf", "adapter.gguf", "Modelfile"}
+
+
+def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, monkeypatch):
+    export.merge(run)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_write, "write_adapter", full)
+    before = sorted(run.iterdir())
+    with pytest.raises(OSError):
+        export.to_gguf(run)
+    assert sorted(run.iterdir()) == before
+
+
+def test_what_cannot_be_a_gguf_is_refused_before_anything_is_merged(run):
+    whole = json.loads((run / "tokenizer.json").read_text("utf-8"))
+    (run / "tokenizer.json").write_text(json.dumps({**whole, "pre_tokenizer": {"type": "Whitespace"}}), "utf-8")
+    with pytest.raises(UserError, match="no GGUF can be made"):
+        export.to_gguf(run)
+    assert not (run / "merged").exists()
+
+
+def test_a_merge_that_lost_the_adapter_fails(run, monkeypatch):
+    export.merge(run)
+    base = Path(json.loads((run / "run_record.json").read_text("utf-8"))["model"]["path"])
+    shutil.copy(base / "model.safetensors", run / "merged")
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
+    lines = export.to_gguf(run, ["f16"])
+    assert results(lines)["merged/"] == proof.verdict(lines) == "FAIL"
+
+
+def _wrong_template(monkeypatch) -> None:
+    right = gguf_tokens.token_fields
+    other = {"tokenizer.chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"}
+    monkeypatch.setattr(gguf_tokens, "token_fields", lambda *args: {**right(*args), **other})
+
+
+def _no_permutation(monkeypatch) -> None:
+    monkeypatch.setattr(gguf_write, "PERMUTED", {})
+
+
+def _no_scale(monkeypatch) -> None:
+    right = gguf_write.adapter.read_config
+    monkeypatch.setattr(gguf_write.adapter, "read_config", lambda folder: {**right(folder), "lora_alpha": 0.001})
+
+
+@NO_LLAMA
+@pytest.mark.parametrize(
+    ("breakage", "broken", "words"),
+    [
+        (_wrong_template, "merged-f16.gguf", "other template tokens"),
+        (_no_permutation, "merged-f16.gguf", "logits too far off"),
+        (_no_scale, "adapter.gguf", "logits too far off"),
+    ],
+)
+def test_a_broken_export_fails_the_proof(run, monkeypatch, breakage, broken, words):
+    export.merge(run)
+    breakage(monkeypatch)
+    lines = export.to_gguf(run, ["f16"])
+    line = next(one for one in lines if one.form == broken)
+    assert line.verdict == "FAIL" and words in line.faults
