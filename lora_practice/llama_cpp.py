@@ -23,12 +23,15 @@ class Llama:
     """One GGUF in a llama.cpp server inside this process, asked over the loopback address, on the CPU."""
 
     def __init__(self, model: Path, adapter: Optional[Path] = None) -> None:
+        import torch
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 2048, 1, 0, -1
         params.warmup = False
+        # its threads wait for each other in a loop: more of them than are free, and it crawls
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.server: Any = xllamacpp.Server(params)
