@@ -63,14 +63,9 @@ class Talker:
         return self.tokenizer.decode(self.write(ids, max_new_tokens, temperature, top_p, pieces))
 
     def write(
-        self,
-        ids: list[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        pieces: Optional[Pieces] = None,
+        self, ids: list[int], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, pieces: Any = None
     ) -> list[int]:
-        """The tokens that follow `ids`; fewer than `max_new_tokens` when the answer ended by itself."""
+        """The tokens after `ids`, shown by `pieces`; fewer than `max_new_tokens` when the answer ended by itself."""
         if self.decoder is None:
             return self._generate(ids, max_new_tokens, temperature, top_p, pieces)
         add = pieces.add if pieces else None
