@@ -145,6 +145,11 @@ KINDS = (
         *("合并好的完整模型", "the merged whole model"),
         *("不装 peft 的地方", "where there is no peft"),
     ),
+    Kind(
+        ("gguf/",),
+        *("GGUF 和 Modelfile", "GGUF files, a Modelfile"),
+        *("llama.cpp、Ollama", "llama.cpp, Ollama"),
+    ),
 )
 
 
