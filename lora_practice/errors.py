@@ -11,6 +11,8 @@ import locale
 import os
 import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Callable
 
 EXIT_USER_ERROR = 2
@@ -41,16 +43,34 @@ class UserError(Exception):
         what: what is wrong, already in the user's language (use `text`).
         where: file, line or field; may be empty.
         fix: what to do about it; may be empty.
+        details: instances of it, each on its own line below; mostly none.
     """
 
-    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, visible(where).replace("\n", "\\n"), fix
+    def __init__(self, what: str, where: str = "", fix: str = "", details: Sequence[str] = ()) -> None:
+        # what comes from other libraries or from a file may have lines of its own
+        self.what, self.where, self.fix = " ".join(what.splitlines()), visible(where).replace("\n", "\\n"), fix
+        self.details = [" ".join(one.splitlines()) for one in details]
         super().__init__(str(self))
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         cure = f" {text('→', '->')} {self.fix}" if self.fix else ""
-        return f"{place}{self.what}{cure}"
+        below = "".join(f"\n  {one}" for one in self.details) + "\n" if self.details else ""
+        return f"{place}{self.what}{below}{cure}"
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception of another library says, in one line of at most 200 characters."""
+    words = str(error).strip() or type(error).__name__
+    return words.splitlines()[0][:200]
+
+
+def at_home(path: str) -> Path:
+    """The path with `~` spelt out; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def visible(words: str) -> str:

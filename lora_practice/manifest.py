@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.errors import text
+from lora_practice.stored import read_object
 
 
 def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> None:
@@ -51,7 +52,9 @@ def damage(folder: Path, name: str, thorough: bool = False) -> str:
     A file whose size and modification time are as noted is trusted unless `thorough`; otherwise its SHA-256 decides.
     """
     try:
-        files = json.loads((folder / name).read_text("utf-8"))["files"]
+        files = read_object(folder / name)["files"]
+        if not files or any(Path(one).is_absolute() or ".." in Path(one).parts for one in files):
+            raise ValueError("no list of this folder's files")
         for relative, noted in files.items():
             path = folder / relative
             if not path.is_file():

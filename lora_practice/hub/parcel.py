@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_practice.artifacts import CHECKPOINT_MANIFEST, read_record
+from lora_practice.artifacts import CHECKPOINT_MANIFEST
 from lora_practice.errors import UserError, text
 from lora_practice.hub.inspection import TEXT_SUFFIXES, inspect_file
 from lora_practice.hub.redaction import Base, find_base, mend_manifest, private_roots, rewrite
+from lora_practice.stored import read_record
 
 LARGEST_TEXT = 16 << 20  # bytes; a longer text is not rewritten
 SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db"}
@@ -150,8 +151,11 @@ def _walk(folder: Path, exclude_checkpoints: bool, notes: list[str]) -> Iterator
     for here, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = Path(here, name)
-            if path.is_symlink() and folder not in path.resolve().parents:
-                zh, en = "链接指向文件夹之外，拒绝上传", "this link leads outside the folder: refused"
+            if path.is_symlink() and not _leads_inside(path, folder):
+                zh, en = (
+                    "链接指向文件夹之外或它自己，拒绝上传",
+                    "this link leads outside the folder, or to itself: refused",
+                )
                 fix = text("删掉它，或换成文件本身", "delete it, or put the file itself there")
                 raise UserError(text(zh, en), str(path), fix)
         chosen = []
@@ -170,6 +174,13 @@ def _walk(folder: Path, exclude_checkpoints: bool, notes: list[str]) -> Iterator
                 yield path
     if passed:
         notes.append(text(f"不上传：{_some(passed)}", f"left out: {_some(passed)}"))
+
+
+def _leads_inside(link: Path, folder: Path) -> bool:
+    try:
+        return folder in link.resolve().parents
+    except (OSError, RuntimeError):  # a loop
+        return False
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -9,11 +9,13 @@ from typing import Callable
 import pytest
 from bad_inputs import enter, refusal, snapshot
 from bad_inputs.folders import BAD_ADAPTERS, BAD_MODELS, MARKER, make_base, make_output
+from bad_inputs.runs import BAD_RECORDS, HOSTILE_PATTERNS
 
 from inference import main as infer
 from lora_practice.cli import main as cli
 
 ASK = ("--prompt", "Hi", "--max-new-tokens", "2")
+ADAPTERS = [*BAD_ADAPTERS, *HOSTILE_PATTERNS, *((f"record: {name}", *case) for name, *case in BAD_RECORDS)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_the_whole_folder_answers_and_merges(copy: Path, capsys: pytest.CaptureF
     assert enter(infer, capsys, "--model-dir", "out/merged", *ASK).code == 0
 
 
-@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in BAD_ADAPTERS], ids=[c[0] for c in BAD_ADAPTERS])
+@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in ADAPTERS], ids=[c[0] for c in ADAPTERS])
 @pytest.mark.parametrize("door", ["infer", "merge"])
 def test_a_bad_adapter_is_refused(
     damage: Callable[[Path], None], words: str, door: str, copy: Path, capsys: pytest.CaptureFixture
