@@ -183,11 +183,7 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
             return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
     found = find_model(named, is_default=False, flag="--base-model")
     if found.kind == "folder":  # chosen by what lies in the folder, which may have come from elsewhere
-        tell(
-            text(
-                f"底座：{found.path}（适配器和训练记录写的）", f"base: {found.path}, as the adapter and its record say"
-            )
-        )
+        tell(text(f"底座：{found.path}", f"base: {found.path}"))
     return found
 
 

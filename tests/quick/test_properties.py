@@ -21,8 +21,8 @@ from lora_practice.data.rows import BadRow
 from lora_practice.data.tokens import IGNORED, Encoder, Example
 from lora_practice.errors import UserError
 
-STABLE = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-MANY = settings(STABLE, max_examples=150)
+STABLE = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+MANY = settings(STABLE, max_examples=100)
 # the end mark of each template, and what it makes of an answer
 TEMPLATES = {CHATML: "{}<|im_end|>", LLAMA3: "{}<|eot_id|>", MISTRAL: " {}</s>", QWEN3: "{}<|im_end|>"}
 FRAGMENTS = [
