@@ -59,9 +59,9 @@ def damage(folder: Path, name: str, thorough: bool = False) -> str:
             path = folder / relative
             if not path.is_file():
                 return text(f"缺少 {relative}", f"{relative} is missing")
-            stat = path.stat()
+            stat, digest = path.stat(), noted["sha256"]
             untouched = stat.st_mtime_ns == noted["mtime_ns"] and not thorough
-            if stat.st_size != noted["size"] or not (untouched or sha256(path) == noted["sha256"]):
+            if stat.st_size != noted["size"] or not (untouched or sha256(path) == digest):
                 return text(f"{relative} 已损坏", f"{relative} is damaged")
     except FileNotFoundError:
         return text("没有写完", "it was not written to the end")

@@ -109,6 +109,7 @@ def no_weights(place: Place) -> None:
 
 
 RESUME = ("train", "--model_name", "base", "--dataset_path", "rows.jsonl", "--output_dir", "out", "--resume")
+TRUSTED = (*RESUME, "--trust_checkpoint")
 DRIFTING = (
     "{% for m in messages %}{{ messages | length }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
@@ -131,7 +132,8 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "an unfinished run is here": (out(stop), (*TRAIN, "--output_dir", "out")),
     "there is no run to resume here": (nothing, (*TRAIN, "--resume")),
     "not the same run any more": (out(stop, edit(RECORD, settings={"lora_r": 8})), RESUME),
-    "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), RESUME),
+    "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), TRUSTED),
+    "not saved by you on this machine": (out(stop), RESUME),
     "no whole checkpoint is left to resume from": (out(stop, remove(f"checkpoint-1/{ADAPTER}")), RESUME),
     "the record of the run cannot be read": (out(write(RECORD, b"{")), ASK),
     "not enough disk: about … MB needed, … MB free": (full_disk, ("merge", "out")),

@@ -50,6 +50,12 @@ def noted(files: Any) -> Damage:
     return write(f"{CHECKPOINT}/{MANIFEST}", json.dumps({"files": files}).encode())
 
 
+def without_digests(folder: Path) -> None:
+    """A checkpoint's manifest that knows sizes and times only."""
+    files = json.loads((folder / CHECKPOINT / MANIFEST).read_text("utf-8"))["files"]
+    noted({name: {"size": one["size"], "mtime_ns": one["mtime_ns"]} for name, one in files.items()})(folder)
+
+
 # (what is done, a part of the English complaint) of each door that reads the record: resume, infer, merge, upload
 BAD_RECORDS: list[Case] = [
     ("no JSON", write(RECORD, b"{"), "not valid JSON"),
@@ -87,6 +93,7 @@ BAD_RUNS: list[Case] = [
     ("manifest lists nothing", noted({}), "no whole checkpoint"),
     ("manifest has a list of names", noted([ADAPTER]), "no whole checkpoint"),
     ("manifest's notes are lists", noted({ADAPTER: [1, 2]}), "no whole checkpoint"),
+    ("manifest has no digests", without_digests, "no whole checkpoint"),
     ("manifest's notes are empty", noted({ADAPTER: {}}), "no whole checkpoint"),
     ("manifest's sizes are text", noted({ADAPTER: {"size": "9", "mtime_ns": "9", "sha256": 9}}), "no whole checkpoint"),
     ("manifest names what lies outside", noted({"../run_record.json": {"size": 1}}), "no whole checkpoint"),
