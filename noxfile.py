@@ -62,3 +62,20 @@ def quick(session: nox.Session) -> None:
 def kills(session: nox.Session) -> None:
     """Real trainings killed again and again; KILLS and KILL_SEED choose how often and when."""
     install_and_test(session, "newest", "tests/kills", "-s")
+
+
+@nox.session(python="3.11")
+def audit(session: nox.Session) -> None:
+    """Known holes in what is installed (pip-audit, which asks a service on the network), and bandit over our code."""
+    session.install("-c", "requirements/newest.txt", "-e", ".[test]", "pip-audit")
+    session.run("bandit", "-q", "-c", "pyproject.toml", "-r", "lora_practice", *session.posargs)
+    found = session.run(
+        "pip-audit", "--skip-editable", "--progress-spinner=off", "--timeout=15", success_codes=[0, 1, 2], silent=True
+    )
+    said = str(found)
+    if "Found " in said and "known vulnerabilit" in said:
+        session.error(said)
+    if "No known vulnerabilities" in said:
+        session.log("pip-audit: no known vulnerabilities")
+    else:
+        session.skip("pip-audit could not ask its service of vulnerabilities (no network?): nothing was audited")

@@ -20,7 +20,7 @@ from typing import Any, Optional
 
 from lora_practice import manifest, origin
 from lora_practice.disk import explained, free_disk_check
-from lora_practice.errors import UserError, tell, text
+from lora_practice.errors import UserError, tell, text, without_tokens
 from lora_practice.resuming import check_same_settings
 from lora_practice.stored import RECORD, read_record
 
@@ -105,8 +105,8 @@ class OutputFolder:
         self.write_record({**record, "status": "running"})
 
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write run_record.json whole."""
-        content = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+        """Write run_record.json whole; a token that stands in a command or in the data is left out."""
+        content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
         with explained(self.path, len(content), text("再运行一次", "run it again")):
             manifest.write_whole(self.path / RECORD, content)
 

