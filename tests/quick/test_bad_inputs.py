@@ -44,8 +44,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_corpus_is_large() -> None:
     """What CHANGELOG.md says."""
-    folders = (BAD_ADAPTERS, BAD_MODELS, HOSTILE_PATTERNS, BAD_RECORDS, BAD_RUNS, BAD_TARGETS, BAD_UPLOADS)
-    assert len(TABLE) + len(FILES) + len(BAD_SETTINGS) + sum(len(cases) for cases in folders) >= 470
+    folders = [*BAD_ADAPTERS, *BAD_MODELS, *HOSTILE_PATTERNS, *BAD_RUNS, *BAD_TARGETS, *BAD_UPLOADS]
+    records = len(BAD_RECORDS)  # they are in BAD_RUNS and in BAD_UPLOADS
+    assert len(TABLE) + len(FILES) + len(BAD_SETTINGS) + len(folders) - records >= 450
 
 
 @pytest.mark.parametrize(("line", "part"), TABLE, ids=[str(number) for number in range(len(TABLE))])

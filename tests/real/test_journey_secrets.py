@@ -44,12 +44,13 @@ def test_the_token_is_sent_to_the_hub_and_shows_nowhere_else(tmp_path, hub, embe
     assert "chmod 600 .env" in said[0].stderr
     said.append(succeeded(infer(tmp_path, "--model-dir", "out", "--prompt", "Hi", "--max-new-tokens", "4", **there)))
     said.append(succeeded(run(tmp_path, "-m", "lora_practice.cli", "merge", "out", **there)))
+    (tmp_path / "out" / "merged").rename(tmp_path / "merged")  # looked at below, but not sent
     upload = ("-m", "lora_practice.cli", "upload", "--local-dir", "out", "--repo-id", "alice/mine")
     said.append(succeeded(run(tmp_path, *upload, "--dry-run", **there)))
     said.append(succeeded(run(tmp_path, *upload, **there)))
     assert "out/README.md" not in said[-1].stdout and hub.repo("alice/mine").names()
 
-    for status, where in ((401, "whoami"), (403, "/repos/create"), (500, "whoami"), (413, "/commit/")):
+    for status, where in ((401, "whoami"), (403, "/repos/create"), (500, "whoami"), (404, "/preupload/")):
         hub.fail(status, where, times=1 if status == 500 else 9)
         done = run(tmp_path, *upload, "--commit-message", f"again {status}", **there)
         assert done.returncode == (0 if status == 500 else 2), done.stderr
