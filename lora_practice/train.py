@@ -20,7 +20,6 @@ from lora_practice.data.tokens import Example
 from lora_practice.errors import UserError, tell, text
 from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, perplexity, take_best
 from lora_practice.machine import Machine, peak_memory
-from lora_practice.model import check_vocabulary
 from lora_practice.preflight import Estimate
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
@@ -36,12 +35,7 @@ def build_trainer(
     machine: Machine,
     folder: OutputFolder,
 ) -> PracticeTrainer:
-    """A trainer that is ready to run. `settings` holds TrainSettings' fields; no file is written here.
-
-    Raises:
-        UserError: the tokenizer has tokens that the model has no row for.
-    """
-    check_vocabulary(model, tokenizer, str(model.name_or_path))
+    """A trainer that is ready to run. `settings` holds TrainSettings' fields; no file is written here."""
     longest = settings.max_length if settings.packing else examples.longest
     checkpointing = engine is None and needs_checkpointing(model, longest, settings, machine)
     rows = packed_dataset(examples, settings.max_length) if settings.packing else examples.dataset()
