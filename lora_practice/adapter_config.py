@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             text(f"{CONFIG} 读不了：{reason}", f"{CONFIG} cannot be read: {reason}"), str(folder)
         ) from error
-    kind, rank = config.get("peft_type"), config.get("r")
+    kind, rank, alpha = config.get("peft_type"), config.get("r"), config.get("lora_alpha", 8)
     # PEFT would import what these two name
     code = [name for name in ("auto_mapping", "megatron_config") if config.get(name)]
     problem = ""
@@ -42,6 +42,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         problem = text(f"不是 LoRA 适配器：{str(kind)[:40]!r}", f"not a LoRA adapter: {str(kind)[:40]!r}")
     elif not isinstance(rank, int) or not 0 < rank <= LARGEST_RANK:
         problem = text(f"秩 r 不对：{str(rank)[:40]!r}", f"no rank can be r = {str(rank)[:40]!r}")
+    elif not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
+        problem = text(f"lora_alpha 不对：{str(alpha)[:40]!r}", f"no lora_alpha: {str(alpha)[:40]!r}")
     elif code:
         problem = text(f"{code[0]} 要运行别的代码", f"{code[0]} asks for other code to be run")
     elif not_names := next((name for name in LAYER_LISTS if not _are_names(config.get(name))), ""):

@@ -75,3 +75,14 @@ def test_a_bad_model_folder_is_refused(
 @pytest.mark.parametrize("prompt", ["", " \n\t"])
 def test_an_empty_prompt_is_not_answered(prompt: str, no_hub: None, capsys: pytest.CaptureFixture) -> None:
     assert "the prompt is empty" in refusal(enter(infer, capsys, "--prompt", "Hi", "--prompt", prompt))
+
+
+@pytest.mark.parametrize("damage", [case[1] for case in ADAPTERS], ids=[case[0] for case in ADAPTERS])
+def test_inspecting_a_bad_adapter_ends_in_words_and_changes_nothing(
+    damage: Callable[[Path], None], copy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    damage(copy)
+    before = snapshot(copy.parent)
+    said = enter(cli, capsys, "inspect", "out")  # an exception would fail this
+    assert said.code in (0, 1, 2) and said.out + said.err and "Traceback" not in said.err
+    assert snapshot(copy.parent) == before and not (copy.parent / MARKER).exists()

@@ -50,7 +50,7 @@ def test_the_token_is_sent_to_the_hub_and_shows_nowhere_else(tmp_path, hub, embe
     said.append(succeeded(run(tmp_path, *upload, **there)))
     assert "out/README.md" not in said[-1].stdout and hub.repo("alice/mine").names()
 
-    for status, where in ((401, "whoami"), (403, "/repos/create"), (500, "whoami"), (404, "/preupload/")):
+    for status, where in ((401, "whoami"), (403, "/preupload/"), (500, "whoami")):
         hub.fail(status, where, times=1 if status == 500 else 9)
         done = run(tmp_path, *upload, "--commit-message", f"again {status}", **there)
         assert done.returncode == (0 if status == 500 else 2), done.stderr
