@@ -89,10 +89,10 @@ def closed(place: Place) -> None:
 
 def old_card(place: Place) -> None:
     """A T4, as far as the choice of a precision can see."""
-    from lora_practice import machine
+    from lora_practice import probe
 
-    kernels = {"capability": (7, 5), "kernels": ("sm_75",), "cuda_usable": True, "gpu_memory": 16 << 30}
-    place.patch.setattr(machine, "look", lambda: machine.Facts(gpu="Tesla T4", **kernels))
+    card = {"gpu": "Tesla T4", "capability": (7, 5), "kernels": ("sm_75",), "gpu_memory": 16 << 30, "cuda_usable": True}
+    place.patch.setattr(probe, "look", lambda: probe.Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54"))
 
 
 def offline(place: Place) -> None:
