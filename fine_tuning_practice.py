@@ -48,7 +48,9 @@ class TrainSettings:
         "Hub 数据集的子集：短的日常对话",
         "the data set's subset: short everyday chats",
     )
-    train_subset_size: int = setting(2000, "最多用多少行；0 是全部", "rows used at most; 0 takes all", minimum=0)
+    train_subset_size: int = setting(
+        2000, "最多用多少行；0 是全部", "rows used at most; 0 takes all", minimum=0, maximum=10**9
+    )
     eval_subset_size: int = setting(
         0,
         "留出多少段对话不训练，只用来测损失和困惑度",
@@ -72,6 +74,7 @@ class TrainSettings:
         "连续几次没有更低就提前停；0 不提前停",
         "stop after so many measurements without a lower loss; 0 never",
         minimum=0,
+        maximum=10**9,
     )
     skip_bad_rows: bool = setting(
         False, "坏行跳过并计数；默认遇到就停", "skip and count bad rows; by default they stop the run"
@@ -99,6 +102,7 @@ class TrainSettings:
         "一行最多多少 token；越长越慢、越占内存",
         "tokens in a row at most; longer is slower and larger",
         minimum=8,
+        maximum=1_000_000,
     )
     packing: bool = setting(
         False,
@@ -110,19 +114,24 @@ class TrainSettings:
     )
     # 训练 / training
     per_device_train_batch_size: int = setting(
-        1, "一次前向的行数：小内存用 1", "rows in one forward pass: 1 for little memory", minimum=1
+        1, "一次前向的行数：小内存用 1", "rows in one forward pass: 1 for little memory", minimum=1, maximum=4096
     )
     gradient_accumulation_steps: int = setting(
-        8, "攒几次梯度走一步：等效批量 1x8", "passes per optimizer step: effective batch 1x8", minimum=1
+        8, "攒几次梯度走一步：等效批量 1x8", "passes per optimizer step: effective batch 1x8", minimum=1, maximum=4096
     )
     num_train_epochs: float = setting(
-        1.0, "数据过几遍：小数据多了会背下来", "passes over the data: many on little data is rote", above=0
+        1.0,
+        "数据过几遍：小数据多了会背下来",
+        "passes over the data: many on little data is rote",
+        above=0,
+        maximum=10_000,
     )
     max_steps: int = setting(
         -1,
         "走多少步就停，大于 0 时代替 epoch",
         "stop after so many steps; above 0 it overrides epochs",
         minimum=-1,
+        maximum=10**8,
     )
     learning_rate: float = setting(
         2e-4,
@@ -149,6 +158,7 @@ class TrainSettings:
         "梯度裁剪：小批量噪声大，裁紧一点",
         "gradient clipping: tight, since small batches are noisy",
         above=0,
+        maximum=10**6,
     )
     optim: str = setting(
         "adamw_torch",
@@ -163,8 +173,11 @@ class TrainSettings:
         "秩：适配器有多大，6 约 1.8M 参数",
         "rank: how large the adapter is; 6 is about 1.8M parameters",
         minimum=1,
+        maximum=1024,
     )
-    lora_alpha: int = setting(8, "缩放：更新乘以 alpha/r", "scale: the update is multiplied by alpha/r", minimum=1)
+    lora_alpha: int = setting(
+        8, "缩放：更新乘以 alpha/r", "scale: the update is multiplied by alpha/r", minimum=1, maximum=10_000
+    )
     lora_dropout: float = setting(
         0.05, "随机丢弃：防止背诵", "random zeros against rote learning", minimum=0, maximum=0.95
     )
@@ -185,7 +198,7 @@ class TrainSettings:
         bare="on",
     )
     # 记录 / records
-    logging_steps: int = setting(10, "每几步记一次 loss", "steps between logged losses", minimum=1)
+    logging_steps: int = setting(10, "每几步记一次 loss", "steps between logged losses", minimum=1, maximum=10**8)
     save_strategy: str = setting(
         "epoch",
         "何时存盘：每个 epoch、每 N 步、不存",
@@ -197,9 +210,10 @@ class TrainSettings:
         "save_strategy=steps 时每几步存一次",
         "steps between checkpoints with save_strategy=steps",
         minimum=1,
+        maximum=10**8,
     )
     save_total_limit: Optional[int] = setting(
-        None, "最多留几个存盘点；不写就全留", "checkpoints kept at most; all if not given", minimum=1
+        None, "最多留几个存盘点；不写就全留", "checkpoints kept at most; all if not given", minimum=1, maximum=10**6
     )
     report_to: str = setting(
         "none",

@@ -34,7 +34,9 @@ class InferenceSettings:
         "底座和分词器的来源，文件夹里没有时用",
         "where base and tokenizer come from if the folder lacks them",
     )
-    max_new_tokens: int = setting(128, "回答最多多少 token", "tokens in an answer at most", minimum=1)
+    max_new_tokens: int = setting(
+        128, "回答最多多少 token", "tokens in an answer at most", minimum=1, maximum=1_000_000
+    )
     temperature: float = setting(
         0.0,
         "0 每次取最可能的词；越大越随意",

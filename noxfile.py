@@ -10,6 +10,7 @@ Environments are kept in .nox and used again: on Linux each holds a CUDA build o
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -62,3 +63,23 @@ def quick(session: nox.Session) -> None:
 def kills(session: nox.Session) -> None:
     """Real trainings killed again and again; KILLS and KILL_SEED choose how often and when."""
     install_and_test(session, "newest", "tests/kills", "-s")
+
+
+@nox.session(python="3.11")
+def audit(session: nox.Session) -> None:
+    """Known holes in what is installed (pip-audit, which asks a service on the network), and bandit over our code."""
+    session.install("-c", "requirements/newest.txt", "-e", ".[test]", "pip-audit")
+    session.run("bandit", "-q", "-c", "pyproject.toml", "-r", "lora_practice", *session.posargs)
+    report = Path(session.create_tmp()) / "audit.json"
+    report.unlink(missing_ok=True)
+    how = ("--skip-editable", "--progress-spinner=off", "--timeout=15", "--format=json", f"--output={report}")
+    session.run("pip-audit", *how, success_codes=[0, 1])  # 1: holes, or no service
+    packages = json.loads(report.read_text("utf-8"))["dependencies"] if report.is_file() else []
+    # it says "No known vulnerabilities" also where its service knew not one of the packages
+    audited = [one for one in packages if "vulns" in one]
+    if not audited:
+        session.skip("no service of vulnerabilities could be asked (no network?): nothing was audited")
+    holes = [f"{one['name']} {one['version']}: {hole['id']}" for one in audited for hole in one["vulns"]]
+    if holes:
+        session.error("known vulnerabilities: " + ", ".join(holes))
+    session.log(f"{len(audited)} of {len(packages)} packages audited: no known vulnerabilities")

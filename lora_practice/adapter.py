@@ -1,21 +1,19 @@
 """The files of one adapter: what PEFT writes, and a tokenizer that old readers understand too.
 
-An adapter may come from anyone: what is read is checked before PEFT sees it.
+An adapter may come from anyone: its weights and its tokenizer are checked against the base.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from lora_practice.adapter_config import CONFIG
 from lora_practice.errors import UserError, text
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LARGEST_RANK = 65_536
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
@@ -80,75 +78,9 @@ def _write_json(path: Path, value: Any, indent: Any = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", "utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter.
-
-    Raises:
-        UserError: it cannot be read, is of another kind of adapter, or asks for code of its own.
-    """
-    try:
-        config = _read_json(folder / CONFIG)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(text(f"{CONFIG} 读不了", f"{CONFIG} cannot be read"), str(folder)) from error
-    if not isinstance(config, dict):
-        raise UserError(text(f"{CONFIG} 读不了：不是对象", f"{CONFIG} cannot be read: not an object"), str(folder))
-    kind, rank, saved = config.get("peft_type"), config.get("r"), config.get("modules_to_save") or []
-    # PEFT would import what these two name
-    code = [name for name in ("auto_mapping", "megatron_config") if config.get(name)]
-    problem = ""
-    if kind != "LORA":
-        problem = text(f"不是 LoRA 适配器：{str(kind)[:40]!r}", f"not a LoRA adapter: {str(kind)[:40]!r}")
-    elif not isinstance(rank, int) or not 0 < rank <= LARGEST_RANK:
-        problem = text(f"秩 r 不对：{str(rank)[:40]!r}", f"no rank can be r = {str(rank)[:40]!r}")
-    elif code:
-        problem = text(f"{code[0]} 要运行别的代码", f"{code[0]} asks for other code to be run")
-    elif not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        problem = text("modules_to_save 不是名字的列表", "modules_to_save is no list of names")
-    if problem:
-        fix = text("这里只用训练脚本写出的 LoRA 适配器", "use a LoRA adapter such as the training script writes")
-        raise UserError(problem, str(folder / CONFIG), fix)
-    return config
-
-
-def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
-    """The base that the adapter names; `trained_on` is the "model" of its run_record.json.
-
-    A path counts only where the record of a run on this machine names it too: a folder from elsewhere must not
-    choose what is read here. One that ends in `own`, the embedded model's folder, is a name: that model is found in
-    today's cache, wherever the cache was then.
-
-    Raises:
-        UserError: it names no base, another one than the record, or a place outside.
-    """
-    named = read_config(folder).get("base_model_name_or_path")
-    fix = text("用 --base-model 指定底座", "name the base with --base-model")
-    if not isinstance(named, str) or not named:
-        raise UserError(text("适配器没写底座是谁", "the adapter names no base"), str(folder / CONFIG), fix)
-    known = [one for one in map(trained_on.get, ("name", "path", "hub_id")) if isinstance(one, str) and one]
-    shown = repr(named if len(named) < 100 else named[:100] + "...")
-    if known and last_part(named) not in map(last_part, known):
-        what = text(
-            f"底座写的是 {shown}，记录里却是 {known[0][:100]!r}",
-            f"the base is {shown} here and {known[0][:100]!r} in run_record.json",
-        )
-        raise UserError(what, str(folder / CONFIG), fix)
-    is_download = folder.parent.name == "snapshots"  # of the Hub's cache
-    trusted = last_part(named) == own or (named in known and not is_download)
-    if not HUB_NAME.fullmatch(named) and not trusted:
-        what = text(
-            f"底座 {shown} 不是 Hub 上的名字，不去读它", f"its base {shown} is no name on the Hub: it is not read"
-        )
-        raise UserError(what, str(folder / CONFIG), fix)
-    return named
-
-
-def last_part(name: str) -> str:
-    """The last part of a path of any system, or of a Hub name."""
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-
-
 def check_modules(model: Any, config: dict[str, Any], folder: Path) -> None:
-    """UserError where `modules_to_save` names what `model` does not have."""
+    """UserError where `modules_to_save` names what `model` does not have, or the rank is not that of the weights."""
+    _check_rank(config, folder)
     names = [name for name, _ in model.named_modules()]
     for wanted in config.get("modules_to_save") or []:
         if not any(name == wanted or name.endswith("." + wanted) for name in names):
@@ -157,6 +89,23 @@ def check_modules(model: Any, config: dict[str, Any], folder: Path) -> None:
                 f"modules_to_save names {wanted[:60]!r}, which the base lacks",
             )
             raise UserError(what, str(folder / CONFIG))
+
+
+def _check_rank(config: dict[str, Any], folder: Path) -> None:
+    """PEFT makes room for the rank in the config before it looks at the weights: a forged one fills the memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
+    except (SafetensorError, OSError, IndexError):  # damaged: said where the weights are read
+        return
+    wanted = max(config["r"], *(config.get("rank_pattern") or {0: 0}).values())
+    if ranks and wanted > max(ranks):
+        what = text(
+            f"秩 r 写的是 {wanted}，权重的秩却是 {max(ranks)}", f"r is {wanted}, but its weights have rank {max(ranks)}"
+        )
+        raise UserError(what, str(folder / CONFIG))
 
 
 def misfit(model: Any, folder: Path) -> str:

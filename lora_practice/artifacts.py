@@ -20,11 +20,11 @@ from typing import Any, Optional
 
 from lora_practice import manifest, origin
 from lora_practice.disk import explained, free_disk_check
-from lora_practice.errors import UserError, tell, text
+from lora_practice.errors import UserError, tell, text, without_tokens
 from lora_practice.resuming import check_same_settings
+from lora_practice.stored import RECORD, read_record
 
 DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
-RECORD = "run_record.json"
 CHECKPOINT_MANIFEST = "checkpoint.json"
 
 
@@ -46,9 +46,9 @@ class OutputFolder:
                 replaced, holds someone else's files, or resuming would change the run or read a stranger's checkpoint.
         """
         try:
-            path = Path(output_dir).expanduser()
+            path = _target(Path(output_dir).expanduser())
             _check_writable(path)
-        except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, the home of nobody
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(reason, where=f"--output_dir {output_dir}") from error
         if overwrite and resume:
@@ -84,7 +84,7 @@ class OutputFolder:
 
     def began_with(self, thing: str, kind: str) -> bool:
         """Whether the run that is resumed began with "model" or "data" of this kind, and so must go on with it."""
-        return self.resumed.get(thing, {}).get("kind") == kind
+        return (self.resumed.get(thing) or {}).get("kind") == kind
 
     def begin(self, record: dict[str, Any]) -> None:
         """Make the folder (an earlier run that is replaced is kept aside until this one is finished)."""
@@ -105,8 +105,8 @@ class OutputFolder:
         self.write_record({**record, "status": "running"})
 
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write run_record.json whole."""
-        content = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+        """Write run_record.json whole; a token that stands in a command or in the data is left out."""
+        content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
         with explained(self.path, len(content), text("再运行一次", "run it again")):
             manifest.write_whole(self.path / RECORD, content)
 
@@ -150,18 +150,6 @@ class OutputFolder:
             yield Path(name)
 
 
-def read_record(folder: Path) -> Optional[dict[str, Any]]:
-    """run_record.json of an output folder or of the folder above a checkpoint; None if there is none."""
-    for place in (folder, folder.parent if folder.name.startswith("checkpoint-") else folder):
-        try:
-            record = json.loads((place / RECORD).read_text("utf-8"))
-            if isinstance(record, dict):
-                return record
-        except (OSError, ValueError):
-            continue
-    return None
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders, by N."""
     found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", p.name)]
@@ -195,6 +183,18 @@ def _kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
     name = re.split(r"[\\/]", named or "")[-1]
     is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
     return path.with_name(name) if is_ours else None
+
+
+def _target(path: Path) -> Path:
+    """Where a link leads to; the path itself otherwise. UserError for a link that leads nowhere."""
+    for place in [path, *path.absolute().parents]:
+        if place.is_symlink() and not place.exists():
+            raise UserError(
+                text("这个链接指向不存在的地方", "this link leads nowhere"),
+                where=str(place),
+                fix=text("删掉它，或换一个 --output_dir", "delete it, or choose another --output_dir"),
+            )
+    return path.resolve() if path.is_symlink() else path
 
 
 def _check_writable(path: Path) -> None:

@@ -176,7 +176,8 @@ def _unpack_conversations(wheel_file: Path, folder: Path) -> dict[str, Any]:
             if "/english/" not in name or not name.endswith(".yml"):
                 continue
             # BaseLoader keeps every scalar as text: "Yes" stays a word
-            for row in yaml.load(archive.read(name).decode("utf-8"), Loader=yaml.BaseLoader)["conversations"]:
+            content = archive.read(name).decode("utf-8")
+            for row in yaml.load(content, Loader=yaml.BaseLoader)["conversations"]:  # nosec B506 # makes strings only
                 turns = _turns(row)
                 if turns:
                     seen[turns] += 1

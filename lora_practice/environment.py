@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import http.client
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -21,6 +22,7 @@ from lora_practice import versions
 from lora_practice.errors import UserError, tell, text
 
 REACH_SECONDS = 4.0
+TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 def prepare_environment() -> None:
@@ -36,6 +38,7 @@ def prepare_environment() -> None:
             where=str(file),
             fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
         ) from error
+    _suggest_private(file)
     old = os.environ.get("TRANSFORMERS_CACHE")
     if old and not os.environ.get("HF_HUB_CACHE"):
         os.environ["HF_HUB_CACHE"] = old
@@ -50,6 +53,18 @@ def prepare_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # renames announced for the libraries' next major version say nothing to a learner
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _suggest_private(file: Path) -> None:
+    """One line where others on this machine may read the token in `.env`."""
+    if os.name == "nt" or not file.is_file() or not file.stat().st_mode & 0o044:
+        return
+    if re.search(rb"^[ \t]*(export[ \t]+)?HF_TOKEN[ \t]*=[ \t]*[\"']?\w", file.read_bytes(), re.MULTILINE):
+        zh, en = (
+            "注意：这台机器上的其他人能读 .env 里的 token",
+            "note: others on this machine can read the token in .env",
+        )
+        tell(f"{text(zh, en)} {text('→', '->')} chmod 600 .env")
 
 
 def hub_endpoint() -> str:
@@ -67,12 +82,15 @@ def hub_is_reachable() -> bool:
     """Whether the Hub answers within 4 seconds, name look-up included. Otherwise the process goes offline."""
     if offline_wanted():
         return False
+    if not hub_endpoint().lower().startswith(("http://", "https://")):  # file:// would be answered by this disk
+        go_offline()
+        return False
     answered = threading.Event()
 
     def ask() -> None:
         request = urllib.request.Request(hub_endpoint() + "/api/models?limit=1", method="GET")
         try:
-            with urllib.request.urlopen(request, timeout=REACH_SECONDS):
+            with urllib.request.urlopen(request, timeout=REACH_SECONDS):  # nosec B310 # http or https, see below
                 answered.set()
         except urllib.error.HTTPError as error:
             if error.code < 500:  # even a refusal is an answer
@@ -118,13 +136,29 @@ def dataset_is_cached(name: str) -> bool:
     return any(any(datasets_cache().glob(one + "/**/dataset_info.json")) for one in (folder, folder.lower()))
 
 
+def check_token(token: str) -> str:
+    """The token, if it can be one. Raises UserError without showing it."""
+    fix = text(f"在 {TOKEN_PAGE} 新建，写进环境变量或 .env", f"make one at {TOKEN_PAGE}; set it, or put it in .env")
+    if not token:
+        raise UserError(text("没有设置 HF_TOKEN", "HF_TOKEN is not set"), "HF_TOKEN", fix)
+    if not re.fullmatch(r"[!-~]{8,}", token):
+        zh, en = (
+            "不像 token（太短，或有空格、中文等字符）",
+            "does not look like a token (too short, or odd characters)",
+        )
+        raise UserError(text(zh, en), "HF_TOKEN", fix)
+    return token
+
+
 def check_login(skip: bool) -> None:
     """Say whose token is used, before anything is fetched; a token that the Hub refuses stops the run here."""
     if skip:
         os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
         return
-    if not os.environ.get("HF_TOKEN") or not hub_is_reachable():
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token or not hub_is_reachable():
         return
+    check_token(token)
     from huggingface_hub import HfApi
 
     try:

@@ -11,11 +11,15 @@ import locale
 import os
 import re
 import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Callable
 
 EXIT_USER_ERROR = 2
 # what would steer a terminal or hide a part of a line, when it stands in the name of a file or in someone's data
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_([a-z]{3,6}_)?|api_org_)[A-Za-z0-9]{20,}")
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 
 
@@ -41,16 +45,34 @@ class UserError(Exception):
         what: what is wrong, already in the user's language (use `text`).
         where: file, line or field; may be empty.
         fix: what to do about it; may be empty.
+        details: instances of it, each on its own line below; mostly none.
     """
 
-    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, visible(where).replace("\n", "\\n"), fix
+    def __init__(self, what: str, where: str = "", fix: str = "", details: Sequence[str] = ()) -> None:
+        # what comes from other libraries or from a file may have lines of its own
+        self.what, self.where, self.fix = " ".join(what.splitlines()), visible(where).replace("\n", "\\n"), fix
+        self.details = [" ".join(one.splitlines()) for one in details]
         super().__init__(str(self))
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         cure = f" {text('→', '->')} {self.fix}" if self.fix else ""
-        return f"{place}{self.what}{cure}"
+        below = "".join(f"\n  {one}" for one in self.details) + "\n" if self.details else ""
+        return f"{place}{self.what}{below}{cure}"
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception of another library says, in one line of at most 200 characters."""
+    words = str(error).strip() or type(error).__name__
+    return words.splitlines()[0][:200]
+
+
+def at_home(path: str) -> Path:
+    """The path with `~` spelt out; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def visible(words: str) -> str:
@@ -58,15 +80,22 @@ def visible(words: str) -> str:
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), words)
 
 
+def without_tokens(words: str) -> str:
+    """The same words with HF_TOKEN, and whatever looks like a token of the Hub, as "***"."""
+    own = os.environ.get("HF_TOKEN", "").strip()
+    return TOKEN.sub("***", words.replace(own, "***") if len(own) >= 8 else words)
+
+
 def tell(line: str) -> None:
     """Print one line for the person at the terminal (stderr, so that answers on stdout stay clean)."""
-    print(visible(line), file=sys.stderr, flush=True)
+    print(visible(without_tokens(line)), file=sys.stderr, flush=True)
 
 
 def door(main: Callable[..., int | None]) -> Callable[..., None]:
     """Wrap a script's `main`: user errors become one line and exit code 2, Ctrl-C exit code 130.
 
     A path that may not be entered or is no path at all (a link to itself, a name too long) is a user's error too.
+    Any other error keeps its traceback, but for a token in it.
     """
 
     @functools.wraps(main)
@@ -80,13 +109,25 @@ def door(main: Callable[..., int | None]) -> Callable[..., None]:
             tell(f"{text('错误：', 'Error: ')}{error}")
             code = EXIT_USER_ERROR
         except OSError as error:
-            if error.errno not in _UNREACHABLE or error.filename is None:
-                raise
-            tell(f"{text('错误：', 'Error: ')}{UserError(error.strerror or '', str(error.filename)[:200])}")
             code = EXIT_USER_ERROR
+            if error.errno in _UNREACHABLE and error.filename is not None:
+                tell(f"{text('错误：', 'Error: ')}{UserError(error.strerror or '', str(error.filename)[:200])}")
+            else:
+                code = _unexpected(error)
+        except Exception as error:
+            code = _unexpected(error)
         except KeyboardInterrupt:
             tell(text("已中断。", "Interrupted."))
             code = 130
         sys.exit(code or 0)
 
     return guarded
+
+
+def _unexpected(error: Exception) -> int:
+    """Raise it again, for Python to show; with a token in its traceback, show that without it. The exit code."""
+    told = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    if without_tokens(told) == told:
+        raise error
+    print(without_tokens(told), file=sys.stderr, end="")
+    return 1

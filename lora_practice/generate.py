@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from lora_practice import adapter, embedded
+from lora_practice import adapter, adapter_config, embedded
 from lora_practice.adapter import WEIGHTS
-from lora_practice.artifacts import checkpoints, read_record
+from lora_practice.artifacts import checkpoints
 from lora_practice.data.template import render
-from lora_practice.errors import UserError, tell, text
+from lora_practice.errors import UserError, at_home, reason_of, tell, text
 from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.model import check_vocabulary, load_base, load_tokenizer, stored_bytes
 from lora_practice.pieces import Pieces
 from lora_practice.sources import Source, fetch_repository, find_model
+from lora_practice.stored import read_record
 
 if TYPE_CHECKING:
     from lora_practice.fast.decode import Decoder
@@ -176,20 +177,23 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     if base_model:
         return find_model(base_model, is_default=False, flag="--base-model")
     trained_on = (read_record(folder) or {}).get("model") or {}
-    named = adapter.base_name(folder, trained_on, own=embedded.MODEL.folder)
-    if trained_on.get("kind") == "embedded" or adapter.last_part(named) == embedded.MODEL.folder:
+    named = adapter_config.base_name(folder, trained_on, own=embedded.MODEL.folder)
+    if trained_on.get("kind") == "embedded" or adapter_config.last_part(named) == embedded.MODEL.folder:
         return find_model("", is_default=True, want_embedded=True)
     if trained_on.get("kind") == "hub" and trained_on.get("name") == named:
         from huggingface_hub import constants
 
         kept = Path(str(trained_on.get("path")))
-        if Path(constants.HF_HUB_CACHE) in kept.parents and (kept / "config.json").is_file():
+        if Path(constants.HF_HUB_CACHE).resolve() in kept.resolve().parents and (kept / "config.json").is_file():
             return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
-    return find_model(named, is_default=False, flag="--base-model")
+    found = find_model(named, is_default=False, flag="--base-model")
+    if found.kind == "folder":  # chosen by what lies in the folder, which may have come from elsewhere
+        tell(text(f"底座：{found.path}", f"base: {found.path}"))
+    return found
 
 
 def _local_folder(model_dir: str) -> Path:
-    folder = Path(model_dir).expanduser()
+    folder = at_home(model_dir)
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             zh, en = (
@@ -223,7 +227,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
         raise UserError(
             what, str(folder), text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
         )
-    adapter.check_modules(base, adapter.read_config(folder), folder)
+    adapter.check_modules(base, adapter_config.read_config(folder), folder)
     try:
         with warnings.catch_warnings():  # `misfit` says it in one line
             warnings.simplefilter("ignore")
@@ -231,8 +235,7 @@ def with_adapter(base: Any, folder: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes PEFT raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _damaged(reason, folder) from error
+        raise _damaged(reason_of(error), folder) from error
     if reason := adapter.misfit(model, folder):
         raise _damaged(reason, folder)
     changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]

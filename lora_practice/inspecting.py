@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,8 +112,9 @@ def _adapter(numbers: Anatomy, config: Mapping[str, Any]) -> Iterator[str]:
     zh = "每个权重被改了多少（均方根；越长改得越多）："
     yield text(zh, "how far a weight is moved (root mean square; longer is more):")
     groups = [*by_kind(layers), *by_depth(layers)]
-    largest = max(rms for _, rms in groups) or 1.0
-    yield from aligned((f"  {name}", f"{rms:.1e}", "#" * round(BAR * rms / largest)) for name, rms in groups)
+    largest = max((rms for _, rms in groups if math.isfinite(rms)), default=0.0) or 1.0
+    bars = ["#" * round(BAR * rms / largest) if math.isfinite(rms) else "" for _, rms in groups]
+    yield from aligned((f"  {name}", f"{rms:.1e}", bar) for (name, rms), bar in zip(groups, bars))
     most = max(layers, key=lambda layer: layer.rms)
     yield text(f"改得最多：{most.module}（{most.rms:.1e}）", f"moved most: {most.module} ({most.rms:.1e})")
     zh = "范数（Frobenius）"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice import adapter, anatomy, embedded, inventory, manifest
+from lora_practice import adapter, adapter_config, anatomy, embedded, inventory, manifest
 from lora_practice.anatomy import Anatomy
-from lora_practice.artifacts import checkpoints, read_record
+from lora_practice.artifacts import checkpoints
 from lora_practice.errors import UserError, text
 from lora_practice.inventory import Item
+from lora_practice.stored import read_record
 
 USES = ("inference", "sharing", "resuming")
 
@@ -48,7 +49,7 @@ def judge(folder: Path) -> Verdict:
     numbers: Optional[Anatomy] = None
     try:
         if any(item.name in (adapter.CONFIG, adapter.WEIGHTS) for item in items):
-            config = adapter.read_config(folder)
+            config = adapter_config.read_config(folder)
             numbers = anatomy.measure(folder, config)
             findings += numbers.faults
     except UserError as error:
@@ -69,13 +70,13 @@ def base_at_hand(folder: Path, record: Mapping[str, Any]) -> Optional[Path]:
     """The folder of this adapter's base where it lies on this disk already; nothing is fetched."""
     trained_on = record.get("model") or {}
     try:
-        named = adapter.base_name(folder, trained_on, own=embedded.MODEL.folder)
+        named = adapter_config.base_name(folder, trained_on, own=embedded.MODEL.folder)
     except UserError:
         return None
-    if trained_on.get("kind") == "embedded" or adapter.last_part(named) == embedded.MODEL.folder:
+    if trained_on.get("kind") == "embedded" or adapter_config.last_part(named) == embedded.MODEL.folder:
         place = embedded.cache_dir() / embedded.MODEL.folder
         return None if manifest.damage(place, embedded.MANIFEST) else place
-    if not adapter.HUB_NAME.fullmatch(named) or Path(named).is_dir():
+    if not adapter_config.HUB_NAME.fullmatch(named) or Path(named).is_dir():
         return Path(named) if (Path(named) / "config.json").is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
@@ -94,7 +95,7 @@ def _of_another_base(
     if not config:
         return []
     try:
-        adapter.base_name(folder, record.get("model") or {}, own=embedded.MODEL.folder)
+        adapter_config.base_name(folder, record.get("model") or {}, own=embedded.MODEL.folder)
     except UserError as error:
         return [str(error)]
     if base is None or numbers is None:
@@ -175,7 +176,7 @@ def _uses(
         answers = True, f"lora-practice infer --model-dir {folder}"
     sharing = answers
     named = str(config.get("base_model_name_or_path", ""))
-    known = adapter.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")
+    known = adapter_config.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")
     if answers[0] and "README.md" not in good:
         sharing = False, text("没有模型卡 README.md", "no model card, README.md")
     elif answers[0] and numbers is not None and numbers.is_zero:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.errors import text
+from lora_practice.stored import read_object
 
 
 def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> None:
@@ -51,14 +52,16 @@ def damage(folder: Path, name: str, thorough: bool = False) -> str:
     A file whose size and modification time are as noted is trusted unless `thorough`; otherwise its SHA-256 decides.
     """
     try:
-        files = json.loads((folder / name).read_text("utf-8"))["files"]
+        files = read_object(folder / name)["files"]
+        if not files or any(Path(one).is_absolute() or ".." in Path(one).parts for one in files):
+            raise ValueError("no list of this folder's files")
         for relative, noted in files.items():
             path = folder / relative
             if not path.is_file():
                 return text(f"缺少 {relative}", f"{relative} is missing")
-            stat = path.stat()
+            stat, digest = path.stat(), noted["sha256"]
             untouched = stat.st_mtime_ns == noted["mtime_ns"] and not thorough
-            if stat.st_size != noted["size"] or not (untouched or sha256(path) == noted["sha256"]):
+            if stat.st_size != noted["size"] or not (untouched or sha256(path) == digest):
                 return text(f"{relative} 已损坏", f"{relative} is damaged")
     except FileNotFoundError:
         return text("没有写完", "it was not written to the end")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice.errors import UserError, tell, text
+from lora_practice.errors import UserError, reason_of, tell, text
 from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.sources import Source, find_template
 
@@ -139,8 +139,7 @@ def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes transformers and tokenizers raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _unloadable(thing, reason, folder) from error
+        raise _unloadable(thing, reason_of(error), folder) from error
 
 
 def _unloadable(thing: str, reason: str, folder: Optional[Path]) -> UserError:

@@ -16,7 +16,7 @@ from typing import Any, Optional
 from lora_practice import __version__, versions
 from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
 from lora_practice.data.prepare import Rows
-from lora_practice.errors import text
+from lora_practice.errors import text, without_tokens
 from lora_practice.machine import Machine
 from lora_practice.sources import Source
 
@@ -59,7 +59,7 @@ def card(record: dict[str, Any]) -> str:
     """The model card of this run, Hub metadata first. In English, as cards on the Hub are, with a Chinese line."""
     model, data, settings = record["model"], record["data"], record["settings"]
     true_base = model["hub_id"] or model["name"]
-    return (
+    return without_tokens(
         "\n\n".join(
             [
                 _metadata(model, data),

@@ -18,10 +18,10 @@ FIXED_ON_RESUME = (
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """UserError if `settings` differ from those in the `record` of the run in `path`; names each difference."""
-    before = record.get("settings", {})
+    before = record.get("settings") or {}
     changed = [name for name in FIXED_ON_RESUME if name in before and before[name] != settings.get(name)]
     if changed:
-        listed = ", ".join(f"{name}: {before[name]} -> {settings.get(name)}" for name in changed)
+        listed = ", ".join(f"{name}: {str(before[name])[:80]} -> {settings.get(name)}" for name in changed)
         raise UserError(
             text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
             where=str(path),
@@ -35,7 +35,7 @@ def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
     Raises:
         UserError: the prepared rows are not those that the run began with.
     """
-    before = resumed.get("data", {})
+    before = resumed.get("data") or {}
     if "fingerprint" not in before or before["fingerprint"] == facts["fingerprint"]:
         return
     then, now = ((one.get("rows_trained"), one.get("tokens")) for one in (before, facts))

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from lora_practice import embedded, versions
 from lora_practice.environment import dataset_is_cached, hub_endpoint, hub_is_reachable
-from lora_practice.errors import UserError, text
+from lora_practice.errors import UserError, at_home, text
 
 # the defaults that we ship: only these may be stood in for, not what a learner writes in their place
 SHIPPED = {
@@ -62,7 +62,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
                 fix=text("两个里留一个", "keep one of the two"),
             )
         return _embedded_model()
-    folder = _path(name)
+    folder = at_home(name)
     if folder.is_dir():
         return Source("folder", str(name), _checked_model_folder(folder.resolve()))
     if not _is_hub_id(name):
@@ -100,7 +100,7 @@ def fetch_repository(name: str) -> Path:
 
 def find_template(name: str) -> Path:
     """Folder (or .jinja file) that holds a chat template: a path, or a Hub name."""
-    path = _path(name)
+    path = at_home(name)
     if path.exists():
         return path
     if _is_hub_id(name):
@@ -117,7 +117,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     """The data: a local file, a Hub data set, or the embedded conversations."""
     if want_embedded and is_default:
         return _embedded_conversations()
-    file = _path(path)
+    file = at_home(path)
     if file.exists() or file.suffix.lower() in DATA_FILES or not _is_hub_id(path):
         if not file.exists():
             raise UserError(
@@ -148,7 +148,7 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
 
     kinds = versions.network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
     try:
-        return datasets.load_dataset(source.name, config, split="train")
+        return datasets.load_dataset(source.name, config, split="train")  # nosec B615 # the user's own choice of name
     except kinds as error:
         if not reachable:
             raise _unreachable(source.name, "--dataset_path") from error
@@ -159,13 +159,6 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
             where=f"{source.name} ({config})" if config else source.name,
             fix=text("检查 --dataset_path 和 --dataset_name", "check --dataset_path and --dataset_name"),
         ) from error
-
-
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # the home of nobody
-        return Path(name)
 
 
 def _embedded_model(note: str = "") -> Source:
@@ -203,7 +196,8 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
 
     try:
         options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
-        return Path(snapshot_download(name, local_files_only=local_only, **options))
+        found = snapshot_download(name, local_files_only=local_only, **options)  # nosec B615 # the record keeps it
+        return Path(found)
     except GatedRepoError as error:
         raise UserError(
             text("这个模型要先在网页上同意条款", "this model asks you to accept its terms on its page first"),

@@ -11,4 +11,5 @@ prepare_environment test
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
+"$PYTHON" -m bandit -q -c pyproject.toml -r lora_practice fine_tuning_practice.py inference.py scripts
 exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "${@:-tests}"

@@ -86,15 +86,16 @@ def collect(
 
 
 def _refusal(tally: Tally, where: str) -> UserError:
-    shown = "".join(f"\n  {bad}" for bad in tally.first[:SHOWN])
-    more = tally.bad - min(SHOWN, len(tally.first))
+    shown = [str(bad) for bad in tally.first[:SHOWN]]
+    more = tally.bad - len(shown)
     if more:
-        shown += "\n  " + text(f"……还有 {more} 行", f"... and {more} more")
+        shown.append(text(f"……还有 {more} 行", f"... and {more} more"))
     total = tally.good + tally.bad
     return UserError(
-        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{tally.bad} bad rows among the {total} read:") + shown + "\n",
+        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{tally.bad} bad rows among the {total} read:"),
         where,
         text("改好它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
         if tally.good
         else text("一行能用的也没有：请改好它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
+        shown,
     )

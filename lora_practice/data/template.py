@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from lora_practice.errors import UserError, text
+from lora_practice.errors import UserError, reason_of, text
 
 
 def end_of_turn(tokenizer: Any) -> Optional[str]:
@@ -46,5 +46,5 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix:
         other = text("换一个 --chat_template_path", "choose another --chat_template_path")
         raise UserError(str(error), where, fix or other) from error
     except Exception as error:  # a template is a program: it may divide by zero, or nest too deep to be compiled
-        zh, en = f"聊天模板不接受这段对话：{error}", f"the chat template refuses this conversation: {error}"
-        raise UserError(text(zh, en), where, fix) from error
+        zh, en = "聊天模板不接受这段对话", "the chat template refuses this conversation"
+        raise UserError(f"{text(zh, en)}{text('：', ': ')}{reason_of(error)}", where, fix) from error

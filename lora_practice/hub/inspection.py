@@ -46,7 +46,7 @@ def inspect_file(path: Path, name: str, token: str, roots: Iterable[str]) -> tup
     needles = [root.encode() for root in roots]
     try:
         size = path.stat().st_size
-        sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+        sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         window, read, is_private, is_utf16 = name.encode() + b"\0", 0, False, False
         with open(path, "rb") as file:
             while True:

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_practice import versions
-from lora_practice.errors import UserError, tell, text
-from lora_practice.hub.rights import TOKEN_PAGE
+from lora_practice.environment import TOKEN_PAGE
+from lora_practice.errors import UserError, tell, text, without_tokens
 
 T = TypeVar("T")
 TRIES = 5
 LONGEST_WAIT = 30.0  # seconds
-TOKEN = re.compile(r"(hf|api_org)_[A-Za-z0-9_]{16,}")
 
 
 def redact(message: str, token: str = "") -> str:
     """The message without any token, and without the signature that a storage address carries."""
     if token:
         message = message.replace(token, "***")
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", TOKEN.sub("***", message))
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", without_tokens(message))
 
 
 @dataclass(frozen=True)

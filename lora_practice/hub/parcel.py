@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lora_practice.artifacts import CHECKPOINT_MANIFEST, read_record
+from lora_practice.artifacts import CHECKPOINT_MANIFEST
 from lora_practice.errors import UserError, text
 from lora_practice.hub.inspection import TEXT_SUFFIXES, inspect_file
 from lora_practice.hub.redaction import Base, find_base, mend_manifest, private_roots, rewrite
+from lora_practice.stored import read_record
 
 LARGEST_TEXT = 16 << 20  # bytes; a longer text is not rewritten
 SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db"}
@@ -99,7 +100,7 @@ def _mended(item: Item, items: list[Item], gone: set[str]) -> Item:
 
 
 def _item_of_bytes(name: str, path: Path, data: bytes) -> Item:
-    git_sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    git_sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return Item(name, path, len(data), hashlib.sha256(data).hexdigest(), git_sha1, data)
 
 
@@ -153,8 +154,11 @@ def _walk(folder: Path, excluded: Sequence[str], notes: list[str]) -> Iterator[P
     for here, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = Path(here, name)
-            if path.is_symlink() and folder not in path.resolve().parents:
-                zh, en = "链接指向文件夹之外，拒绝上传", "this link leads outside the folder: refused"
+            if path.is_symlink() and not _leads_inside(path, folder):
+                zh, en = (
+                    "链接指向文件夹之外或它自己，拒绝上传",
+                    "this link leads outside the folder, or to itself: refused",
+                )
                 fix = text("删掉它，或换成文件本身", "delete it, or put the file itself there")
                 raise UserError(text(zh, en), str(path), fix)
         chosen = []
@@ -173,6 +177,13 @@ def _walk(folder: Path, excluded: Sequence[str], notes: list[str]) -> Iterator[P
                 yield path
     if passed:
         notes.append(text(f"不上传：{_some(passed)}", f"left out: {_some(passed)}"))
+
+
+def _leads_inside(link: Path, folder: Path) -> bool:
+    try:
+        return folder in link.resolve().parents
+    except (OSError, RuntimeError):  # a loop
+        return False
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

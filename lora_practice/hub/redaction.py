@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lora_practice.artifacts import RECORD, read_record
 from lora_practice.errors import UserError, text
+from lora_practice.stored import RECORD, parse_object, read_object, read_record
 
 # "base_model: X", "- X" below it, or the tag "- base_model:adapter:X"
 CARD_LINE = re.compile(r"(\s*(?:-\s*)?(?:base_model:\s*(?:adapter:|finetune:|merge:)?)?)(['\"]?)(.+?)\2\s*$")
+
+LONGEST_CARD_LINE = 2000  # characters; matching takes their square
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ def find_base(folder: Path) -> Base:
     Raises:
         UserError: a config is not JSON.
     """
-    model = (read_record(folder) or {}).get("model")
-    model = model if isinstance(model, dict) else {}
+    model = (read_record(folder) or {}).get("model") or {}
     named = _read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     named = named or _read_object(folder / "config.json").get("_name_or_path")
     hub_id = model.get("hub_id")
@@ -59,7 +60,7 @@ def private_roots(folder: Path, base: Base) -> dict[str, str]:
         roots[str(path)] = public
     roots.update({name: base.public for name in base.local if is_absolute(name)})
     recorded = read_record(folder) or {}
-    named = [recorded.get("data", {}).get("path"), *recorded.get("settings", {}).values()]
+    named = [(recorded.get("data") or {}).get("path"), *(recorded.get("settings") or {}).values()]
     for path in named:  # data that lies elsewhere keeps its name, not its place
         if isinstance(path, str) and is_absolute(path):
             roots.setdefault(path, Path(path).name)
@@ -111,7 +112,7 @@ def mend_manifest(data: bytes, folder: str, changed: dict[str, tuple[int, str]],
         name = (PurePosixPath(folder) / relative).as_posix()
         if name in gone:
             del files[relative]
-        elif name in changed:
+        elif name in changed and isinstance(files[relative], dict):
             size, sha256 = changed[name]
             files[relative] = {**files[relative], "size": size, "sha256": sha256}
     return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
@@ -132,19 +133,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _parse_object(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(text("读不了", "cannot be read"), str(path)) from error
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(path), error) from error
 
 
 def _parse_object(content: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        return parse_object(content.encode("utf-8"))
     except ValueError as error:
-        raise UserError(text(f"不是有效的 JSON：{error}", f"is not valid JSON: {error}"), where) from error
-    if not isinstance(value, dict):
-        raise UserError(text("应当是一个 JSON 对象", "must be a JSON object"), where)
-    return value
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(text(f"读不了：{reason}", f"cannot be read: {reason}"), where)
 
 
 def _dump(value: Any) -> str:
@@ -185,7 +188,7 @@ def _with_public_card(content: str, base: Base) -> str:
         return content
     lines = []
     for line in front.group().splitlines(keepends=True):
-        found = CARD_LINE.match(line)
+        found = CARD_LINE.match(line) if len(line) < LONGEST_CARD_LINE else None
         if not found or found.group(3) not in base.local:
             lines.append(line)
         elif base.on_hub:

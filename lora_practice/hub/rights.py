@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from lora_practice.environment import hub_endpoint, offline_wanted
+from lora_practice.environment import TOKEN_PAGE, hub_endpoint, offline_wanted
 from lora_practice.errors import UserError, tell, text
-
-TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
@@ -33,20 +31,6 @@ def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
         zh, en = f"不是 作者/名字 的形式：{chosen!r}", f"not of the form owner/name: {chosen!r}"
         raise UserError(text(zh, en), "--repo-id", example)
     return chosen
-
-
-def check_token(token: str) -> str:
-    """The token, if it can be one. Raises UserError without showing it."""
-    fix = text(f"在 {TOKEN_PAGE} 新建，写进环境变量或 .env", f"make one at {TOKEN_PAGE}; set it, or put it in .env")
-    if not token:
-        raise UserError(text("没有设置 HF_TOKEN", "HF_TOKEN is not set"), "HF_TOKEN", fix)
-    if not re.fullmatch(r"[!-~]{8,}", token):
-        zh, en = (
-            "不像 token（太短，或有空格、中文等字符）",
-            "does not look like a token (too short, or odd characters)",
-        )
-        raise UserError(text(zh, en), "HF_TOKEN", fix)
-    return token
 
 
 def check_permission(identity: Mapping[str, Any], repo_id: str) -> None:

@@ -9,19 +9,17 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
-from lora_practice.environment import hub_endpoint, prepare_environment
-from lora_practice.errors import UserError, tell, text
+from lora_practice.environment import check_token, hub_endpoint, prepare_environment
+from lora_practice.errors import UserError, at_home, tell, text
 from lora_practice.hub.link import Link, open_link, plain_transfer
 from lora_practice.hub.parcel import Parcel, pack
 from lora_practice.hub.rights import (
     check_connection_settings,
     check_permission,
-    check_token,
     resolve_repo_id,
 )
 from lora_practice.settings import parse, setting
@@ -49,7 +47,9 @@ class UploadSettings:
         "只列出文件和大小；不需要 token，不联网",
         "only list files and sizes; needs no token and no network",
     )
-    timeout: float = setting(60.0, "服务器沉默多少秒后重试", "seconds of silence before another try", above=0)
+    timeout: float = setting(
+        60.0, "服务器沉默多少秒后重试", "seconds of silence before another try", above=0, maximum=86_400
+    )
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lora-practice upload") -> int:
@@ -70,7 +70,7 @@ def run(settings: UploadSettings) -> str:
         UserError: nothing to send, something that must not be sent, no permission, or the upload failed.
     """
     token = os.environ.get("HF_TOKEN", "").strip()
-    parcel = pack(Path(settings.local_dir).expanduser(), settings.exclude_checkpoints, token, settings.exclude_merged)
+    parcel = pack(at_home(settings.local_dir), settings.exclude_checkpoints, token, settings.exclude_merged)
     for note in parcel.notes:
         tell(note)
     if settings.dry_run:

@@ -267,4 +267,5 @@ def test_a_checkpoints_record_is_the_runs(tmp_path: Path) -> None:
     assert record is not None
     assert record["model"]["kind"] == "embedded"
     (tmp_path / "run" / RECORD).write_text("[]")
-    assert artifacts.read_record(checkpoint) is None
+    with pytest.raises(UserError, match="not a JSON object"):
+        artifacts.read_record(checkpoint)

@@ -9,11 +9,13 @@ from typing import Callable
 import pytest
 from bad_inputs import enter, refusal, snapshot
 from bad_inputs.folders import BAD_ADAPTERS, BAD_MODELS, MARKER, make_base, make_output
+from bad_inputs.runs import BAD_RECORDS, HOSTILE_PATTERNS
 
 from inference import main as infer
 from lora_practice.cli import main as cli
 
 ASK = ("--prompt", "Hi", "--max-new-tokens", "2")
+ADAPTERS = [*BAD_ADAPTERS, *HOSTILE_PATTERNS, *((f"record: {name}", *case) for name, *case in BAD_RECORDS)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_the_whole_folder_answers_and_merges(copy: Path, capsys: pytest.CaptureF
     assert enter(infer, capsys, "--model-dir", "out/merged", *ASK).code == 0
 
 
-@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in BAD_ADAPTERS], ids=[c[0] for c in BAD_ADAPTERS])
+@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in ADAPTERS], ids=[c[0] for c in ADAPTERS])
 @pytest.mark.parametrize("door", ["infer", "merge"])
 def test_a_bad_adapter_is_refused(
     damage: Callable[[Path], None], words: str, door: str, copy: Path, capsys: pytest.CaptureFixture
@@ -73,3 +75,14 @@ def test_a_bad_model_folder_is_refused(
 @pytest.mark.parametrize("prompt", ["", " \n\t"])
 def test_an_empty_prompt_is_not_answered(prompt: str, no_hub: None, capsys: pytest.CaptureFixture) -> None:
     assert "the prompt is empty" in refusal(enter(infer, capsys, "--prompt", "Hi", "--prompt", prompt))
+
+
+@pytest.mark.parametrize("damage", [case[1] for case in ADAPTERS], ids=[case[0] for case in ADAPTERS])
+def test_inspecting_a_bad_adapter_ends_in_words_and_changes_nothing(
+    damage: Callable[[Path], None], copy: Path, capsys: pytest.CaptureFixture
+) -> None:
+    damage(copy)
+    before = snapshot(copy.parent)
+    said = enter(cli, capsys, "inspect", "out")  # an exception would fail this
+    assert said.code in (0, 1, 2) and said.out + said.err and "Traceback" not in said.err
+    assert snapshot(copy.parent) == before and not (copy.parent / MARKER).exists()

@@ -149,3 +149,13 @@ def test_skipping_the_login_sends_no_token(hub: HubServer, monkeypatch: pytest.M
     environment.check_login(skip=True)
     assert os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
     assert hub.requests == []
+
+
+def test_an_endpoint_that_is_a_place_on_this_disk_is_no_hub(
+    no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "models?limit=1").touch()
+    (tmp_path / "api" / "models").touch()
+    monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri())
+    assert not environment.hub_is_reachable()

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hub_server import identity
 from upload_harness import ROOT, make_adapter_folder
 
+from lora_practice.environment import check_token
 from lora_practice.errors import UserError
 from lora_practice.hub.link import Link, redact
 from lora_practice.hub.parcel import pack
-from lora_practice.hub.rights import check_permission, check_token, resolve_repo_id
+from lora_practice.hub.rights import check_permission, resolve_repo_id
 from lora_practice.hub.upload import differences, human_size, listing
 
 TOKEN = "hf_" + "T" * 34

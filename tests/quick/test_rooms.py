@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 DOORS = ("fine_tuning_practice", "inference", "scripts", "upload_lora_to_hub")
 # A file imports lower layers only; inside one layer, only what stands before it on the same line.
 LAYERS = [
-    ["errors", "helping", "settings", "verbs", "manifest", "origin", "disk", "versions"],
+    ["errors", "helping", "settings", "verbs", "stored", "manifest", "origin", "disk", "versions"],
     ["cards", "probe", "trouble", "machine", "gguf_model", "environment", "embedded", "sources"],
     [
         *(
@@ -37,6 +37,7 @@ LAYERS = [
             "data.prepare",
             "resuming",
             "artifacts",
+            "adapter_config",
             "adapter",
             "contents",
             "anatomy",

@@ -1,0 +1,89 @@
+"""docs/errors.md and docs/errors.en.md: each error in them is provoked through its door, in both languages."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_inputs import enter, refusal
+from bad_inputs.book import PROVOKED, Place
+from bad_inputs.folders import make_base, make_output
+from hub_server import HubServer
+
+from lora_practice.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOKS = {"zh": ROOT / "docs" / "errors.md", "en": ROOT / "docs" / "errors.en.md"}
+TITLES = {language: re.findall(r"^### `(.+)`$", book.read_text("utf-8"), re.M) for language, book in BOOKS.items()}
+BOTH = list(zip(TITLES["en"], TITLES["zh"]))
+
+
+def pattern(title: str) -> str:
+    """A title as it stands in a line: `…` is anything."""
+    return ".*?".join(re.escape(part) for part in title.split("…"))
+
+
+def first_words_of_errors() -> set[str]:
+    """What each `UserError(text(zh, en), ...)` in the package says, in English."""
+    found = set()
+    for path in [*(ROOT / "lora_practice").rglob("*.py"), ROOT / "inference.py"]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            is_error = isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"
+            said = node.args[0] if is_error and node.args else None  # type: ignore[attr-defined]
+            if isinstance(said, ast.Call) and ast.unparse(said.func) == "text":
+                found.add(re.sub(r"\{[^}]*\}", "…", ast.unparse(said.args[1])).strip("f'\""))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, and out/ with a run on it."""
+    place = tmp_path_factory.mktemp("whole")
+    make_output(place / "out", make_base(place / "base"))
+    return place
+
+
+@pytest.fixture
+def place(hub: HubServer, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    for name in ("base", "out"):
+        shutil.copytree(whole / name, tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "completion": "Hello!"}\n', "utf-8")
+    return Place(tmp_path, hub, monkeypatch)
+
+
+def test_both_books_have_the_same_entries_in_the_same_order_and_each_is_provoked() -> None:
+    shapes = []
+    for language, book in BOOKS.items():
+        content = book.read_text("utf-8")
+        assert all(
+            sum(1 + (ord(c) > 0x2E80) for c in line) <= 130 for line in content.splitlines() if "http" not in line
+        )
+        assert content.count("\n- " + ("原因：" if language == "zh" else "Cause: ")) == len(TITLES[language])
+        assert f"{len(TITLES[language])} " in content.split("\n## ")[0]  # the number in the opening words
+        shapes.append([mark for mark, _ in re.findall(r"^(#+ |- )|(https://[^\s)]+/issues/\d+)", content, re.M)])
+    assert shapes[0] == shapes[1]
+    assert TITLES["en"] == list(PROVOKED)
+
+
+@pytest.mark.parametrize("titles", BOTH, ids=[en for en, _ in BOTH])
+def test_the_error_in_the_book_is_what_the_door_says(titles: Any, place: Place, capsys: pytest.CaptureFixture) -> None:
+    prepare, words = PROVOKED[titles[0]]
+    prepare(place)
+    for language, title in zip(("en", "zh"), titles):
+        place.patch.setenv("LORA_PRACTICE_LANG", language)
+        told = refusal(enter(cli, capsys, *words))
+        assert re.search(pattern(title), told), told
+
+
+def test_errors_without_an_entry_are_listed() -> None:
+    """Most need none: their line says it all. The list is shown as a warning, for whoever adds to the book."""
+    written = "\n".join(TITLES["en"])
+    missing = sorted(one for one in first_words_of_errors() if re.split("[…:(]", one)[0].strip() not in written)
+    if missing:
+        warnings.warn(f"{len(missing)} errors have no entry in docs/errors.md: " + " | ".join(missing), stacklevel=1)
+    assert len(missing) < len(TITLES["en"])
