@@ -8,38 +8,13 @@ inside it. What it returns is the exit code (None is 0); a user's mistake is a U
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Callable, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from lora_practice.errors import door, tell, text
-from lora_practice.verbs import Door, Verb, Verbs, run
-
-app = typer.Typer(
-    cls=Verbs,
-    help=text(
-        "在弱机器上动手学 LoRA 微调。每个命令加 --help 看选项。",
-        "Learn LoRA fine-tuning on weak hardware. Each command takes --help.",
-    ),
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def verb(zh: str, en: str, door_settings: Optional[Callable[[], Any]] = None) -> Callable[[Any], Any]:
-    """Make a function a verb of the same name (`check_data` is `check-data`), with one line of help.
-
-    With `door_settings`, which returns the dataclass of a door's flags, the words go to that door unread (ctx.args).
-    """
-    cls = Door if door_settings else Verb
-    return app.command(cls=cls, help=text(zh, en), context_settings={"obj": door_settings})
-
-
-Json = Annotated[bool, typer.Option("--json", help=text("输出 JSON，给程序读", "print JSON, for a program"))]
-Folder = Annotated[
-    Path, typer.Argument(metavar=text("文件夹", "FOLDER"), help=text("训练结果的文件夹", "the output folder of a run"))
-]
+from lora_practice.parameters import Answers, Folder, Json, Other, Prompts, System, Tokens
+from lora_practice.verbs import app, run, verb
 
 
 def _train_settings() -> Any:
@@ -144,6 +119,59 @@ def inspect(folder: Folder, json: Json = False) -> None:
     verdict = judge(folder)
     for line in [as_json(verdict)] if json else lines(verdict):
         print(line)
+
+
+@verb("一页看懂一次训练：写 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
+def report(folder: Folder, answers: Answers = False) -> None:
+    """Write FOLDER/report.html and FOLDER/curves.png."""
+    from fine_tuning_practice import TrainSettings
+    from lora_practice.report import write
+    from lora_practice.settings import reasons
+
+    samples = None
+    if answers:
+        from lora_practice import compare
+
+        samples = compare.samples(str(folder), _machine())
+    page, sentence = write(folder, reasons(TrainSettings), samples)
+    tell(sentence)
+    print(page)
+
+
+def _machine() -> Any:
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    from lora_practice.machine import decide
+    from lora_practice.probe import look
+
+    return decide(look())
+
+
+@verb("在终端里聊天：历史、多行、随时换成底座听听", "chat at the terminal; /adapter off lets you hear the base")
+def chat(folder: Folder, system: System = "", max_new_tokens: Tokens = 256) -> None:
+    """Talk to what is in FOLDER; from a pipe, one question a line."""
+    machine = _machine()
+    from lora_practice import chat, generate
+
+    chat.chat(generate.load(str(folder), machine, keep_base=True), system, max_new_tokens=max_new_tokens)
+
+
+@verb("底座和微调（或两个文件夹）并排回答，比较留出数据的损失", "base and adapter, or two folders, side by side")
+def compare(
+    folder: Folder,
+    other: Other = None,
+    prompt: Prompts = None,
+    system: System = "",
+    max_new_tokens: Tokens = 64,
+    json: Json = False,
+) -> None:
+    """Show answers and held-out losses."""
+    machine = _machine()
+    from lora_practice import compare
+
+    second = str(other) if other else None
+    compare.run(str(folder), second, machine, prompt or [], json, system=system, max_new_tokens=max_new_tokens)
 
 
 @verb(

@@ -94,8 +94,10 @@ class Talker:
         return render(self.tokenizer, messages, fix=text("去掉 --system 试试", "try without --system"), prompt=True)
 
 
-def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> Talker:
+def load(model_dir: str, machine: Machine, base_model: Optional[str] = None, keep_base: bool = False) -> Talker:
     """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
+
+    With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too.
 
     Raises:
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
@@ -115,7 +117,7 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     decoder = decoder_of(model)
     if decoder is None:
         model = model.float() if on_cpu else model
-        if has_adapter:  # merged in memory it answers the same, faster
+        if has_adapter and not keep_base:  # merged in memory it answers the same, faster
             model = model.merge_and_unload()
     return talker(model.to(machine.device), tokenizer, decoder)
 

@@ -144,7 +144,7 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) ->
     seconds = time.perf_counter() - started
     state = trainer.state
     stopped_early = evaluation is not None and evaluation.stopped_early
-    keys = ("step", "loss", "grad_norm", "learning_rate")
+    keys = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_mb")
     losses = [{key: entry[key] for key in keys if key in entry} for entry in state.log_history if "loss" in entry]
     result = {
         "steps": state.global_step,
