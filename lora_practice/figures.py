@@ -30,8 +30,9 @@ def held_out_points(record: Mapping[str, Any]) -> list[POINT]:
 
 
 def points_of(record: Mapping[str, Any], key: str) -> list[POINT]:
-    """(step, value) of everything that was logged under `key`."""
-    return [(int(one["step"]), float(one[key])) for one in record.get("losses") or () if one.get(key) is not None]
+    """(step, value) of everything that was logged under `key`, among the losses or the pace."""
+    logged = [*(record.get("losses") or ()), *(record.get("pace") or ())]
+    return [(int(one["step"]), float(one[key])) for one in logged if one.get(key) is not None]
 
 
 def loss_figure(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,7 @@ EVIL = "<script>alert('x')</script>\x1b[31m</pre>\u202e"
 
 def a_record(base: Path) -> dict:
     """What a small run leaves, with words in it that must not become HTML."""
-    losses = [
-        {"step": i, "loss": 3 - i / 20, "grad_norm": 0.5, "learning_rate": 2e-4}
-        | {"tokens_per_second": 90.0, "memory_mb": 900}
-        for i in range(1, 31)
-    ]
+    losses = [{"step": i, "loss": 3 - i / 20, "grad_norm": 0.5, "learning_rate": 2e-4} for i in range(1, 31)]
     return {
         "status": "finished",
         "made_by": "lora-finetune-practice",
@@ -38,6 +34,7 @@ def a_record(base: Path) -> dict:
         "tokens_per_second": 90.0,
         "peak_memory_mb": 950,
         "losses": losses,
+        "pace": [{"step": i, "tokens_per_second": 90.0, "memory_mb": 900} for i in range(1, 31)],
         "held_out_loss": {"before": 2.9, "after": 2.1},
         "settings": {"learning_rate": 1e-3, "lora_r": 6, "output_dir": "secret-place", "model_name": "a"},
         "model": {"kind": "folder", "name": str(base), "path": str(base), "hub_id": None, "revision": None, "note": ""},

@@ -89,5 +89,6 @@ def test_the_curves_stand_in_the_card_of_a_real_run(copied):
 
 
 def test_speed_and_memory_are_recorded_at_each_logged_step(trained):
-    losses = trained.record["losses"]
-    assert all(entry["tokens_per_second"] > 0 and entry["memory_mb"] > 100 for entry in losses)
+    pace = trained.record["pace"]
+    assert [entry["step"] for entry in pace] == list(range(1, 9))
+    assert all(entry["tokens_per_second"] > 0 and entry["memory_mb"] > 100 for entry in pace)
