@@ -80,15 +80,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     prepare_environment()
     from transformers import set_seed
 
-    from lora_practice import generate, talk
+    from lora_practice import chat, generate, talk
     from lora_practice.machine import decide
     from lora_practice.probe import look
 
     set_seed(settings.seed)
-    talker = generate.load(settings.model_dir, decide(look(), device=settings.device), settings.base_model or None)
+    machine, chats = decide(look(), device=settings.device), not settings.prompt
+    talker = generate.load(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not settings.prompt:
-        talk.chat(talker, settings.system, **options)
+        chat.chat(talker, settings.system, **options)
         return 0
     for prompt in settings.prompt:
         messages = [*talk.opening(settings.system), {"role": "user", "content": prompt}]

@@ -8,38 +8,13 @@ inside it. What it returns is the exit code (None is 0); a user's mistake is a U
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Callable, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+from lora_practice import parameters as given
 from lora_practice.errors import UserError, door, tell, text
-from lora_practice.verbs import Door, Verb, Verbs, run
-
-app = typer.Typer(
-    cls=Verbs,
-    help=text(
-        "在弱机器上动手学 LoRA 微调。每个命令加 --help 看选项。",
-        "Learn LoRA fine-tuning on weak hardware. Each command takes --help.",
-    ),
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def verb(zh: str, en: str, door_settings: Optional[Callable[[], Any]] = None) -> Callable[[Any], Any]:
-    """Make a function a verb of the same name (`check_data` is `check-data`), with one line of help.
-
-    With `door_settings`, which returns the dataclass of a door's flags, the words go to that door unread (ctx.args).
-    """
-    cls = Door if door_settings else Verb
-    return app.command(cls=cls, help=text(zh, en), context_settings={"obj": door_settings})
-
-
-Json = Annotated[bool, typer.Option("--json", help=text("输出 JSON，给程序读", "print JSON, for a program"))]
-Folder = Annotated[
-    Path, typer.Argument(metavar=text("文件夹", "FOLDER"), help=text("训练结果的文件夹", "the output folder of a run"))
-]
+from lora_practice.verbs import app, run, verb
 
 
 def _train_settings() -> Any:
@@ -73,35 +48,12 @@ def train(ctx: typer.Context) -> None:
     "look through a data file: shape, lengths, copies, each problem and its cure",
 )
 def check_data(
-    path: Annotated[Path, typer.Argument(metavar=text("文件", "FILE"), help="JSONL, JSON, CSV, TSV, Parquet")],
-    show: Annotated[
-        Optional[int],
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=text(
-                "按模型看到的样子显示第 N 行，标出训练的部分", "show row N as the model sees it, trained parts marked"
-            ),
-        ),
-    ] = None,
-    max_length: Annotated[
-        int,
-        typer.Option(
-            "--max_length", "--max-length", min=8, metavar="N", help=text("同训练的 --max_length", "as in train")
-        ),
-    ] = 512,
-    model_name: Annotated[
-        str,
-        typer.Option(
-            "--model_name",
-            "--model-name",
-            help=text("用谁的分词器；默认是内置模型的", "whose tokenizer; by default the embedded model's"),
-        ),
-    ] = "",
-    chat_template_path: Annotated[
-        str, typer.Option("--chat_template_path", "--chat-template-path", help=text("同训练的参数", "as in train"))
-    ] = "",
-    json: Json = False,
+    path: given.DataFile,
+    show: given.Show = None,
+    max_length: given.MaxLength = 512,
+    model_name: given.ModelName = "",
+    chat_template_path: given.TemplatePath = "",
+    json: given.Json = False,
 ) -> int:
     """See `lora_practice.check`."""
     from lora_practice.environment import prepare_environment
@@ -125,7 +77,7 @@ def infer(ctx: typer.Context) -> None:
 
 
 @verb("把适配器合并成完整模型，写到 文件夹/merged", "merge the adapter into a whole model, in FOLDER/merged")
-def merge(folder: Folder) -> None:
+def merge(folder: given.Folder) -> None:
     """Write FOLDER/merged."""
     from lora_practice.environment import prepare_environment
 
@@ -136,7 +88,7 @@ def merge(folder: Folder) -> None:
 
 
 @verb("看懂一个训练结果：每个文件、改了哪些层、能做什么", "what an output folder holds, and what it is good for")
-def inspect(folder: Folder, json: Json = False) -> None:
+def inspect(folder: given.Folder, json: given.Json = False) -> None:
     """Print the verdict on FOLDER."""
     from lora_practice.inspecting import as_json, lines
     from lora_practice.judging import judge
@@ -146,21 +98,65 @@ def inspect(folder: Folder, json: Json = False) -> None:
         print(line)
 
 
+@verb("一页看懂一次训练：写 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
+def report(folder: given.Folder, answers: given.Answers = False) -> None:
+    """Write FOLDER/report.html and FOLDER/curves.png."""
+    from fine_tuning_practice import TrainSettings
+    from lora_practice.report import write
+    from lora_practice.settings import reasons
+
+    samples = None
+    if answers:
+        from lora_practice import compare
+
+        samples = compare.samples(str(folder), _machine())
+    page, sentence = write(folder, reasons(TrainSettings), samples)
+    tell(sentence)
+    print(page)
+
+
+def _machine() -> Any:
+    from lora_practice.environment import prepare_environment
+
+    prepare_environment()
+    from lora_practice.machine import decide
+    from lora_practice.probe import look
+
+    return decide(look())
+
+
+@verb("在终端里聊天：历史、多行、随时换成底座听听", "chat at the terminal; /adapter off lets you hear the base")
+def chat(folder: given.Folder, system: given.System = "", max_new_tokens: given.Tokens = 256) -> None:
+    """Talk to what is in FOLDER; from a pipe, one question a line."""
+    machine = _machine()
+    from lora_practice import chat, generate
+
+    chat.chat(generate.load(str(folder), machine, keep_base=True), system, max_new_tokens=max_new_tokens)
+
+
+@verb("底座和微调（或两个文件夹）并排回答，比较留出数据的损失", "base and adapter, or two folders, side by side")
+def compare(
+    folder: given.Folder,
+    other: given.Other = None,
+    prompt: given.Prompts = None,
+    system: given.System = "",
+    max_new_tokens: given.Tokens = 64,
+    json: given.Json = False,
+) -> None:
+    """Show answers and held-out losses."""
+    machine = _machine()
+    from lora_practice import compare
+
+    second = str(other) if other else None
+    compare.run(str(folder), second, machine, prompt or [], json, system=system, max_new_tokens=max_new_tokens)
+
+
 @verb(
     "写出 GGUF 和 Modelfile（llama.cpp、Ollama 用），并证明和适配器一致",
     "write GGUF files and a Modelfile (llama.cpp, Ollama), and prove that they equal the adapter",
 )
 def export(
-    folder: Folder,
-    only: Annotated[
-        Optional[str], typer.Option(metavar="f16|q8_0", help=text("只写一种精度", "write one precision only"))
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help=text("换掉已有的 文件夹/gguf", "replace an earlier FOLDER/gguf"))
-    ] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help=text("什么都不导出，只重做证明", "export nothing, only prove again"))
-    ] = False,
+    folder: given.Folder, only: given.Only = None, overwrite: given.Overwrite = False, check: given.Check = False
 ) -> int:
     """Write FOLDER/gguf and prove it; exit code 1 when the proof fails."""
     from lora_practice.gguf_write import KINDS
@@ -195,7 +191,7 @@ def upload(ctx: typer.Context) -> None:
     "这台机器能不能练：硬件、显卡、网络、要下载什么、哪里不对、怎么改",
     "can this machine train: hardware, card, network, downloads, what is wrong and its cure",
 )
-def doctor(json: Json = False) -> int:
+def doctor(json: given.Json = False) -> int:
     """See `lora_practice.doctor.passport`."""
     from lora_practice.environment import prepare_environment
 

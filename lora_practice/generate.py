@@ -100,8 +100,10 @@ class Talker:
         return render(self.tokenizer, messages, fix=text("去掉 --system 试试", "try without --system"), prompt=True)
 
 
-def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> Talker:
+def load(model_dir: str, machine: Machine, base_model: Optional[str] = None, keep_base: bool = False) -> Talker:
     """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
+
+    With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too.
 
     Raises:
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
@@ -121,7 +123,7 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None) -> 
     decoder = decoder_of(model)
     if decoder is None:
         model = model.float() if on_cpu else model
-        if has_adapter:  # merged in memory it answers the same, faster
+        if has_adapter and not keep_base:  # merged in memory it answers the same, faster
             model = model.merge_and_unload()
     return talker(model.to(machine.device), tokenizer, decoder)
 
@@ -224,9 +226,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
 
     if not (folder / WEIGHTS).is_file():  # PEFT would look for it on the Hub
         what = text(f"缺少 {WEIGHTS}，适配器不完整", f"{WEIGHTS} is missing: the adapter is not whole")
-        raise UserError(
-            what, str(folder), text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
-        )
+        fix = text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
+        raise UserError(what, str(folder), fix)
     adapter.check_modules(base, adapter_config.read_config(folder), folder)
     try:
         with warnings.catch_warnings():  # `misfit` says it in one line
@@ -240,11 +241,10 @@ def with_adapter(base: Any, folder: Path) -> Any:
         raise _damaged(reason, folder)
     changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
     if changes and max(changes) == 0:
-        zh, en = "注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"
-        tell(text(zh, en))
+        tell(text("注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"))
     return model
 
 
 def _damaged(reason: str, folder: Path) -> UserError:
-    zh, en = f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}"
-    return UserError(text(zh, en), where=str(folder))
+    what = text(f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}")
+    return UserError(what, where=str(folder))

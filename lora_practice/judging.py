@@ -173,7 +173,7 @@ def _uses(
     elif numbers is not None and numbers.is_zero:
         answers = True, text("能用，但回答和底座一样", "it works, but answers as the base does")
     else:
-        answers = True, f"lora-practice infer --model-dir {folder}"
+        answers = True, f"lora-practice chat {folder}"
     sharing = answers
     named = str(config.get("base_model_name_or_path", ""))
     known = adapter_config.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")

@@ -35,11 +35,11 @@ def flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(content, "utf-8")
+        scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         os.replace(scratch, path)
     except BaseException:  # a full disk, Ctrl-C
         scratch.unlink(missing_ok=True)

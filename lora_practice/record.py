@@ -133,7 +133,8 @@ def _losses(record: dict[str, Any]) -> str:
     if held:
         table += f"\n\nHeld-out loss: {held['before']:.4f} before, {held['after']:.4f} after"
         table += f" (the adapter of step {record['best_step']}, the lowest)." if record.get("best_step") else "."
-    return table
+    picture = record.get("curves")
+    return f"![training curves]({picture})\n\n{table}" if picture else table
 
 
 def _samples(record: dict[str, Any]) -> str:

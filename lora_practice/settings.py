@@ -104,6 +104,11 @@ def markdown_table(cls: Any) -> str:
     return "\n".join([head, "|---|---|---|", *rows])
 
 
+def reasons(cls: Any) -> dict[str, tuple[Any, str]]:
+    """For each setting its default and the line of why, in the user's language."""
+    return {field.name: (field.default, _why(field)) for field in _fields(cls)}
+
+
 def _fields(cls: Any) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if "zh" in field.metadata]
 

@@ -1,13 +1,12 @@
-"""Talking at the terminal: a chat, one answer as it is written, base and adapter side by side."""
+"""Talking at the terminal: one answer as it is written, base and adapter one after the other."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Any
 
-from lora_practice.errors import tell, text
-from lora_practice.generate import Talker, decoder_of, talker
+from lora_practice.errors import text
+from lora_practice.generate import decoder_of, talker
 
 SAMPLE_PROMPTS = (
     "What is the capital of France?",
@@ -15,41 +14,6 @@ SAMPLE_PROMPTS = (
     "Tell me a joke.",
     "Do you have feelings?",
 )
-
-
-def chat(talk: Talker, system: str, **options: Any) -> None:
-    """A conversation at the terminal, until Ctrl-D or /exit; /reset begins anew."""
-    with contextlib.suppress(ImportError):  # arrow keys, and deleting a whole Chinese character; not on Windows
-        import readline  # noqa: F401
-    tell(
-        text(
-            "开始聊天：Ctrl-C 打断回答，/reset 重来，/exit 或 Ctrl-D 退出",
-            "chat: Ctrl-C stops an answer, /reset begins anew, /exit or Ctrl-D ends",
-        )
-    )
-    messages = opening(system)
-    while True:
-        try:
-            line = input(text("你> ", "you> ")).strip()
-        except EOFError:
-            print()
-            return
-        if line in ("/exit", "/quit"):
-            return
-        if line == "/reset":
-            messages = opening(system)
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            words = talk.answer(messages, on_text=show, **options)
-        except KeyboardInterrupt:  # enough of this answer, not of the chat
-            messages.pop()
-            print()
-            continue
-        print()
-        messages.append({"role": "assistant", "content": words})
 
 
 def opening(system: str) -> list[dict[str, str]]:

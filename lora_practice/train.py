@@ -25,6 +25,8 @@ from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
 from lora_practice.watch import Interrupt, Progress
 
+PACE = ("step", "tokens_per_second", "memory_mb")  # apart from the losses, which the same run has again
+
 
 def build_trainer(
     model: Any,
@@ -150,6 +152,7 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) ->
         "steps": state.global_step,
         "interrupted": state.global_step < state.max_steps and not stopped_early,
         "losses": losses,
+        "pace": [{key: entry[key] for key in PACE if key in entry} for entry in state.log_history if "loss" in entry],
         "seconds": round(seconds, 1),
         "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
         "peak_memory_mb": round(peak_memory() / 1e6),

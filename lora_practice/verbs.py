@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -84,6 +84,27 @@ class Verbs(TyperGroup):
             what = text(f"没有 {args[0]} 这个命令{hint}", f"no such command: {args[0]}{hint}")
             raise UserError(what, fix=", ".join(self.commands))
         return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help=text(
+        "在弱机器上动手学 LoRA 微调。每个命令加 --help 看选项。",
+        "Learn LoRA fine-tuning on weak hardware. Each command takes --help.",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def verb(zh: str, en: str, door_settings: Optional[Callable[[], Any]] = None) -> Callable[[Any], Any]:
+    """Make a function a verb of the same name (`check_data` is `check-data`), with one line of help.
+
+    With `door_settings`, which returns the dataclass of a door's flags, the words go to that door unread (ctx.args).
+    """
+    cls = Door if door_settings else Verb
+    return app.command(cls=cls, help=text(zh, en), context_settings={"obj": door_settings})
 
 
 def run(app: typer.Typer, argv: Sequence[str], prog: str) -> Optional[int]:

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any, Callable
 
+import psutil
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -28,6 +30,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.started = state.global_step, time.perf_counter()
         self.loss, self.live = "", sys.stderr.isatty()
+        self.last = (self.started, self.tokens_seen())
         words = text("步", "step")
         self.bar = tqdm(
             total=state.max_steps,
@@ -52,6 +55,7 @@ class Progress(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self.loss = f"loss {logs['loss']:.3f}"
+        self._measure(state)
         if self.live:
             self.bar.set_description_str(self._words(state))
         else:
@@ -59,6 +63,13 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+    def _measure(self, state: Any) -> None:
+        """Speed since the last logged step and memory now, into the history that checkpoints keep."""
+        now, tokens = time.perf_counter(), self.tokens_seen()
+        (then, before), self.last = self.last, (now, tokens)
+        speed = round((tokens - before) / max(now - then, 1e-9), 1)
+        state.log_history[-1].update(tokens_per_second=speed, memory_mb=round(_memory() / 1e6))
 
     def _words(self, state: Any) -> str:
         done, elapsed = state.global_step - self.first_step, time.perf_counter() - self.started
@@ -119,6 +130,12 @@ def _leave_the_terminal() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream)
             os.close(nowhere)
+
+
+def _memory() -> int:
+    """Bytes that this process holds now: on its card where it has one in use, else in main memory."""
+    on_card = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return int(on_card or psutil.Process().memory_info().rss)
 
 
 def clock(seconds: float) -> str:

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 DOORS = ("fine_tuning_practice", "inference", "scripts", "upload_lora_to_hub")
 # A file imports lower layers only; inside one layer, only what stands before it on the same line.
 LAYERS = [
-    ["errors", "helping", "settings", "verbs", "stored", "manifest", "origin", "disk", "versions"],
+    ["errors", "helping", "settings", "verbs", "parameters", "stored", "manifest", "origin", "disk", "versions"],
     ["cards", "probe", "trouble", "machine", "gguf_model", "environment", "embedded", "sources"],
     [
         *(
@@ -47,10 +47,10 @@ LAYERS = [
         ),
     ],
     ["model"],
-    ["pieces", "generate", "talk", "record", "check"],
+    ["curve", "figures", "pieces", "generate", "bare", "talk", "chat", "held_out", "compare", "record", "check"],
     [
         *("doctor.surroundings", "doctor.diagnosis", "doctor.passport"),
-        *("gguf_tokens", "gguf_write", "modelfile", "llama_cpp", "proof", "export"),
+        *("report", "gguf_tokens", "gguf_write", "modelfile", "llama_cpp", "proof", "export"),
         *("hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
     ["watch", "trainer", "preflight", "evaluate", "train", "selftest"],

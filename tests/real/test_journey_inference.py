@@ -170,7 +170,7 @@ def test_a_chat_on_a_terminal_remembers_and_forgets_on_reset_and_ends_with_ctrl_
     terminal = Terminal(tmp_path, "--model-dir", str(trained.folder), *SHORT)
     try:
         terminal.read_until("you> ")
-        for typed, wanted in ((QUESTION, first), (QUESTION, second), ("/reset", ""), (QUESTION, first)):
+        for typed, wanted in ((QUESTION, first), (QUESTION, second), ("/reset", "begun anew"), (QUESTION, first)):
             terminal.type(typed + "\n")
             said = terminal.read_until("you> ")
             assert said.removeprefix(typed).strip() == wanted.strip()

@@ -1,0 +1,147 @@
+"""Base and adapter, or two adapters, side by side: their answers as they are written, and their loss on unseen rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice import generate, held_out
+from lora_practice.artifacts import read_record
+from lora_practice.bare import without_adapter
+from lora_practice.errors import UserError, tell, text, visible
+from lora_practice.generate import Talker
+from lora_practice.machine import Machine
+from lora_practice.talk import SAMPLE_PROMPTS, opening, show
+
+NARROW = 80  # columns; below, answers stand under each other
+
+
+def two_sides(folder: str, other: Optional[str], machine: Machine) -> dict[str, Talker]:
+    """What is compared, by name: the base and the adapter in `folder`, or the adapters in both folders."""
+    talker = generate.load(folder, machine, keep_base=True)
+    if other is None:
+        return {text("底座", "base"): without_adapter(talker), text("微调后", "fine-tuned"): talker}
+    if Path(folder).resolve() == Path(other).resolve():
+        raise UserError(text("两个文件夹是同一个", "both folders are the same one"), other)
+    return {folder: talker, other: generate.load(other, machine, keep_base=True)}
+
+
+def answers(
+    sides: Mapping[str, Talker], prompts: Sequence[str], system: str = "", quiet: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    """Ask everyone every prompt, and show the answers as they come unless `quiet`.
+
+    Returns:
+        One {"prompt", "answers": {name: words}} each.
+    """
+    found = []
+    for prompt in prompts:
+        messages = [*opening(system), {"role": "user", "content": prompt}]
+        if quiet:
+            said = {name: talker.answer(messages, **options) for name, talker in sides.items()}
+        elif sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
+            said = _in_columns(sides, prompt, messages, options)
+        else:
+            said = _stacked(sides, prompt, messages, options)
+        found.append({"prompt": prompt, "answers": said})
+    return found
+
+
+def samples(folder: str, machine: Machine, max_new_tokens: int = 64) -> list[dict[str, str]]:
+    """The four sample prompts answered by base and adapter, as `--run_inference` records them."""
+    base, adapted = two_sides(folder, None, machine).values()
+    names = {"base": base, "adapter": adapted}
+    found = answers(names, SAMPLE_PROMPTS, quiet=True, max_new_tokens=max_new_tokens)
+    return [{"prompt": one["prompt"], **one["answers"]} for one in found]
+
+
+def losses(sides: Mapping[str, Talker], folder: str, other: Optional[str]) -> dict[str, Any]:
+    """{"rows", "loss": {name: nats per token}} on the rows that the run in `folder` held out.
+
+    Raises:
+        UserError: there are none, or `other` may have been trained on them.
+    """
+    record = read_record(Path(folder)) or {}
+    talkers = list(sides.values())
+    rows = held_out.rows_of(record, talkers[-1 if other is None else 0].tokenizer)
+    if other is not None:
+        theirs = (read_record(Path(other)) or {}).get("data") or {}
+        if theirs.get("fingerprint") != record["data"].get("fingerprint"):
+            zh, en = (
+                "它训练用的行不同，可能见过这些留出的行",
+                "it was trained on other rows, and may have seen the held-out ones",
+            )
+            raise UserError(text(zh, en), other)
+    found = {}
+    for name, talker in sides.items():
+        model = talker.model.float() if talker.model.device.type == "cpu" else talker.model
+        if other is None and talker is talkers[0]:
+            with model.disable_adapter():
+                found[name] = held_out.mean_loss(model, rows)
+        else:
+            found[name] = held_out.mean_loss(model, rows)
+    return {"rows": len(rows), "loss": found}
+
+
+def run(
+    folder: str, other: Optional[str], machine: Machine, prompts: Sequence[str], as_json: bool, **options: Any
+) -> None:
+    """The verb: answers, then losses; what cannot be compared is said in a line."""
+    sides = two_sides(folder, other, machine)
+    result: dict[str, Any] = {"answers": answers(sides, prompts or SAMPLE_PROMPTS, quiet=as_json, **options)}
+    try:
+        result["held_out"] = losses(sides, folder, other)
+    except UserError as error:
+        tell(text("没有比较留出数据的损失：", "held-out losses are not compared: ") + str(error))
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+    elif "held_out" in result:
+        rows, each = result["held_out"]["rows"], result["held_out"]["loss"]
+        listed = text("，", ", ").join(f"{name} {loss:.3f}" for name, loss in each.items())
+        print(text(f"留出的 {rows} 行的损失：{listed}", f"loss on {rows} held-out rows: {listed}"))
+
+
+def _stacked(
+    sides: Mapping[str, Talker], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
+) -> dict[str, str]:
+    print(f"> {visible(prompt)}")
+    said = {}
+    for name, talker in sides.items():
+        print(f"[{visible(name)}] ", end="", flush=True)
+        said[name] = talker.answer(messages, on_text=lambda piece: show(visible(piece)), **options)
+        print()
+    print(flush=True)
+    return said
+
+
+def _in_columns(
+    sides: Mapping[str, Talker], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
+) -> dict[str, str]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    console, said = Console(highlight=False), dict.fromkeys(sides, "")
+
+    def table() -> Table:
+        shown = Table(title=Text(f"> {visible(prompt)}"), title_justify="left", expand=True, title_style="bold")
+        for name in sides:
+            shown.add_column(Text(visible(name)), ratio=1, overflow="fold")
+        shown.add_row(*(Text(visible(words)) for words in said.values()))
+        return shown
+
+    with Live(console=console, refresh_per_second=12) as live:
+        for name, talker in sides.items():
+
+            def add(piece: str, name: str = name) -> None:
+                said[name] += piece
+                live.update(table())
+
+            said[name] = talker.answer(messages, on_text=add, **options)
+            live.update(table(), refresh=True)
+    return said

@@ -1,0 +1,151 @@
+"""The report is one safe file that shows what the record holds, and replaces nothing that it did not write."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from bad_inputs.folders import edit, make_base, make_output, write
+
+from fine_tuning_practice import TrainSettings
+from lora_practice import figures, manifest
+from lora_practice import record as records
+from lora_practice import report as reports
+from lora_practice.errors import UserError
+from lora_practice.settings import reasons
+
+EVIL = "<script>alert('x')</script>\x1b[31m</pre>\u202e"
+
+
+def a_record(base: Path) -> dict:
+    """What a small run leaves, with words in it that must not become HTML."""
+    losses = [{"step": i, "loss": 3 - i / 20, "grad_norm": 0.5, "learning_rate": 2e-4} for i in range(1, 31)]
+    return {
+        "status": "finished",
+        "made_by": "lora-finetune-practice",
+        "command": f"python fine_tuning_practice.py --dataset_path {EVIL}",
+        "started_at": "2026-01-01 10:00",
+        "finished_at": "2026-01-01 10:10",
+        "steps": 30,
+        "seconds": 61.2,
+        "tokens_per_second": 90.0,
+        "peak_memory_mb": 950,
+        "losses": losses,
+        "pace": [{"step": i, "tokens_per_second": 90.0, "memory_mb": 900} for i in range(1, 31)],
+        "held_out_loss": {"before": 2.9, "after": 2.1},
+        "settings": {"learning_rate": 1e-3, "lora_r": 6, "output_dir": "secret-place", "model_name": "a"},
+        "model": {"kind": "folder", "name": str(base), "path": str(base), "hub_id": None, "revision": None, "note": ""},
+        "data": {"kind": "file", "name": EVIL, "rows_trained": 3, "tokens": 30, "trained_tokens": 9, "rows_held_out": 1}
+        | {"rows_lost": {}, "bad_rows_skipped": {}, "first_row": EVIL, "fingerprint": "00ff", "note": ""},
+        "machine": {"device": "cpu", "precision": "fp32", "gpu": "", "cpu": "a CPU", "cores": 2, "system": "Linux"},
+        "versions": {"python": "3.11", "torch": "2.13.0"},
+        "samples": [{"prompt": EVIL, "base": EVIL, "adapter": "fine"}],
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("reported")
+    base = make_base(place / "base")
+    folder = make_output(place / "out", base)
+    record = a_record(base)
+    manifest.write_whole(folder / "README.md", records.card(record))
+    record["files"] = {"README.md": manifest.sha256(folder / "README.md")}
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def report(folder: Path) -> str:
+    """Write it; the page without plotly's compressed code."""
+    page, _ = reports.write(folder, reasons(TrainSettings))
+    return re.sub(r'(<script id="plotly"[^>]*>)[^<]*', r"\1", page.read_text("utf-8"))
+
+
+def test_words_from_data_never_become_html_or_steer_anything(folder):
+    page = report(folder)
+    assert "<script>alert" not in page and "\x1b" not in page and "\u202e" not in page
+    assert "&lt;script&gt;alert" in page
+    assert page.count("<script") == 3
+
+
+def test_nothing_is_asked_of_any_address(folder):
+    page = report(folder)
+    assert not re.search(r"""(src|href|url|@import)\s*[=(:]\s*["']?\s*(https?:)?//""", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_page_shows_what_the_record_holds(folder):
+    page = report(folder)
+    for words in ("2.900 → 2.100", "61 s", "950 MB", "0.001", "ten times that of full", "pip install torch==2.13.0"):
+        assert words in page, words
+    drawn = json.loads(re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, flags=re.S).group(1))
+    assert set(drawn) == {"loss", "layers", "small0", "small1", "small2", "small3"}
+    assert drawn["loss"]["data"][0]["y"] == pytest.approx([3 - i / 20 for i in range(1, 31)])
+    assert drawn["loss"]["data"][2]["y"] == [2.9, 2.1]
+    assert "secret-place" not in page
+    for file in ("adapter_model.safetensors", "tokenizer.json", "run_record.json"):
+        assert file in page
+
+
+def test_each_language_has_its_own_words(folder, monkeypatch):
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    chinese = report(folder)
+    assert (
+        'lang="zh-CN"' in chinese and "前后的回答" in chinese and "怎样重现" in chinese and "LoRA 的学习率" in chinese
+    )
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    assert not re.search(r"[\u4e00-\u9fff]", report(folder))
+
+
+def test_a_loss_that_is_no_number_leaves_a_gap_and_is_said(folder):
+    losses = json.loads((folder / "run_record.json").read_text("utf-8"))["losses"]
+    losses[11]["loss"] = float("nan")
+    edit("run_record.json", losses=losses)(folder)
+    page = report(folder)
+    assert "At step 12 the loss is no number any more" in page and "NaN" not in page
+
+
+def test_the_curves_go_into_the_card_that_the_run_wrote(folder):
+    report(folder)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "![training curves](curves.png)" in (folder / "README.md").read_text("utf-8")
+    report(folder)  # again: once is enough
+    assert (folder / "README.md").read_text("utf-8").count("curves.png") == 1
+    assert reports.judge(folder).findings == [] and not any(one.changed for one in reports.judge(folder).items)
+
+
+def test_a_card_that_someone_edited_stays_as_it_is(folder):
+    write("README.md", b"# mine\n")(folder)
+    report(folder)
+    assert (folder / "README.md").read_text("utf-8") == "# mine\n"
+
+
+@pytest.mark.parametrize("name", ["report.html", "curves.png"])
+def test_what_a_report_did_not_write_is_not_replaced(folder, name):
+    write(name, b"someone's work")(folder)
+    before = {one.name: one.read_bytes() for one in folder.iterdir()}
+    with pytest.raises(UserError, match=name):
+        report(folder)
+    assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(folder):
+    edit("run_record.json", losses=[])(folder)
+    with pytest.raises(UserError, match="no run is recorded here"):
+        report(folder)
+
+
+def test_held_out_losses_come_from_before_during_and_after(folder):
+    record = {"steps": 20, "held_out_loss": {"before": 3.0, "after": 2.0}, "losses": [{"step": 10, "loss": 2.2}]}
+    record["evaluations"] = [{"step": 0, "loss": 3.01}, {"step": 10, "loss": 2.5}]
+    assert figures.held_out_points(record) == [(0, 3.01), (10, 2.5), (20, 2.0)]
+    assert figures.held_out_points({**record, "best_step": 10}) == [(0, 3.01), (10, 2.5)]
+    assert figures.points_of(record, "loss") == [(10, 2.2)]

@@ -1,0 +1,92 @@
+"""`compare` and `chat` on a real run: the losses that the run measured, its answers, on a pipe and a terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from journey_harness import environment, refused, run, succeeded
+
+CLI = ("-m", "lora_practice.cli")
+QUESTION = "My printer is not printing."
+
+
+def test_the_losses_are_those_that_the_run_measured_and_answers_differ(trained, tmp_path):
+    words = (*CLI, "compare", str(trained.folder), "--prompt", QUESTION, "--max-new-tokens", "12", "--json")
+    found = json.loads(succeeded(run(tmp_path, *words)).stdout)
+    held_out, recorded = found["held_out"], trained.record["held_out_loss"]
+    assert held_out["rows"] == 4
+    assert held_out["loss"]["base"] == pytest.approx(recorded["before"], abs=2e-3)
+    assert held_out["loss"]["fine-tuned"] == pytest.approx(recorded["after"], abs=2e-3)
+    answers = found["answers"][0]["answers"]
+    sample = next(one for one in trained.record["samples"] if one["prompt"] == QUESTION)
+    assert sample["base"].startswith(answers["base"].strip()[:20])
+    assert sample["adapter"].startswith(answers["fine-tuned"].strip()[:20])
+
+
+def test_two_folders_are_compared_and_data_that_changed_is_said(trained, copied, tmp_path):
+    record = json.loads((copied / "run_record.json").read_text("utf-8"))
+    record["data"]["fingerprint"] = "0" * 64
+    (copied / "run_record.json").write_text(json.dumps(record), "utf-8")
+    words = ("--prompt", QUESTION, "--max-new-tokens", "6")
+    done = succeeded(run(tmp_path, *CLI, "compare", str(trained.folder), "copy", *words))
+    first, second = (line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("["))
+    assert first == second
+    assert "may have seen the held-out ones" in done.stderr
+    done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
+    assert "the data is not what it was" in done.stderr
+    refused(run(tmp_path, *CLI, "compare", "copy", "copy"), "both folders are the same one")
+
+
+def test_a_piped_chat_answers_each_line_and_hears_the_base(trained, tmp_path):
+    lines = f"{QUESTION}\n/reset\n/adapter off\n{QUESTION}\n/save kept.jsonl\n"
+    command = [sys.executable, *CLI, "chat", str(trained.folder), "--max-new-tokens", "12"]
+    options: dict = {"input": lines, "capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path / "home"), **options)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "\x1b" not in done.stdout
+    adapted, bare = (line.strip() for line in done.stdout.splitlines() if line.strip())
+    sample = next(one for one in trained.record["samples"] if one["prompt"] == QUESTION)
+    assert sample["adapter"].strip().startswith(adapted[:20]) and sample["base"].strip().startswith(bare[:20])
+    assert json.loads((tmp_path / "kept.jsonl").read_text("utf-8"))["messages"][0]["content"] == QUESTION
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or sys.platform == "win32", reason="no pseudo-terminals here")
+def test_a_chat_on_a_real_terminal_edits_breaks_lines_stops_an_answer_and_ends(trained, tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    command = [*CLI, "chat", str(trained.folder), "--max-new-tokens", "60"]
+    env = environment(tmp_path / "home", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+    terminal = pexpect.spawn(sys.executable, command, cwd=str(tmp_path), env=env, encoding="utf-8", timeout=120)
+    terminal.expect("/save FILE")
+    terminal.expect("you> ")
+    terminal.send("first line\x1b\rsecond line\r")
+    terminal.expect("you> ")
+    terminal.send("/adapter off\r")
+    terminal.expect("the base answers now")
+    terminal.expect("base.*> ")
+    terminal.send("/save kept.jsonl\r")
+    terminal.expect("kept in kept.jsonl")
+    terminal.send("half a quest\x03")  # drops the line, not the chat
+    terminal.send("/exit\r")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    assert (
+        json.loads((tmp_path / "kept.jsonl").read_text("utf-8"))["messages"][0]["content"] == "first line\nsecond line"
+    )
+    assert "+first line" in Path(environment(tmp_path / "home")["LORA_PRACTICE_CACHE"], "chat_history").read_text(
+        "utf-8"
+    )
+
+
+def test_report_can_make_the_answers_afterwards(copied):
+    record = json.loads((copied / "run_record.json").read_text("utf-8"))
+    before = record.pop("samples")
+    (copied / "run_record.json").write_text(json.dumps(record), "utf-8")
+    succeeded(run(copied.parent, *CLI, "report", "copy", "--answers"))
+    after = json.loads((copied / "run_record.json").read_text("utf-8"))["samples"]
+    assert after == before
+    assert before[1]["adapter"].strip()[:20] in (copied / "report.html").read_text("utf-8").replace("&#39;", "'")
