@@ -53,6 +53,25 @@ class UserError(Exception):
         return f"{place}{self.what}{cure}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a card or on the CPU, whichever library says so. Loads no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch.cuda's
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+    return isinstance(error, (RuntimeError, ImportError)) and any(word in str(error) for word in words)
+
+
+def _users_error(error: BaseException) -> UserError | None:
+    """An error of the system that a user can mend, as one; None for any other."""
+    if out_of_memory(error):
+        return UserError(text("内存不够", "out of memory"), fix=text("关掉别的程序", "close other programs"))
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
+        return UserError(error.strerror or "", str(error.filename)[:200])
+    return None
+
+
 def visible(words: str) -> str:
     """The same words with control characters spelt out, "\\x1b" for ESC; line breaks and tabs stay."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), words)
@@ -79,10 +98,11 @@ def door(main: Callable[..., int | None]) -> Callable[..., None]:
         except UserError as error:
             tell(f"{text('错误：', 'Error: ')}{error}")
             code = EXIT_USER_ERROR
-        except OSError as error:
-            if error.errno not in _UNREACHABLE or error.filename is None:
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:  # short of memory, a library may not load
+            told = _users_error(error)
+            if told is None:
                 raise
-            tell(f"{text('错误：', 'Error: ')}{UserError(error.strerror or '', str(error.filename)[:200])}")
+            tell(f"{text('错误：', 'Error: ')}{told}")
             code = EXIT_USER_ERROR
         except KeyboardInterrupt:
             tell(text("已中断。", "Interrupted."))
