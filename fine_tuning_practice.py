@@ -197,6 +197,11 @@ class TrainSettings:
         choices=("auto", "on", "off"),
         bare="on",
     )
+    allow_shorter: bool = setting(
+        False,
+        "一行都放不下时，允许缩短 max_length",
+        "where not even one row fits, max_length may be lowered",
+    )
     # 记录 / records
     logging_steps: int = setting(10, "每几步记一次 loss", "steps between logged losses", minimum=1, maximum=10**8)
     save_strategy: str = setting(
@@ -283,6 +288,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     model.check_vocabulary(lora, tokenizer, base.name)
     engine = train.build_engine(lora, settings, machine)
     trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
+    given = list(sys.argv[1:] if argv is None else argv)
+    while shorter := train.find_room(trainer, settings.allow_shorter):
+        settings.max_length, given = shorter, [*given, "--max_length", str(shorter)]
+        rows = prepare(data, subset, tokenizer, settings)
+        trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
     downloaded = preflight.fetched_mb(base, started) + preflight.fetched_mb(data, started)
     plan = preflight.estimate(trainer, base, train.steps_of(trainer), settings, rows.held_out, downloaded)
     tell(train.announce(machine, base, data, rows, trainer, plan))
@@ -290,7 +300,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         tell(preflight.said(plan, trainer, settings, machine))
         return 0
 
-    notes = record.opening(settings, machine, base, data, rows, sys.argv[1:] if argv is None else argv)
+    notes = record.opening(settings, machine, base, data, rows, given)
     notes["estimate"] = plan.record()
     folder.begin(notes)
     notes.update(train.run(trainer, rows.held_out, settings))

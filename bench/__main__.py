@@ -85,7 +85,8 @@ def parse() -> argparse.Namespace:
 
 def card_or_cpu() -> str:
     """ "cuda" where a run of this project would choose the card."""
-    from lora_practice.machine import decide, look
+    from lora_practice.machine import decide
+    from lora_practice.probe import look
 
     return decide(look()).device
 

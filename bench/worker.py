@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -60,8 +62,10 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
 
     from fine_tuning_practice import TrainSettings
     from lora_practice import embedded, fast, model, versions
+    from lora_practice.artifacts import OutputFolder
     from lora_practice.data.batches import Collator
     from lora_practice.sources import Source
+    from lora_practice.train import set_guard
     from lora_practice.trainer import PracticeTrainer
 
     variant, folder = SimpleNamespace(**spec["variant"]), embedded.model_dir()
@@ -112,6 +116,10 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     if ours:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[variant.dtype]
         trainer.engine = fast.build(trainer.model.to(spec["device"]), dtype, seed=42, **variant.engine)
+        trainer.folder = OutputFolder(Path(spec["scratch"]))
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        planned = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=window // batch)
+        set_guard(trainer, SimpleNamespace(longest=max(lengths), tokens=sum(lengths)), planned, variant.dtype)
     return trainer, trainer.engine if ours else None
 
 

@@ -33,9 +33,13 @@ class OutputFolder:
 
     def __init__(self, path: Path, replace: bool = False, resumed: Optional[dict[str, Any]] = None) -> None:
         self.path, self.replace = path, replace
+        self._record: dict[str, Any] = {}  # as last written
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
         self._replaced = _kept_aside(path, self.resumed.get("replaces"))
+        # what happened up to the checkpoint that is resumed; what came later will come again, if it must
+        at = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+        self.events: list[dict[str, Any]] = [one for one in self.resumed.get("events", []) if one["step"] <= at]
 
     @classmethod
     def claim(cls, output_dir: str, resume: bool, overwrite: bool, settings: dict[str, Any]) -> OutputFolder:
@@ -104,8 +108,16 @@ class OutputFolder:
             record["replaces"] = str(self._replaced)
         self.write_record({**record, "status": "running"})
 
+    def note(self, kind: str, step: int, said: str, regime: dict[str, Any]) -> None:
+        """Add to the record what happened after `step` whole steps, and the regime from there on (see ladder.py)."""
+        self.events.append({"step": step, "kind": kind, "said": said, "regime": regime})
+        if self._record:
+            self.write_record(self._record)
+
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write run_record.json whole; a token that stands in a command or in the data is left out."""
+        """Write run_record.json whole, with the events so far, without a token that stands in a command or the data."""
+        self._record = record
+        record = {**record, "events": self.events}
         content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
         with explained(self.path, len(content), text("再运行一次", "run it again")):
             manifest.write_whole(self.path / RECORD, content)

@@ -7,7 +7,6 @@ inside it. What it returns is the exit code (None is 0); a user's mistake is a U
 # annotations stay objects here: on Python 3.9 typer finds no Annotated in a string
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer

@@ -75,6 +75,25 @@ def at_home(path: str) -> Path:
         return Path(path)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a card or on the CPU, whichever library says so. Loads no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch.cuda's
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+    return isinstance(error, (RuntimeError, ImportError)) and any(word in str(error) for word in words)
+
+
+def _users_error(error: BaseException) -> UserError | None:
+    """An error of the system that a user can mend, as one; None for any other."""
+    if out_of_memory(error):
+        return UserError(text("内存不够", "out of memory"), fix=text("关掉别的程序", "close other programs"))
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
+        return UserError(error.strerror or "", str(error.filename)[:200])
+    return None
+
+
 def visible(words: str) -> str:
     """The same words with control characters spelt out, "\\x1b" for ESC; line breaks and tabs stay."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), words)
@@ -108,14 +127,11 @@ def door(main: Callable[..., int | None]) -> Callable[..., None]:
         except UserError as error:
             tell(f"{text('错误：', 'Error: ')}{error}")
             code = EXIT_USER_ERROR
-        except OSError as error:
-            code = EXIT_USER_ERROR
-            if error.errno in _UNREACHABLE and error.filename is not None:
-                tell(f"{text('错误：', 'Error: ')}{UserError(error.strerror or '', str(error.filename)[:200])}")
-            else:
-                code = _unexpected(error)
         except Exception as error:
-            code = _unexpected(error)
+            told = _users_error(error)
+            if told is not None:
+                tell(f"{text('错误：', 'Error: ')}{told}")
+            code = EXIT_USER_ERROR if told is not None else _unexpected(error)
         except KeyboardInterrupt:
             tell(text("已中断。", "Interrupted."))
             code = 130

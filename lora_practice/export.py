@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_practice import adapter, gguf_tokens, gguf_write, llama_cpp, proof, versions
+from lora_practice import adapter, adapter_config, gguf_tokens, gguf_write, llama_cpp, proof, versions
 from lora_practice.disk import free_disk_check
 from lora_practice.errors import UserError, tell, text
 from lora_practice.generate import find_base, stop_ids, tokenizer_for, with_adapter
@@ -137,7 +137,7 @@ def _write_gguf(folder: Path, target: Path, kinds: Sequence[str], config: dict[s
     fields = _token_fields(merged, merged)
     for kind in kinds:
         gguf_write.write_model(merged, fields, kind, target / f"{MERGED}-{kind}.gguf")
-    problem = gguf_write.adapter_problem(adapter.read_config(folder))
+    problem = gguf_write.adapter_problem(adapter_config.read_config(folder))
     if problem:
         tell(text(f"没有写 adapter.gguf：{problem}", f"adapter.gguf is left out: {problem}"))
     else:

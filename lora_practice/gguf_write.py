@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_practice import adapter
+from lora_practice import adapter, adapter_config
 from lora_practice.errors import UserError, text
 
 KINDS = ("f16", "q8_0")
@@ -96,7 +96,7 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
     import gguf
     from safetensors.numpy import load_file
 
-    lora = adapter.read_config(folder)
+    lora = adapter_config.read_config(folder)
     problem = adapter_problem(lora)
     if problem:
         raise UserError(problem, str(folder / adapter.CONFIG))

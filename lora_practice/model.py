@@ -127,9 +127,32 @@ def add_lora(model: Any, settings: Any, base: Source) -> Any:
     model.config.use_cache = False  # training never reads the key-value cache
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name if base.kind == "hub" else str(base.path)
-    not_fp32 = [n for n, p in adapted.named_parameters() if p.requires_grad and str(p.dtype) != "torch.float32"]
-    assert not not_fp32, f"trainable tensors must be fp32: {not_fp32[:3]}"
+    keep_trained_in_fp32(adapted)
     return adapted
+
+
+def keep_trained_in_fp32(adapted: Any) -> None:
+    """Half-precision tensors cannot be trained: small updates round away, and fp16's scaler refuses them.
+
+    Ours, the LoRA weights, are put into fp32 (no value changes by that) and named.
+
+    Raises:
+        UserError: another tensor is trainable and not fp32; what it is to be is its owner's decision.
+    """
+    import torch
+
+    narrow = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    for name, parameter in narrow:
+        dtype = str(parameter.dtype).replace("torch.", "")
+        if "lora_" not in name or not parameter.is_floating_point():
+            raise UserError(
+                text(f"要训练的 {name} 是 {dtype}，不是 fp32", f"{name} is to be trained but is {dtype}, not fp32"),
+                fix=text("训练前转成 float32，或不训练它", "make it float32 first, or do not train it"),
+            )
+        parameter.data = parameter.data.float()
+    if narrow:
+        name, count = narrow[0][0], len(narrow)
+        tell(text(f"{count} 个 LoRA 张量转成了 fp32，如 {name}", f"{count} LoRA tensors put into fp32, such as {name}"))
 
 
 def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any) -> Any:

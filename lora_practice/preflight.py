@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_practice import embedded
+from lora_practice.data.batches import split
 from lora_practice.data.examples import Examples
 from lora_practice.errors import text
 from lora_practice.helping import columns
@@ -83,8 +84,9 @@ def probe(trainer: PracticeTrainer, rows: Sequence[int]) -> float:
         if trainer.engine is not None:
             trainer.engine.step_loss_and_backward([part for batch in batches for part in batch["parts"]])
         else:
-            for batch in batches:
-                batch.pop("parts")
+            for batch in (
+                portion for whole in batches for portion in split(_without_parts(whole), trainer.regime.rows)
+            ):
                 with trainer.accelerator.autocast():
                     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=1)
                 loss.backward()
@@ -170,6 +172,10 @@ def _bf16(plan: Estimate, machine: Machine) -> str:
         f"矩阵乘法在这台机器上快 {ratio:.1f} 倍（刚测的）",
         f"matrix products are {ratio:.1f} times as fast here (measured now)",
     )
+
+
+def _without_parts(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: values for name, values in batch.items() if name != "parts"}
 
 
 def _update_copy(trainer: PracticeTrainer, parameters: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ _TEXTS, _OBJECTS = (
     ("status", "command", "finished_at", "replaces"),
     ("model", "data", "settings", "machine", "versions"),
 )
-_LISTS, _NAMES = ("losses", "samples"), ("kind", "name", "path", "hub_id", "revision", "note")
+_LISTS, _NAMES = ("losses", "samples", "events"), ("kind", "name", "path", "hub_id", "revision", "note")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -89,6 +89,10 @@ def _misfit(record: dict[str, Any]) -> str:
         if part in ("model", "data") and isinstance(one, dict)
         for name in _NAMES
     ]
+    events = record.get("events")
+    for one in events if isinstance(events, list) else []:
+        event = one if isinstance(one, dict) else {}
+        wanted += [("events.step", event.get("step", ""), int), ("events.regime", event.get("regime", ""), dict)]
     for name, value, kind in wanted:
         if value is not None and not isinstance(value, kind):
             return text(f"{name} 的类型不对", f"{name} is of the wrong kind")

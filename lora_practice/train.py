@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -19,6 +20,8 @@ from lora_practice.data.prepare import Rows
 from lora_practice.data.tokens import Example
 from lora_practice.errors import UserError, tell, text
 from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, perplexity, take_best
+from lora_practice.guard import Guard
+from lora_practice.ladder import Load, Regime, TooLong, bytes_per_token
 from lora_practice.machine import Machine, peak_memory
 from lora_practice.preflight import Estimate
 from lora_practice.sources import Source
@@ -38,8 +41,7 @@ def build_trainer(
     folder: OutputFolder,
 ) -> PracticeTrainer:
     """A trainer that is ready to run. `settings` holds TrainSettings' fields; no file is written here."""
-    longest = settings.max_length if settings.packing else examples.longest
-    checkpointing = engine is None and needs_checkpointing(model, longest, settings, machine)
+    checkpointing = settings.gradient_checkpointing == "on"
     rows = packed_dataset(examples, settings.max_length) if settings.packing else examples.dataset()
     arguments = versions.sft_config(
         output_dir=str(folder.path),
@@ -59,7 +61,7 @@ def build_trainer(
         bf16=machine.precision == "bf16",
         fp16=machine.precision == "fp16",
         use_cpu=machine.device == "cpu",  # never MPS
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing and engine is None,
         seed=settings.seed,
         max_length=settings.max_length,
         report_to=settings.report_to,
@@ -84,7 +86,25 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen))
     trainer.engine = engine
+    set_guard(trainer, examples, settings, machine.precision)
     return trainer
+
+
+def set_guard(trainer: PracticeTrainer, examples: Examples, settings: Any, precision: str) -> None:
+    """Begin as planned, or as the run that is resumed went on."""
+    fast_path, checkpointing = trainer.engine is not None, settings.gradient_checkpointing
+    batch = settings.per_device_train_batch_size
+    tokens = trainer.engine.token_budget if trainer.engine else 0
+    trainer.regime = Regime(precision, batch, tokens, checkpointing == "on" and not fast_path)
+    longest = settings.max_length if settings.packing and not fast_path else examples.longest
+    window = (settings.max_length if settings.packing else longest) * batch * settings.gradient_accumulation_steps
+    load = Load(fast_path, longest, min(window, max(longest, examples.tokens)), checkpointing != "off")
+    trainer.guard = Guard(trainer, load)
+    before = trainer.folder.events[-1]["regime"] if trainer.folder.events else {}
+    planned = {**vars(trainer.regime), "checkpointing": checkpointing == "on"}
+    wanted = Regime(**{name: before.get(name, value) for name, value in planned.items()})
+    trainer.guard.precision = wanted.precision  # taken with the first step
+    trainer.take(replace(wanted, precision=precision))
 
 
 def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.Engine]:
@@ -99,8 +119,6 @@ def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.E
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise fast.NotServed("several processes")
-        if settings.gradient_checkpointing == "on":
-            raise fast.NotServed("gradient_checkpointing")  # it bounds its memory by computing in small batches
         return fast.build(model.to(machine.device), dtype, seed=settings.seed)
     except fast.NotServed as missing:
         what = text(f"快速路径不支持：{missing.reason}", f"not served by the fast path: {missing.reason}")
@@ -203,36 +221,21 @@ def steps_of(trainer: PracticeTrainer) -> int:
     """Optimizer steps of the whole run."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
-    return math.ceil(_steps_per_epoch(trainer) * trainer.args.num_train_epochs)
+    an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(an_epoch * trainer.args.num_train_epochs)
 
 
-def _steps_per_epoch(trainer: PracticeTrainer) -> int:
-    return math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-
-
-def needs_checkpointing(model: Any, longest: int, settings: Any, machine: Machine) -> bool:
-    """`gradient_checkpointing`: "on", "off", or by what a step on the longest rows would take.
-
-    Per token a layer keeps about 30 times its hidden size for the backward, and the head three copies of the
-    logits (measured on SmolLM2-135M with PEFT: 2 MB a token in fp32). Half of the free memory is the limit.
-    """
-    if settings.gradient_checkpointing != "auto":
-        return settings.gradient_checkpointing == "on"
-    config = model.config
-    tokens = longest * settings.per_device_train_batch_size
-    width = 2 if machine.precision in ("fp16", "bf16") else 4
-    layers = config.num_hidden_layers * config.hidden_size * 30 * width
-    needed = tokens * (layers + config.vocab_size * 3 * 4)
-    free = machine.facts.gpu_memory if machine.device == "cuda" else machine.facts.memory
-    if free and needed > free / 2:
-        tell(
-            text(
-                f"内存紧：打开 gradient_checkpointing（要 {needed / 1e9:.1f} GB，空闲 {free / 1e9:.1f} GB）",
-                f"memory is short: gradient_checkpointing on ({needed / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free)",
-            )
-        )
-        return True
-    return False
+def find_room(trainer: PracticeTrainer, may_shorten: bool = False) -> int:
+    """The guard's dry run. Returns 0, or with `may_shorten` the `max_length` to begin anew with, instead of TooLong."""
+    try:
+        trainer.guard.find_room(bytes_per_token(trainer.model.config, trainer.regime.precision))
+    except TooLong as error:
+        if not (may_shorten and error.max_length):
+            raise
+        tell(said := text("内存放不下最长的一行", "no memory for the longest row") + f": max_length {error.max_length}")
+        trainer.folder.note("memory", 0, said, vars(trainer.regime))
+        return error.max_length
+    return 0
 
 
 def packed_dataset(examples: Examples, max_length: int) -> Any:

@@ -1,16 +1,24 @@
-"""TRL's trainer with three changes: the fast engine may compute a step, checkpoints are whole, no Hub."""
+"""TRL's trainer with four changes: the fast engine may compute a step, under a guard; checkpoints are whole; no Hub."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from trl import SFTTrainer
 
-from lora_practice import adapter
+from lora_practice import adapter, fast
 from lora_practice.artifacts import OutputFolder
-from lora_practice.fast import Engine
+from lora_practice.data.batches import split
+from lora_practice.errors import out_of_memory
+from lora_practice.guard import Guard, random_state, set_random_state
+from lora_practice.ladder import Regime
+
+_TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 
 
 class PracticeTrainer(SFTTrainer):
@@ -19,37 +27,120 @@ class PracticeTrainer(SFTTrainer):
     model: Any
     processing_class: Any
     folder: OutputFolder
-    engine: Optional[Engine] = None
+    regime: Regime
+    guard: Guard
+    engine: Optional[fast.Engine] = None
     keep_checkpoints: Optional[int] = None
     tokens_seen = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._window: list[tuple[list[int], list[int]]] = []
+        self._window: list[tuple[Any, list[tuple[list[int], list[int]]]]] = []
+        self._trainable: Optional[list[torch.nn.Parameter]] = None
         self._staging: Optional[Path] = None
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch, plain; or, on the last one of an optimizer step, all of them at once by the engine.
+        """Nothing on a micro-batch; on the last one of an optimizer step all of them, under the guard's eyes.
 
         The loss of a step is a sum over its tokens divided once by their number, so computing its micro-batches
-        together changes nothing but rounding and the dropout masks' random numbers.
+        together, or in other portions, changes nothing but rounding and the dropout masks' random numbers.
         """
         parts = inputs.pop("parts")
         self.tokens_seen += sum(len(ids) for ids, _ in parts)
-        if self.engine is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:  # walks thousands of modules, so not on every micro-batch
-            model.train()
-        self._window += parts
+        self._window.append((inputs, parts))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         window, self._window = self._window, []
+        return self.guard.step(model, window, num_items_in_batch)
+
+    def compute(self, model: Any, window: Sequence[Any], items: Any) -> torch.Tensor:
+        """The loss of these micro-batches, (inputs, parts) each, its gradients added to .grad, in this regime."""
+        total = torch.zeros((), device=self.args.device)
+        if self.engine is None:
+            for inputs, _ in window:
+                # without the window's number of tokens the loss is a mean of means: in other portions another one
+                portions = [inputs] if items is None else split(inputs, self.regime.rows)
+                for portion in portions:
+                    total = total + super().training_step(model, dict(portion), items)
+            return total
+        if not model.training:  # walks thousands of modules, so not on every micro-batch
+            model.train()
         self.engine.step = self.state.global_step  # dropout masks are a function of it: a resumed run goes on exactly
         scaler = self.accelerator.scaler
         one = torch.ones((), device=self.args.device)
         scale = 1.0 if scaler is None else float(scaler.scale(one))
-        items = None if num_items_in_batch is None else int(num_items_in_batch)
-        return one * self.engine.step_loss_and_backward(window, items, scale)
+        examples = [part for _, parts in window for part in parts]
+        return one * self.engine.step_loss_and_backward(examples, None if items is None else int(items), scale)
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The tensors that are trained, in the model's order."""
+        if self._trainable is None:
+            self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        return self._trainable
+
+    def take(self, regime: Regime) -> None:
+        """Compute in this regime from here on (its precision: see `widen`)."""
+        if self.engine is not None:
+            self.engine.bound(regime.tokens, regime.checkpointing)
+        elif regime.checkpointing and not self.regime.checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.regime.checkpointing and not regime.checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.regime = regime
+
+    def widen(self) -> None:
+        """Compute in fp32 from here on. The trained tensors are fp32 already and stay the optimizer's own."""
+        if self.engine is not None:
+            old, self.engine = self.engine, None
+            old.close()
+            self.model.float()
+            self.engine = fast.build(self.model, torch.float32, old.seed, old.token_budget, old.share_prefix)
+            self.engine.bound(old.token_budget, old.checkpointing)
+        else:
+            self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # no autocast any more
+            self.model.float()
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # fp32 needs none; a scale of 1 that never grows is none
+            scaler.scale(torch.ones((), device=self.args.device))  # it begins to exist with its first use
+            scaler.update(1.0)
+            scaler.set_growth_interval(1 << 30)
+        self.regime = replace(self.regime, precision="fp32")
+
+    def dry_run(self, regime: Regime, lengths: Sequence[int]) -> bool:
+        """Forward and backward of rows of these lengths, then everything as before; False if memory ran out."""
+        self.take(regime)
+        counters = {name: copy.deepcopy(vars(self)[name]) for name in _TRL_COUNTERS if name in vars(self)}
+        before = random_state()
+        some = cast(Any, self.train_dataset)[0]["input_ids"]
+        rows = [(some * (n // len(some) + 1))[:n] for n in lengths]
+        try:
+            self._dry_step([{"input_ids": ids, "labels": ids, "lengths": [len(ids)]} for ids in rows])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        finally:
+            for parameter in self.trainable:
+                parameter.grad = None
+            vars(self).update(counters)
+            set_random_state(before)
+        return True
+
+    def _dry_step(self, rows: list[dict[str, Any]]) -> None:
+        inputs = self.data_collator(rows)
+        parts = inputs.pop("parts")
+        if self.engine is not None:
+            share, self.engine.share_prefix = self.engine.share_prefix, False
+            self.engine.bound(sum(len(ids) for ids, _ in parts), self.regime.checkpointing)
+            try:
+                self.engine.step_loss_and_backward(parts)
+            finally:
+                self.engine.share_prefix = share
+            return
+        self.current_gradient_accumulation_steps = 1
+        with self.accelerator.autocast():
+            super().training_step(self.model, inputs, torch.tensor(sum(len(ids) for ids, _ in parts)))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: counting them takes longer than it tells, and TRL's count is that of full fine-tuning."""

@@ -61,6 +61,21 @@ class Collator:
         return batch
 
 
+def split(inputs: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
+    """The same batch in portions of at most `rows` rows, each padded to its own longest."""
+    count = len(inputs["input_ids"])
+    if count <= rows:
+        return [inputs]
+    portions = []
+    for first in range(0, count, rows):
+        portion = {name: values[first : first + rows] for name, values in inputs.items()}
+        if portion["attention_mask"].dim() == 2:
+            longest = int(portion["attention_mask"].sum(1).max())
+            portion = {name: values[:, :longest] for name, values in portion.items()}
+        portions.append(portion)
+    return portions
+
+
 def _parts(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     ids, labels, start, parts = row["input_ids"], row["labels"], 0, []
     for length in row.get("lengths") or [len(ids)]:

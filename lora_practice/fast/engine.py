@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 
 from . import native
-from .layer import Pass, Saved
+from .layer import Pass
 from .linear import LoraWeights
 from .loss import head_loss
 from .noise import Noise
@@ -64,9 +64,14 @@ class Engine:
     ) -> None:
         self.weights, self.dtype, self.ops = weights, dtype, ops
         self.seed, self.step = seed, 0
-        self.token_budget, self.share_prefix = token_budget, share_prefix
-        self.space = Space(token_budget + ROW_STEP)
+        self.share_prefix = share_prefix
+        self.bound(token_budget)
         self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups])
+
+    def bound(self, token_budget: int, checkpointing: bool = False) -> None:
+        """Between steps: rows computed at once; with `checkpointing` layers keep a tenth and compute forward twice."""
+        self.token_budget, self.checkpointing = token_budget, checkpointing
+        self.space = Space(token_budget + ROW_STEP)
 
     @torch.no_grad()
     def step_loss_and_backward(
@@ -152,14 +157,18 @@ class Engine:
         return total, d_h
 
     def _forward_backward(self, plan: Plan, noise: Optional[Noise], scale: float) -> float:
-        now = self._pass(plan, noise)
-        saved: list[Saved] = []
+        now = self._pass(plan, noise, backward=not self.checkpointing)  # checkpointing: layers share their buffers
+        saved: list[Any] = []  # a Saved for each layer; with checkpointing only its input, (n, K) wide
         h = self._embed(now.plan)
         for layer in self.weights.layers:
+            below = h.clone() if self.checkpointing else None
             h, kept = layer.forward(h, now)
-            saved.append(kept)
+            saved.append(kept if below is None else below)
         total, d_h = self._loss(h, now, scale)
         assert d_h is not None
         for index in range(len(saved) - 1, -1, -1):
-            d_h = self.weights.layers[index].backward(d_h, saved.pop(), now, need_d_h=index > 0)
+            layer, kept = self.weights.layers[index], saved.pop()
+            if self.checkpointing:  # bit for bit the same: masks are functions, not streams
+                kept = layer.forward(kept, now)[1]
+            d_h = layer.backward(d_h, kept, now, need_d_h=index > 0)
         return total

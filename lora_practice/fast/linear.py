@@ -118,6 +118,8 @@ class LoraWeights:
 
     def take(self, keep_rate: float) -> None:
         """Copy the present A and c B of PEFT's parameters into the groups; keep_rate = 1 - p of this step."""
+        for group in self.groups:
+            group.gradients = None  # of a step that was broken off
         torch._foreach_copy_([g.down[s.ranks] for g, s in self.pairs], [s.a.detach() for _, s in self.pairs])
         scaled = torch._foreach_mul([s.b.detach() for _, s in self.pairs], self._factors(keep_rate))
         torch._foreach_copy_([g.up(s) for g, s in self.pairs], scaled)

@@ -135,8 +135,8 @@ def _no_permutation(monkeypatch) -> None:
 
 
 def _no_scale(monkeypatch) -> None:
-    right = gguf_write.adapter.read_config
-    monkeypatch.setattr(gguf_write.adapter, "read_config", lambda folder: {**right(folder), "lora_alpha": 0.001})
+    right = gguf_write.adapter_config.read_config
+    monkeypatch.setattr(gguf_write.adapter_config, "read_config", lambda folder: {**right(folder), "lora_alpha": 0.001})
 
 
 @NO_LLAMA

@@ -139,3 +139,19 @@ def test_the_base_is_held_once_and_given_back():
     engine.close()
     assert q.is_contiguous() and q.untyped_storage().nbytes() == q.numel() * 4
     torch.testing.assert_close(model(input_ids=torch.tensor([batch[0][0]])).logits, before)
+
+
+def test_checkpointing_changes_no_bit_and_a_step_broken_off_leaves_nothing():
+    model, batch = tiny("Qwen3", dropout=0.2, dtype=torch.float32), examples()
+    loss, gradients = fast_step(model, batch, seed=1)
+    model.zero_grad()
+    engine = fast.build(model, seed=1)
+    engine.bound(320, checkpointing=True)
+    backward = engine.weights.layers[0].backward
+    engine.weights.layers[0].backward = lambda *_, **__: (_ for _ in ()).throw(MemoryError)
+    with pytest.raises(MemoryError):
+        engine.step_loss_and_backward(batch)
+    assert all(p.grad is None for p in model.parameters())
+    engine.weights.layers[0].backward = backward
+    assert engine.step_loss_and_backward(batch) == loss
+    assert all(p.grad.equal(gradients[n]) for n, p in model.named_parameters() if p.requires_grad)

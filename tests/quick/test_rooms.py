@@ -15,7 +15,7 @@ DOORS = ("fine_tuning_practice", "inference", "scripts", "upload_lora_to_hub")
 # A file imports lower layers only; inside one layer, only what stands before it on the same line.
 LAYERS = [
     ["errors", "helping", "settings", "verbs", "parameters", "stored", "manifest", "origin", "disk", "versions"],
-    ["cards", "probe", "trouble", "machine", "gguf_model", "environment", "embedded", "sources"],
+    ["memory", "cards", "probe", "trouble", "machine", "gguf_model", "environment", "embedded", "sources"],
     [
         *(
             "data.encodings",
@@ -53,7 +53,7 @@ LAYERS = [
         *("report", "gguf_tokens", "gguf_write", "modelfile", "llama_cpp", "proof", "export"),
         *("hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
-    ["watch", "trainer", "preflight", "evaluate", "train", "selftest"],
+    ["watch", "verdict", "ladder", "guard", "trainer", "preflight", "evaluate", "train", "selftest"],
     ["cli"],
 ]
 PLACE = {name: (level, order) for level, layer in enumerate(LAYERS) for order, name in enumerate(layer)}

@@ -84,11 +84,12 @@ def test_no_write_permission_is_one_clear_line_whoever_runs_this(tmp_path, monke
 
 FULL_DISK = """
 import shutil, sys
+from pathlib import Path
 sys.path.insert(0, sys.argv.pop(1))
 usage = shutil.disk_usage(".")
-# what is free shrinks: enough for so many writes, too little for the next
-answers = iter([1 << 40] * int(sys.argv.pop(1)))
-shutil.disk_usage = lambda place: usage._replace(free=next(answers, 1_000_000))
+# there is room until the first checkpoint is written
+room = lambda: 1_000_000 if Path("out/checkpoint-2").exists() else 1 << 40
+shutil.disk_usage = lambda place: usage._replace(free=room())
 from fine_tuning_practice import main
 main(sys.argv[1:])
 """
@@ -99,7 +100,7 @@ def test_a_disk_that_fills_up_stops_in_one_line_and_the_earlier_checkpoint_is_ke
 
     (tmp_path / "full.py").write_text(FULL_DISK, "utf-8")
     saving = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "out")
-    refused(run(tmp_path, "full.py", str(ROOT), "1", *saving), "not enough disk", "out")
+    refused(run(tmp_path, "full.py", str(ROOT), *saving), "not enough disk", "out")
     out = tmp_path / "out"
     assert newest_whole_checkpoint(out) == out / "checkpoint-2"
     assert {one.name for one in out.iterdir()} == {"checkpoint-2", "run_record.json"}
@@ -108,7 +109,7 @@ def test_a_disk_that_fills_up_stops_in_one_line_and_the_earlier_checkpoint_is_ke
 def test_a_disk_that_is_full_at_the_very_end_loses_nothing_resuming_finishes_the_folder(tmp_path):
     (tmp_path / "full.py").write_text(FULL_DISK, "utf-8")
     few = ("--embedded", "--train_subset_size", "4", "--gradient_accumulation_steps", "2", "--output_dir", "out")
-    refused(run(tmp_path, "full.py", str(ROOT), "1", *few), "not enough disk", "out")
+    refused(run(tmp_path, "full.py", str(ROOT), *few), "not enough disk", "out")
     out = tmp_path / "out"
     assert {one.name for one in out.iterdir()} == {"checkpoint-2", "run_record.json"}
     succeeded(train(tmp_path, *few, "--resume"))

@@ -1,0 +1,245 @@
+"""Computes each optimizer step so that neither bad numbers nor short memory can spoil the run.
+
+A step is undone and computed again, from the same weights, rows and random numbers, until it is sound: with a
+smaller loss scale, in fp32, or in smaller portions. So no row is skipped and no step is counted twice. When nothing
+helps, the last good state becomes a checkpoint, and one line says what happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from typing import Any, NamedTuple, NoReturn, Optional
+
+import torch
+
+from lora_practice.errors import UserError, out_of_memory, tell, text
+from lora_practice.ladder import Load, Regime, described, fit
+from lora_practice.memory import available_memory, held_memory
+from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, judge, seen
+
+KEEP_EVERY = 10  # steps between copies of the good state; a copy takes about 10 ms
+
+
+class Good(NamedTuple):
+    """A state whose loss and gradients were sound: what a checkpoint is made of."""
+
+    weights: list[torch.Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    state: Any
+    random: list[torch.Tensor]
+
+
+class Guard:
+    """Watches the steps of one PracticeTrainer. `load` is the most that its data asks of memory."""
+
+    def __init__(self, trainer: Any, load: Load) -> None:
+        self.trainer, self.load = trainer, load
+        self.precision = trainer.regime.precision  # what it goes on with when the run is resumed
+        self.at_rest, self.growth, self.measured = 0, 0, False  # bytes; growth: of the largest step, above rest
+        self.good: Optional[Good] = None
+        self.zeros: list[Reading] = []  # of the steps just before, if their loss was 0
+        self.random: Optional[list[torch.Tensor]] = None  # after the last step
+
+    def find_room(self, per_token: int) -> None:
+        """Dry-run the longest rows, unless twice what a formula wants is free, and take the rung that fits.
+
+        Raises:
+            TooLong: not even one row fits.
+        """
+        trainer = self.trainer
+        tokens = sum(self.load.at_once(trainer.regime))
+        self.at_rest, self.growth = held_memory(), per_token * tokens
+        on_cpu = trainer.args.device.type == "cpu"
+        if on_cpu and 2 * self.growth < available_memory():
+            return
+        planned = trainer.regime
+        try:
+            fitted = fit(planned, self.load, trainer.dry_run, per_token, predict=on_cpu)
+        finally:
+            trainer.take(planned)
+        self.growth, self.measured = fitted.growth, True
+        if fitted.regime != planned:
+            before, now = described(planned, self.load.fast), described(fitted.regime, self.load.fast)
+            said = text(
+                f"内存放不下{before}：改为{now}（结果不变）", f"no memory for {before}: now {now} (same results)"
+            )
+            self._tell("memory", said, fitted.regime)
+
+    def step(self, model: Any, window: list[Any], items: Any) -> torch.Tensor:
+        """Loss of one optimizer step, its gradients in .grad. `window`: its micro-batches, as (inputs, parts).
+
+        Raises:
+            UserError: the numbers are bad in fp32 too, or the smallest portion does not fit; a checkpoint is kept.
+        """
+        trainer = self.trainer
+        if self.precision != trainer.regime.precision:  # resumed: it had gone over to fp32 before
+            trainer.widen()
+        start, bad = random_state(), list(self.zeros)
+        while True:
+            loss = self._compute(model, window, items)
+            if loss is None:
+                self._undo(start)
+                self._less_at_once(window)
+                continue
+            now = self._read(loss, window)
+            verdict = judge(now, bad, trainer.regime.precision)
+            if verdict == FINE:
+                break
+            bad.append(now)
+            self._undo(start)
+            if verdict == AGAIN:
+                trainer.accelerator.scaler.update((now.scale or 1.0) * BACKOFF[len(bad) - 1])
+            elif verdict == WIDEN:
+                self._widen(now, bad)
+                bad = []
+            elif verdict == STOP:
+                self._stop_for_numbers(now, window)
+        self.zeros = [*self.zeros, now] if now.loss == 0.0 else []
+        done = trainer.state.global_step
+        if done and (done < KEEP_EVERY or done % KEEP_EVERY == 0):
+            self._remember(self.random or start)
+        self.random = random_state()
+        return loss
+
+    def _compute(self, model: Any, window: list[Any], items: Any) -> Optional[torch.Tensor]:
+        """None when memory ran out, or would have."""
+        if self._memory_is_short(window):
+            return None
+        try:
+            return self.trainer.compute(model, window, items)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
+
+    def _memory_is_short(self, window: list[Any]) -> bool:
+        """On a CPU nothing raises when memory runs out: the kernel kills. So look before each step."""
+        if self.trainer.args.device.type != "cpu" or not self.growth:
+            return False
+        lowest = self._load_of(window).lower(self.trainer.regime) is None
+        wanted = self.at_rest + self.growth - held_memory()
+        return wanted > available_memory(ulimit=False) and (self.measured or not lowest)
+
+    def _load_of(self, window: list[Any]) -> Load:
+        lengths = [len(ids) for _, parts in window for ids, _ in parts]
+        return Load(self.load.fast, max(lengths), sum(lengths), self.load.may_checkpoint)
+
+    def _read(self, loss: torch.Tensor, window: list[Any]) -> Reading:
+        scaler = self.trainer.accelerator.scaler
+        gradients = [p.grad for p in self.trainer.trainable if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        labels = any(label >= 0 for _, parts in window for _, row in parts for label in row[1:])
+        narrow = self.trainer.regime.precision == "fp16" and scaler is not None
+        return Reading(float(loss), norm, labels, float(scaler.get_scale()) if narrow else None)
+
+    def _undo(self, start: list[torch.Tensor]) -> None:
+        for parameter in self.trainer.trainable:
+            parameter.grad = None
+        self.trainer.take(self.trainer.regime)  # drops what the broken-off step still held
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        set_random_state(start)
+
+    def _less_at_once(self, window: list[Any]) -> None:
+        regime, fast = self.trainer.regime, self.load.fast
+        below, step = self._load_of(window).lower(regime), self.trainer.state.global_step + 1
+        if below is None:
+            raise UserError(
+                text(
+                    f"第 {step} 步内存不够，已经不能再少", f"step {step}: out of memory, and nothing is left to shrink"
+                ),
+                where=str(self.trainer.folder.path),
+                fix=text("关掉别的程序，再加 --resume 继续；", "close other programs, then go on with --resume; ")
+                + self._keep(self.random),
+            )
+        self.growth //= 2
+        words = described(below, fast)
+        said = f"第 {step} 步内存不够：重算这一步，{words}（结果不变）"
+        self._tell("memory", text(said, f"step {step}: out of memory; computed again, {words} (same results)"), below)
+
+    def _widen(self, now: Reading, bad: list[Reading]) -> None:
+        step, regime = self.trainer.state.global_step + 1, self.trainer.regime
+        what = seen(now, len(bad), regime.precision)
+        self.trainer.widen()
+        self.precision = "fp32"
+        said = f"第 {step} 步：{what}；退回这一步之前，改用 fp32 继续"
+        self._tell(
+            "numbers",
+            text(said, f"step {step}: {what}; back to the state before it, and on in fp32"),
+            self.trainer.regime,
+        )
+
+    def _stop_for_numbers(self, now: Reading, window: list[Any]) -> NoReturn:
+        trainer, step = self.trainer, self.trainer.state.global_step + 1
+        what = seen(now, 1, "fp32")
+        if not math.isfinite(now.loss):
+            self._go_back()  # the present weights gave that loss: they are not good
+        longest = max((ids for _, parts in window for ids, _ in parts), key=len)
+        words = trainer.processing_class.decode(longest, skip_special_tokens=True).strip()[:40]
+        rate = trainer.args.learning_rate
+        raise UserError(
+            text(f"第 {step} 步：{what}，用的已是 fp32", f"step {step}: {what}, though in fp32"),
+            where=str(trainer.folder.path),
+            fix=text(
+                f"多半是学习率太大（--learning_rate {rate:g}），或这一步的数据有问题（{words!r}）；",
+                f"most likely --learning_rate {rate:g} is too large, or a row of this step is odd ({words!r}); ",
+            )
+            + self._keep(self.random),
+        )
+
+    def _tell(self, kind: str, said: str, regime: Regime) -> None:
+        """Say it, take the regime, and write both into the record."""
+        tell(said)
+        self.trainer.take(regime)
+        self.trainer.folder.note(kind, self.trainer.state.global_step, said, vars(regime))
+
+    def _remember(self, random: list[torch.Tensor]) -> None:
+        """Copy the state that this step began with: its loss and gradients have just proved good."""
+        trainer = self.trainer
+        state = copy.copy(trainer.state)
+        state.log_history = list(state.log_history)
+        weights = [parameter.detach().clone() for parameter in trainer.trainable]
+        optimizer = copy.deepcopy(trainer.optimizer.state_dict())
+        self.good = Good(weights, optimizer, copy.deepcopy(trainer.lr_scheduler.state_dict()), state, random)
+
+    def _go_back(self) -> None:
+        trainer, good = self.trainer, self.good
+        if good is None:
+            trainer.state.global_step = 0  # nothing was learnt that is worth keeping
+            return
+        with torch.no_grad():
+            for parameter, value in zip(trainer.trainable, good.weights):
+                parameter.copy_(value)
+        trainer.optimizer.load_state_dict(good.optimizer)
+        trainer.lr_scheduler.load_state_dict(good.scheduler)
+        trainer.state, self.random = good.state, good.random
+
+    def _keep(self, random: Optional[list[torch.Tensor]]) -> str:
+        """Make a checkpoint of the present state, end the run's display, and say where it is."""
+        trainer = self.trainer
+        step = trainer.state.global_step
+        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        if not step:
+            return text("还没学到值得留的东西", "nothing was learnt yet that is worth keeping")
+        checkpoint = trainer.folder.path / f"checkpoint-{step}"
+        if not checkpoint.is_dir():
+            set_random_state(random or [])
+            trainer._save_checkpoint(trainer.model, None)
+        return text(f"第 {step} 步的状态在 {checkpoint}", f"the state after step {step} is in {checkpoint}")
+
+
+def random_state() -> list[torch.Tensor]:
+    """The generators that a step draws from: the CPU's, then those of the cards."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    """Put the generators back; nothing for an empty list."""
+    if state:
+        torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])

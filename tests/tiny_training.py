@@ -1,0 +1,76 @@
+"""Training runs of a tiny random model in this process: the real trainer, guard and output folder, in a second."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import make_model, make_tokenizer
+
+from fine_tuning_practice import TrainSettings
+from lora_practice import model as rooms
+from lora_practice import train
+from lora_practice.artifacts import OutputFolder
+from lora_practice.data.examples import Examples
+from lora_practice.data.tokens import Example
+from lora_practice.machine import Facts, Machine
+from lora_practice.sources import Source
+
+ROWS = 12
+
+
+def settings_of(folder: Path, **changed: Any) -> TrainSettings:
+    """Six steps of two rows, logged and saved each step, no dropout."""
+    plain = {"output_dir": str(folder), "gradient_accumulation_steps": 2, "logging_steps": 1, "lora_dropout": 0.0}
+    plain.update(save_strategy="steps", save_steps=2, max_length=64)
+    return TrainSettings(**{**plain, **changed})
+
+
+def rows(count: int = ROWS, longest: int = 40) -> Examples:
+    """Random tokens, all but the first few trained; no two rows of one length."""
+    draw = torch.Generator().manual_seed(3)
+    made = []
+    for index in range(count):
+        ids = torch.randint(3, 300, (longest - 2 * index,), generator=draw).tolist()
+        made.append(Example(ids, [-100] * 4 + ids[4:]))
+    return Examples(made)
+
+
+def trainer_of(folder: Path, precision: str = "fp32", change: Any = None, **changed: Any) -> Any:
+    """A trainer that is ready to run in `folder`, resumed if there is a run in it; `change(base)` alters the base."""
+    settings = settings_of(folder, **changed)
+    machine = Machine("cpu", precision, "", Facts(memory=1 << 34))
+    claimed = OutputFolder.claim(str(folder), settings.resume, False, dataclasses.asdict(settings))
+    base, examples = make_model(), rows()
+    if change is not None:
+        change(base)
+    lora = rooms.add_lora(base, settings, Source("folder", "tiny", None))
+    engine = train.build_engine(lora, settings, machine)
+    # accelerate knows no fp16 on a CPU; the engine does
+    told = dataclasses.replace(machine, precision="fp32") if precision == "fp16" else machine
+    trainer = train.build_trainer(lora, engine, make_tokenizer(), examples, settings, told, claimed)
+    if precision == "fp16":
+        trainer.regime = dataclasses.replace(trainer.regime, precision="fp16")
+        trainer.guard.precision = "fp16"
+    claimed.begin({"settings": dataclasses.asdict(settings)})
+    trainer.asked = settings
+    return trainer
+
+
+def run(trainer: Any) -> dict[str, Any]:
+    """Train to the end; what goes into the record."""
+    return train.run(trainer, [], trainer.asked)
+
+
+def weights_of(trainer: Any) -> list[torch.Tensor]:
+    """Copies of the trained tensors."""
+    return [parameter.detach().clone() for parameter in trainer.trainable]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float = 0.0) -> bool:
+    """Equal bit by bit, or within a relative tolerance."""
+    if not tolerance:
+        return all(a.equal(b) for a, b in zip(one, other))
+    return all(torch.allclose(a, b, rtol=tolerance, atol=1e-6) for a, b in zip(one, other))
