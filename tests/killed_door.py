@@ -2,9 +2,9 @@
 
     python tests/killed_door.py EVENT PART N MILLISECONDS OUT [flags of the door]
 
-The N-th audit event whose name begins with EVENT and whose path, below the folder OUT, holds PART; MILLISECONDS
-later, or right before the change if that is 0. Python's own file operations are audited; what Rust and C++ write
-(safetensors, torch, tokenizers) is not, and is hit by a delay.
+The N-th audit event whose name begins with EVENT and whose path, below the folder OUT, holds PART (a path counts
+once); MILLISECONDS later, or right before the change if that is 0. Python's own file operations are audited; what Rust
+and C++ write (safetensors, torch, tokenizers) is not, and is hit by a delay.
 
     python tests/killed_door.py serve
 
@@ -35,6 +35,7 @@ class Killer:
 
     def __init__(self, event: str, part: str, n: int, milliseconds: int, out: Path) -> None:
         self.event, self.part, self.left, self.milliseconds, self.out = event, part, n, milliseconds, str(out)
+        self.seen: set[str] = set()  # makedirs asks for a folder again and again
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if event not in CHANGES or not event.startswith(self.event):
@@ -43,8 +44,10 @@ class Killer:
         if not isinstance(path, (str, os.PathLike)) or (event == "open" and not args[2] & WRITING):
             return
         # rmtree removes by folder descriptor: then the bare name is all there is, and only the run removes so
-        inside = (event in ("os.remove", "os.rmdir") and args[1] != -1) or os.path.abspath(path).startswith(self.out)
+        by_name = event in ("os.remove", "os.rmdir") and args[1] != -1
+        inside = by_name or (str(path) not in self.seen and os.path.abspath(path).startswith(self.out))
         if inside and self.part in str(path):
+            self.seen.add(str(path))
             self.left -= 1
             if self.left == 0:
                 self.kill()

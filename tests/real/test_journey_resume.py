@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +194,7 @@ def test_kills_in_the_midst_of_saves_and_before_a_rename_cost_nothing_that_was_s
     out, seen = tmp_path / "out", []
     milliseconds = random.randint(1, 150)
     for kill in (
-        Kill("in the midst of a save", "os.mkdir", ".writing-", 2, milliseconds),
+        Kill("in the midst of a save", "os.mkdir", ".writing-", 3, milliseconds),  # a save makes two folders
         Kill("before a checkpoint's rename", "os.rename", "checkpoint-", 1),
         Kill("before a checkpoint's manifest", "open", "checkpoint.json", 2),
         NEVER,
@@ -220,6 +222,7 @@ def test_sigterm_saves_as_ctrl_c_does_and_the_newest_checkpoints_are_kept(tmp_pa
 def test_a_closed_terminal_saves_too(tmp_path):
     pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # tqdm shows no bar on one without size
 
     def in_the_terminal() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
@@ -231,10 +234,14 @@ def test_a_closed_terminal_saves_too(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path / "home"), **streams)
     os.close(theirs)
     said = b""
-    while b"loss" not in said:  # the bar of the first step
-        said += os.read(ours, 1000)
-    os.close(ours)
-    assert process.wait(300) == 130
+    try:
+        while b"loss" not in said:  # the bar of the first step
+            assert select.select([ours], [], [], 300)[0], said
+            said += os.read(ours, 1000)
+        os.close(ours)
+        assert process.wait(300) == 130
+    finally:
+        process.kill()
     out = tmp_path / "out"
     assert record(out)["status"] == "interrupted" and steps_safe(out) == record(out)["steps"] > 0
 
