@@ -144,7 +144,7 @@ def _climb(
     for done, lengths in enumerate(sizes):
         expected = growth * sum(lengths) / tokens * SPARE
         with Watch() as watch:
-            short = predict and expected - (watch.before - held) > available_memory()
+            short = predict and expected - (watch.before - held) > available_memory(ulimit=False)  # a ulimit says no
             if short or not try_out(regime, lengths):
                 return done, growth
         growth, tokens = max(growth, watch.most - held), sum(lengths)

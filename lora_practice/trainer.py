@@ -15,6 +15,7 @@ from lora_practice import adapter, fast
 from lora_practice.artifacts import OutputFolder
 from lora_practice.data.batches import split
 from lora_practice.errors import out_of_memory
+from lora_practice.fast.space import return_freed_memory
 from lora_practice.guard import Guard, random_state, set_random_state
 from lora_practice.ladder import Regime
 
@@ -125,6 +126,7 @@ class PracticeTrainer(SFTTrainer):
                 parameter.grad = None
             vars(self).update(counters)
             set_random_state(before)
+            return_freed_memory()
         return True
 
     def _dry_step(self, rows: list[dict[str, Any]]) -> None:

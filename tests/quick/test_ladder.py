@@ -19,7 +19,7 @@ class Memory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room, self.largest, self.most, self.before = room, 0, 0, 0
         monkeypatch.setattr(ladder, "Watch", lambda: self)
-        monkeypatch.setattr(ladder, "available_memory", lambda: room)
+        monkeypatch.setattr(ladder, "available_memory", lambda ulimit=True: room)
         monkeypatch.setattr(ladder, "held_memory", lambda: 0)
         monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
 
