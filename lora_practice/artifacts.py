@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import manifest, origin
-from lora_practice.disk import explained, free_disk_check
+from lora_practice.disk import check_replaceable, check_writable, explained, free_disk_check, target
 from lora_practice.errors import UserError, tell, text, without_tokens
 from lora_practice.resuming import check_same_settings
 from lora_practice.stored import RECORD, read_record
 
 DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
 CHECKPOINT_MANIFEST = "checkpoint.json"
+PROOF = ("<!-- proof -->", "<!-- /proof -->")  # in the card, around what `export` found
 
 
 class OutputFolder:
@@ -50,8 +51,8 @@ class OutputFolder:
                 replaced, holds someone else's files, or resuming would change the run or read a stranger's checkpoint.
         """
         try:
-            path = _target(Path(output_dir).expanduser())
-            _check_writable(path)
+            path = target(Path(output_dir).expanduser())
+            check_writable(path)
         except (OSError, RuntimeError, ValueError) as error:  # a name too long, the home of nobody
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(reason, where=f"--output_dir {output_dir}") from error
@@ -61,6 +62,12 @@ class OutputFolder:
                 fix=text("继续用 --resume，从头再来用 --overwrite", "--resume goes on, --overwrite begins anew"),
             )
         record = read_record(path)
+        if record is not None and not (path / RECORD).is_file():
+            raise UserError(
+                text("这是一个存盘点，不是训练的文件夹", "this is a checkpoint, not the folder of a run"),
+                where=str(path),
+                fix=f"--output_dir {path.parent}",
+            )
         if not path.exists() or not any(path.iterdir()):
             if resume:
                 raise UserError(text("这里没有可以继续的训练", "there is no run to resume here"), where=str(path))
@@ -75,6 +82,7 @@ class OutputFolder:
                 fix=text("换一个 --output_dir", "choose another --output_dir"),
             )
         if overwrite:
+            check_replaceable(path)
             return cls(path, replace=True)
         if record.get("status") == "finished":
             raise _already_finished(path, record)
@@ -124,6 +132,7 @@ class OutputFolder:
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
         """Move the finished files in place, the record last: "finished" means that everything is there."""
+        manifest.flush(staged)
         for file in sorted(staged.iterdir()):
             record.setdefault("files", {})[file.name] = manifest.sha256(file)
             os.replace(file, self.path / file.name)
@@ -162,6 +171,17 @@ class OutputFolder:
             yield Path(name)
 
 
+def rewrite_card(folder: Path, content: str) -> None:
+    """Write DIR/README.md anew; a record that knew it as the run's own, not as edited, goes on knowing it so."""
+    card, record = folder / "README.md", read_record(folder) or {}
+    written = record.get("files") or {}
+    own = card.is_file() and written.get(card.name) == manifest.sha256(card)
+    manifest.write_whole(card, content)
+    if own:
+        record["files"] = {**written, card.name: manifest.sha256(card)}
+        manifest.write_whole(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders, by N."""
     found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", p.name)]
@@ -195,34 +215,6 @@ def _kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
     name = re.split(r"[\\/]", named or "")[-1]
     is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
     return path.with_name(name) if is_ours else None
-
-
-def _target(path: Path) -> Path:
-    """Where a link leads to; the path itself otherwise. UserError for a link that leads nowhere."""
-    for place in [path, *path.absolute().parents]:
-        if place.is_symlink() and not place.exists():
-            raise UserError(
-                text("这个链接指向不存在的地方", "this link leads nowhere"),
-                where=str(place),
-                fix=text("删掉它，或换一个 --output_dir", "delete it, or choose another --output_dir"),
-            )
-    return path.resolve() if path.is_symlink() else path
-
-
-def _check_writable(path: Path) -> None:
-    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not place.is_dir():
-        raise UserError(
-            text("这是一个文件，不是文件夹", "this is a file, not a folder"),
-            where=str(place),
-            fix=text("换一个 --output_dir", "choose another --output_dir"),
-        )
-    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(
-            text("没有写权限", "no permission to write"),
-            where=str(place),
-            fix=text("换一个 --output_dir，或改权限", "choose another --output_dir, or change its rights"),
-        )
 
 
 def _already_finished(path: Path, record: dict[str, Any]) -> UserError:

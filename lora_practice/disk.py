@@ -70,3 +70,43 @@ def _refusal(error: Exception) -> Optional[str]:
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", words):
         return "torch.save"  # which keeps the reason to itself
     return None
+
+
+def target(path: Path) -> Path:
+    """Where a link leads to; the path itself otherwise. UserError for a link that leads nowhere."""
+    for place in [path, *path.absolute().parents]:
+        if place.is_symlink() and not place.exists():
+            raise UserError(
+                text("这个链接指向不存在的地方", "this link leads nowhere"),
+                where=str(place),
+                fix=text("删掉它，或换一个 --output_dir", "delete it, or choose another --output_dir"),
+            )
+    return path.resolve() if path.is_symlink() else path
+
+
+def check_replaceable(path: Path) -> None:
+    """UserError for a folder that cannot be renamed and made anew: the current one, one above it, a mount point."""
+    whole = path.resolve()
+    if whole in [Path.cwd(), *Path.cwd().parents] or os.path.ismount(whole):
+        raise UserError(
+            text("这个文件夹正在用着，换不掉", "this folder is in use and cannot be replaced"),
+            where=str(path),
+            fix=text("换一个 --output_dir", "choose another --output_dir"),
+        )
+
+
+def check_writable(path: Path) -> None:
+    """UserError where no folder can be made or written."""
+    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not place.is_dir():
+        raise UserError(
+            text("这是一个文件，不是文件夹", "this is a file, not a folder"),
+            where=str(place),
+            fix=text("换一个 --output_dir", "choose another --output_dir"),
+        )
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(
+            text("没有写权限", "no permission to write"),
+            where=str(place),
+            fix=text("换一个 --output_dir，或改权限", "choose another --output_dir, or change its rights"),
+        )

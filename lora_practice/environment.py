@@ -22,22 +22,29 @@ from lora_practice import versions
 from lora_practice.errors import UserError, tell, text
 
 REACH_SECONDS = 4.0
+# what `.env` may say: a folder that came from elsewhere must not choose a compiler, or where keys and kernels lie
+_FROM_DOTENV = re.compile(
+    r"(HF|HUGGING_FACE|LORA_PRACTICE|WANDB|SWANLAB|TRACKIO)_\w+|TRANSFORMERS_CACHE|\w+_(proxy|PROXY)"
+)
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 def prepare_environment() -> None:
-    """Read `.env` (real variables win) and mend HF_* variables, before the libraries are imported."""
-    from dotenv import load_dotenv
+    """Read what `.env` may say (real variables win) and mend HF_* variables, before the libraries are imported."""
+    from dotenv import dotenv_values
 
     file = Path.cwd() / ".env"
     try:
-        load_dotenv(file, override=False, encoding="utf-8-sig")
+        said = dotenv_values(file, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             text(".env 不是 UTF-8", ".env is not UTF-8"),
             where=str(file),
             fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
         ) from error
+    for name, value in said.items():
+        if value is not None and _FROM_DOTENV.fullmatch(name):
+            os.environ.setdefault(name, value)
     _suggest_private(file)
     old = os.environ.get("TRANSFORMERS_CACHE")
     if old and not os.environ.get("HF_HUB_CACHE"):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from lora_practice import manifest
 from lora_practice.data.batches import Collator
 from lora_practice.data.tokens import IGNORED, Example, count_trained
 from lora_practice.errors import tell, text
@@ -120,6 +121,7 @@ def keep(trainer: PracticeTrainer, step: int, loss: float) -> None:
     needed = sum(one.numel() * one.element_size() for one in tensors.values()) + 1_000_000
     with trainer.folder.staging(needed) as staging:
         save_file(tensors, staging / BEST, {"step": str(step), "loss": repr(loss)})
+        manifest.flush(staging)
         os.replace(staging / BEST, trainer.folder.path / BEST)
 
 

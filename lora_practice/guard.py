@@ -10,26 +10,17 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from typing import Any, NamedTuple, NoReturn, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 
 from lora_practice.errors import UserError, out_of_memory, tell, text
 from lora_practice.ladder import Load, Regime, described, fit
 from lora_practice.memory import available_memory, held_memory
+from lora_practice.rewind import Good, Start, random_state, set_random_state
 from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, judge, seen
 
 KEEP_EVERY = 10  # steps between copies of the good state; a copy takes about 10 ms
-
-
-class Good(NamedTuple):
-    """A state whose loss and gradients were sound: what a checkpoint is made of."""
-
-    weights: list[torch.Tensor]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
-    state: Any
-    random: list[torch.Tensor]
 
 
 class Guard:
@@ -64,7 +55,8 @@ class Guard:
         if fitted.regime != planned:
             before, now = described(planned, self.load.fast), described(fitted.regime, self.load.fast)
             said = text(
-                f"内存放不下{before}：改为{now}（结果不变）", f"no memory for {before}: now {now} (same results)"
+                f"内存放不下{before}：改为{now}（行和步不变）",
+                f"no memory for {before}: now {now} (the same rows and steps)",
             )
             self._tell("memory", said, fitted.regime)
 
@@ -75,9 +67,9 @@ class Guard:
             UserError: the numbers are bad in fp32 too, or the smallest portion does not fit; a checkpoint is kept.
         """
         trainer = self.trainer
-        if self.precision != trainer.regime.precision:  # resumed: it had gone over to fp32 before
+        if self.precision == "fp32" != trainer.regime.precision:  # resumed: it had gone over to fp32 before
             trainer.widen()
-        start, bad = random_state(), list(self.zeros)
+        start, bad = Start(random_state(), trainer.counters()), list(self.zeros)
         while True:
             loss = self._compute(model, window, items)
             if loss is None:
@@ -100,7 +92,7 @@ class Guard:
         self.zeros = [*self.zeros, now] if now.loss == 0.0 else []
         done = trainer.state.global_step
         if done and (done < KEEP_EVERY or done % KEEP_EVERY == 0):
-            self._remember(self.random or start)
+            self._remember(self.random or start.random)
         self.random = random_state()
         return loss
 
@@ -119,8 +111,10 @@ class Guard:
         """On a CPU nothing raises when memory runs out: the kernel kills. So look before each step."""
         if self.trainer.args.device.type != "cpu" or not self.growth:
             return False
-        lowest = self._load_of(window).lower(self.trainer.regime) is None
-        wanted = self.at_rest + self.growth - held_memory()
+        load, regime = self._load_of(window), self.trainer.regime
+        lowest = load.lower(regime) is None
+        share = min(1.0, sum(load.at_once(regime)) / sum(self.load.at_once(regime)))
+        wanted = self.at_rest + self.growth * share - held_memory()
         return wanted > available_memory(ulimit=False) and (self.measured or not lowest)
 
     def _load_of(self, window: list[Any]) -> Load:
@@ -135,14 +129,15 @@ class Guard:
         narrow = self.trainer.regime.precision == "fp16" and scaler is not None
         return Reading(float(loss), norm, labels, float(scaler.get_scale()) if narrow else None)
 
-    def _undo(self, start: list[torch.Tensor]) -> None:
+    def _undo(self, start: Start) -> None:
         for parameter in self.trainer.trainable:
             parameter.grad = None
         self.trainer.take(self.trainer.regime)  # drops what the broken-off step still held
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        set_random_state(start)
+        set_random_state(start.random)
+        vars(self.trainer).update(copy.deepcopy(start.counters))
 
     def _less_at_once(self, window: list[Any]) -> None:
         regime, fast = self.trainer.regime, self.load.fast
@@ -158,8 +153,12 @@ class Guard:
             )
         self.growth //= 2
         words = described(below, fast)
-        said = f"第 {step} 步内存不够：重算这一步，{words}（结果不变）"
-        self._tell("memory", text(said, f"step {step}: out of memory; computed again, {words} (same results)"), below)
+        said = f"第 {step} 步内存不够：重算这一步，{words}（行和步不变）"
+        self._tell(
+            "memory",
+            text(said, f"step {step}: out of memory; computed again, {words} (the same rows and steps)"),
+            below,
+        )
 
     def _widen(self, now: Reading, bad: list[Reading]) -> None:
         step, regime = self.trainer.state.global_step + 1, self.trainer.regime
@@ -230,16 +229,3 @@ class Guard:
             set_random_state(random or [])
             trainer._save_checkpoint(trainer.model, None)
         return text(f"第 {step} 步的状态在 {checkpoint}", f"the state after step {step} is in {checkpoint}")
-
-
-def random_state() -> list[torch.Tensor]:
-    """The generators that a step draws from: the CPU's, then those of the cards."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_random_state(state: list[torch.Tensor]) -> None:
-    """Put the generators back; nothing for an empty list."""
-    if state:
-        torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])

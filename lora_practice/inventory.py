@@ -50,16 +50,16 @@ def take(folder: Path, record: Optional[Mapping[str, Any]] = None) -> list[Item]
         changed = not fault and path.name in known and manifest.sha256(path) != known[path.name]
         if changed and path.suffix == ".safetensors":  # no one edits weights by hand
             fault = text("和训练写下的不一样", "not what the run wrote")
-        items.append(Item(path.name, path.stat().st_size, kind_of(path.name), fault, changed and not fault))
+        items.append(Item(path.name, path.lstat().st_size, kind_of(path.name), fault, changed and not fault))
     order = {id(kind): number for number, kind in enumerate(KINDS)}
     return sorted(items, key=lambda item: (order.get(id(item.kind), len(KINDS)), _numbered(item.name)))
 
 
 def damage(path: Path) -> str:
     """Why a file cannot be what its name says, in a few words; "" where nothing speaks against it."""
-    if not path.stat().st_size:
-        return text("是空的", "it is empty")
     try:
+        if not path.stat().st_size:
+            return text("是空的", "it is empty")
         if path.suffix == ".json":
             if not isinstance(json.loads(path.read_text("utf-8")), dict):
                 return text("不是 JSON 对象", "not a JSON object")
@@ -74,12 +74,8 @@ def damage(path: Path) -> str:
                     return text("已损坏", "it is damaged")
         elif path.suffix in (".txt", ".jinja", ".md", ".html"):
             path.read_text("utf-8")
-    except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes each library raise something of its own
         return getattr(error, "strerror", None) or text("已损坏", "it is damaged")
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        return text("已损坏", "it is damaged")
     return ""
 
 
@@ -91,8 +87,11 @@ def _folder(path: Path) -> Item:
         fault = manifest.damage(path, CHECKPOINT_MANIFEST)
     elif kind is not None:
         broken = [(file.name, damage(file)) for file in sorted(path.iterdir()) if file.is_file()]
-        missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-        missing += [] if any(path.glob("model*.safetensors")) else ["model.safetensors"]
+        is_gguf = path.name == "gguf"
+        wanted = [] if is_gguf else ["config.json", "tokenizer.json"]
+        missing = [name for name in wanted if not (path / name).is_file()]
+        if not any(path.glob("*.gguf" if is_gguf else "model*.safetensors")):
+            missing.append("merged-f16.gguf" if is_gguf else "model.safetensors")
         fault = next((f"{name}: {reason}" for name, reason in broken if reason), "")
         fault = fault or (text(f"缺少 {missing[0]}", f"{missing[0]} is missing") if missing else "")
     return Item(path.name + "/", size, kind, fault)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice import adapter, adapter_config, anatomy, embedded, inventory, manifest
+from lora_practice import adapter, adapter_config, anatomy, embedded, inventory, manifest, origin
 from lora_practice.anatomy import Anatomy
 from lora_practice.artifacts import checkpoints
 from lora_practice.errors import UserError, text
@@ -198,5 +198,9 @@ def _resuming(folder: Path, record: Mapping[str, Any]) -> tuple[bool, str]:
     whole = [one for one in whole if not manifest.damage(one, "checkpoint.json")]
     if not whole:
         return False, text("没有完整的存盘点", "there is no whole checkpoint")
+    try:
+        origin.check(whole[-1], "checkpoint.json", trusted=False)
+    except UserError as error:
+        return False, error.what
     zh, en = f"从 {whole[-1].name} 继续：--resume", f"from {whole[-1].name}: --resume"
     return True, text(zh, en)

@@ -52,7 +52,7 @@ def check(checkpoint: Path, name: str, trusted: bool) -> None:
     strange = sorted({p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} - named)
     if strange:
         what = text(f"里面有训练没有写的文件：{strange[0]}", f"it holds a file that no training wrote: {strange[0]}")
-    elif key and hmac.compare_digest(_mark(key, content["files"]), str(content.get("mark", ""))):
+    elif key and hmac.compare_digest(_mark(key, content["files"]).encode(), str(content.get("mark", "")).encode()):
         return
     else:
         what = text(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from lora_practice import llama_cpp, manifest
+from lora_practice import llama_cpp
+from lora_practice.artifacts import PROOF, rewrite_card
 from lora_practice.data.template import render
 from lora_practice.errors import UserError, tell, text
 from lora_practice.generate import decoder_of, find_base, talker, tokenizer_for, with_adapter
@@ -21,7 +22,7 @@ from lora_practice.sources import Source
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer must end
 # Largest difference of a log-probability, in nats, by what rounds it. Measured: docs/export.md.
 BOUNDS = {"merged": 0.25, "f16": 0.3, "q8_0": 2.5}
-BEGIN, END = "<!-- proof -->", "<!-- /proof -->"
+BEGIN, END = PROOF
 _ASK = {"role": "user", "content": "What is the capital of France?"}
 PROMPTS: tuple[list[dict[str, str]], ...] = (
     [_ASK],
@@ -159,7 +160,7 @@ def write_card(folder: Path, lines: Sequence[Line], versions: str) -> None:
         ]
     )
     before, _, rest = card.read_text("utf-8").partition(BEGIN)
-    manifest.write_whole(card, before.rstrip("\n") + "\n\n" + words + (rest.partition(END)[2] or "\n"))
+    rewrite_card(folder, before.rstrip("\n") + "\n\n" + words + (rest.partition(END)[2] or "\n"))
 
 
 def _forms(

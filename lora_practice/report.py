@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 from lora_practice import curve, figures, inspecting, manifest
 from lora_practice import record as records
-from lora_practice.artifacts import RECORD
+from lora_practice.artifacts import PROOF, RECORD
 from lora_practice.errors import UserError, language, text, visible
 from lora_practice.figures import MARK
 from lora_practice.judging import USES, Verdict, judge
@@ -151,6 +151,7 @@ def _keep(folder: Path, record: dict[str, Any]) -> None:
     """Write the record anew, and README.md too where it is still the card that the run wrote: an edited one stays."""
     card, written = folder / CARD, record.get("files") or {}
     if card.is_file() and written.get(CARD) == manifest.sha256(card):
-        manifest.write_whole(card, records.card(record))
+        _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
+        manifest.write_whole(card, records.card(record) + (f"\n{begin}{proof}" if begin else ""))
         record["files"] = {**written, CARD: manifest.sha256(card)}
     manifest.write_whole(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")

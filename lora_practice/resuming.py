@@ -12,7 +12,7 @@ FIXED_ON_RESUME = (
     *("model_name", "chat_template_path", "dataset_path", "dataset_name", "embedded", "train_subset_size"),
     *("eval_subset_size", "max_length", "packing", "assistant_only_loss", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"),
-    *("warmup_ratio", "max_grad_norm", "optim", "seed", "lora_r", "lora_alpha", "lora_dropout", "bf16"),
+    *("warmup_ratio", "max_grad_norm", "optim", "seed", "lora_r", "lora_alpha", "lora_dropout", "bf16", "fast"),
 )
 
 

@@ -102,7 +102,7 @@ def set_guard(trainer: PracticeTrainer, examples: Examples, settings: Any, preci
     trainer.guard = Guard(trainer, load)
     before = trainer.folder.events[-1]["regime"] if trainer.folder.events else {}
     planned = {**vars(trainer.regime), "checkpointing": checkpointing == "on"}
-    wanted = Regime(**{name: before.get(name, value) for name, value in planned.items()})
+    wanted = Regime(**{name: before.get(name) or value for name, value in planned.items()})
     trainer.guard.precision = wanted.precision  # taken with the first step
     trainer.take(replace(wanted, precision=precision))
 
@@ -177,16 +177,17 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) ->
     }
     if before is not None:
         result["stopped_early"] = stopped_early
-        result.update(_judged(trainer, held_out, before, interrupted=bool(result["interrupted"])))
+        keeps_best = evaluation is not None and evaluation.keep_best and not result["interrupted"]
+        result.update(_judged(trainer, held_out, before, keeps_best))
     return result
 
 
-def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float, interrupted: bool) -> dict[str, Any]:
-    """Take the best adapter, if one was kept, and measure it.
+def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float, keeps_best: bool) -> dict[str, Any]:
+    """Take the best adapter, if one was to be kept, and measure it.
 
     Returns: "held_out_loss" before and after, "evaluations" (step, loss, perplexity), "best_step".
     """
-    best = None if interrupted else take_best(trainer)
+    best = take_best(trainer) if keeps_best else None
     after = held_out_loss(trainer, held_out)
     chosen = text(f"，取第 {best} 步的适配器（最低）", f"; the adapter of step {best}, the lowest") if best else ""
     first, last = perplexity(before), perplexity(after)

@@ -16,8 +16,9 @@ from lora_practice.artifacts import OutputFolder
 from lora_practice.data.batches import split
 from lora_practice.errors import out_of_memory
 from lora_practice.fast.space import return_freed_memory
-from lora_practice.guard import Guard, random_state, set_random_state
+from lora_practice.guard import Guard
 from lora_practice.ladder import Regime
+from lora_practice.rewind import random_state, set_random_state
 
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")
 
@@ -100,6 +101,7 @@ class PracticeTrainer(SFTTrainer):
             self.engine.bound(old.token_budget, old.checkpointing)
         else:
             self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # no autocast any more
+            self.use_cpu_amp = False  # transformers 4 has one more of its own, on a CPU
             self.model.float()
         scaler = self.accelerator.scaler
         if scaler is not None:  # fp32 needs none; a scale of 1 that never grows is none
@@ -108,10 +110,14 @@ class PracticeTrainer(SFTTrainer):
             scaler.set_growth_interval(1 << 30)
         self.regime = replace(self.regime, precision="fp32")
 
+    def counters(self) -> dict[str, Any]:
+        """What TRL has counted so far, as a copy."""
+        return {name: copy.deepcopy(vars(self)[name]) for name in _TRL_COUNTERS if name in vars(self)}
+
     def dry_run(self, regime: Regime, lengths: Sequence[int]) -> bool:
         """Forward and backward of rows of these lengths, then everything as before; False if memory ran out."""
         self.take(regime)
-        counters = {name: copy.deepcopy(vars(self)[name]) for name in _TRL_COUNTERS if name in vars(self)}
+        counters = self.counters()
         before = random_state()
         some = cast(Any, self.train_dataset)[0]["input_ids"]
         rows = [(some * (n // len(some) + 1))[:n] for n in lengths]

@@ -269,3 +269,31 @@ def test_a_checkpoints_record_is_the_runs(tmp_path: Path) -> None:
     (tmp_path / "run" / RECORD).write_text("[]")
     with pytest.raises(UserError, match="not a JSON object"):
         artifacts.read_record(checkpoint)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}], ids=str)
+def test_a_checkpoint_is_not_the_folder_of_a_run(tmp_path: Path, options: dict[str, bool]) -> None:
+    checkpoint = add_checkpoint(start(tmp_path / "run"), 5)
+    line = refusal(checkpoint, **options)
+    assert "this is a checkpoint" in line and f"--output_dir {tmp_path / 'run'}" in line
+
+
+def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(start(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path / "run")
+    assert "in use" in refusal(Path("."), overwrite=True)
+    assert "in use" in refusal(tmp_path / "run", overwrite=True)
+
+
+def test_a_card_that_is_rewritten_is_still_known_as_the_runs_own(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    finish(folder)
+    card = folder.path / "README.md"
+    artifacts.rewrite_card(folder.path, "someone's own words")
+    assert "README.md" not in json.loads((folder.path / RECORD).read_text("utf-8"))["files"]
+    record = json.loads((folder.path / RECORD).read_text("utf-8"))
+    record["files"]["README.md"] = manifest.sha256(card)
+    folder.write_record(record)
+    artifacts.rewrite_card(folder.path, "with a proof")
+    known = json.loads((folder.path / RECORD).read_text("utf-8"))["files"]["README.md"]
+    assert known == manifest.sha256(card) and card.read_text("utf-8") == "with a proof"

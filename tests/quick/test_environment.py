@@ -159,3 +159,17 @@ def test_an_endpoint_that_is_a_place_on_this_disk_is_no_hub(
     (tmp_path / "api" / "models").touch()
     monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri())
     assert not environment.hub_is_reachable()
+
+
+def test_a_dot_env_chooses_neither_a_compiler_nor_where_keys_and_kernels_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was downloaded may hold a `.env`, and a command may be run in it."""
+    for name in ("CXX", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LD_PRELOAD", "HF_REPO_ID"):
+        monkeypatch.delenv(name, raising=False)
+    lines = ["CXX=./evil.sh", "XDG_CONFIG_HOME=./evil", "XDG_CACHE_HOME=./evil", "LD_PRELOAD=x.so", "HF_REPO_ID=a/b"]
+    (tmp_path / ".env").write_text("\n".join(lines), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    environment.prepare_environment()
+    assert os.environ.pop("HF_REPO_ID") == "a/b"
+    assert not {"CXX", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LD_PRELOAD"} & set(os.environ)

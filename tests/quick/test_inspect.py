@@ -13,7 +13,7 @@ import pytest
 from bad_inputs.folders import cut, edit, make_base, make_output, tensors, write
 from safetensors.numpy import save_file
 
-from lora_practice import manifest
+from lora_practice import manifest, origin
 from lora_practice.anatomy import measure, scaling
 from lora_practice.contents import kind_of
 from lora_practice.errors import UserError
@@ -129,19 +129,25 @@ def test_weights_other_than_the_run_wrote_are_damage_and_an_edited_card_is_not(f
     assert items["README.md"].changed and not items["README.md"].fault
 
 
-def test_checkpoints_whole_and_not_and_what_can_be_resumed(folder):
+def test_checkpoints_whole_and_not_and_what_can_be_resumed(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder.parent / "config"))
+    origin._own_key.cache_clear()
     edit("run_record.json", status="interrupted")(folder)
     for number in (2, 10):
         checkpoint = folder / f"checkpoint-{number}"
         checkpoint.mkdir()
         (checkpoint / "optimizer.pt").write_bytes(b"state")
-        manifest.write(checkpoint, "checkpoint.json")
+        origin.seal(checkpoint, "checkpoint.json")
     assert judge(folder).uses["resuming"] == (True, "from checkpoint-10: --resume")
     (folder / "checkpoint-10" / "optimizer.pt").write_bytes(b"stat")
     verdict = judge(folder)
     assert "checkpoint-10/: optimizer.pt is damaged" in verdict.findings
     assert verdict.uses["resuming"] == (True, "from checkpoint-2: --resume")
     assert [item.name for item in verdict.items if "checkpoint" in item.name] == ["checkpoint-2/", "checkpoint-10/"]
+    manifest.write(folder / "checkpoint-2", "checkpoint.json")  # as one from another machine: without a mark
+    able, why = judge(folder).uses["resuming"]
+    assert not able and "not saved by you on this machine" in why
+    origin._own_key.cache_clear()
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

@@ -65,9 +65,9 @@ def unlimited(tmp_path_factory, embedded_model) -> list[float]:
 @pytest.mark.parametrize(
     ("megabytes", "flags", "now"),
     [
-        (500, ("--fast", "off"), "now 1 row(s) at once (same results)"),
-        (200, ("--fast", "off"), "now 1 row(s) at once, gradient_checkpointing on (same results)"),
-        (170, ("--fast", "on"), "tokens at once (same results)"),
+        (500, ("--fast", "off"), "now 1 row(s) at once (the same rows and steps)"),
+        (200, ("--fast", "off"), "now 1 row(s) at once, gradient_checkpointing on (the same rows and steps)"),
+        (170, ("--fast", "on"), "tokens at once (the same rows and steps)"),
     ],
     ids=["fewer rows", "only checkpointing survives", "fast path"],
 )
