@@ -20,6 +20,9 @@ from lora_practice.memory import available_memory, held_memory
 from lora_practice.rewind import Good, Start, random_state, set_random_state
 from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, judge, seen
 
+# of the trained weights, as fp32, a run holds its gradients, two moments, and the good state's copy of it all; the
+# steps that are tried beforehand hold a copy with moments of its own
+WEIGHTS_HELD = 10
 KEEP_EVERY = 10  # steps between copies of the good state; a copy takes about 10 ms
 
 
@@ -42,13 +45,15 @@ class Guard:
         """
         trainer = self.trainer
         tokens = sum(self.load.at_once(trainer.regime))
-        self.at_rest, self.growth = held_memory(), per_token * tokens
+        weights = sum(one.numel() * 4 for one in trainer.trainable)
+        reserve = WEIGHTS_HELD * weights
+        self.at_rest, self.growth = held_memory() + reserve, per_token * tokens
         on_cpu = trainer.args.device.type == "cpu"
-        if on_cpu and 2 * self.growth < available_memory():
+        if on_cpu and 2 * self.growth + reserve < available_memory():
             return
         planned = trainer.regime
         try:
-            fitted = fit(planned, self.load, trainer.dry_run, per_token, predict=on_cpu)
+            fitted = fit(planned, self.load, trainer.dry_run, per_token, on_cpu, reserve)
         finally:
             trainer.take(planned)
         self.growth, self.measured = fitted.growth, True

@@ -15,7 +15,7 @@ from lora_practice.errors import UserError, text
 from lora_practice.memory import Watch, available_memory, held_memory
 
 SHORTEST = 16  # tokens; a row cut shorter than this is nothing to train on
-SPARE = 1.1  # a dry run twice as large takes about twice the memory; so much more is allowed for
+SPARE = 1.25  # what is seen of a dry run is not all: short-lived pieces fall between two looks, and sizes grow unevenly
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ class Fitted(NamedTuple):
     growth: int
 
 
-def fit(regime: Regime, load: Load, try_out: TryOut, per_token: int, predict: bool) -> Fitted:
+def fit(regime: Regime, load: Load, try_out: TryOut, per_token: int, predict: bool, reserve: int = 0) -> Fitted:
     """Find the first rung at which a dry run fits, climbing to it from what is small, so as to pass no limit.
 
     Args:
         try_out: computes rows of these lengths and forgets them; False when memory ran out.
         per_token: bytes that a token takes, by a formula, until it is measured.
+        reserve: bytes that training will hold beside its rows, once it runs.
         predict: do not even try what the sizes before say will not fit (on a CPU nobody says no: the kernel kills).
 
     Raises:
@@ -129,7 +130,7 @@ def fit(regime: Regime, load: Load, try_out: TryOut, per_token: int, predict: bo
         if not group:
             continue
         sizes = [*short, *(load.at_once(one) for one in group)]
-        fitting, growth = _climb(group[0], sizes, try_out, per_token, predict)
+        fitting, growth = _climb(group[0], sizes, try_out, per_token, reserve if predict else None)
         if fitting > len(short):
             return Fitted(group[fitting - len(short) - 1], growth)
         longest_fitting = max([longest_fitting, *(lengths[0] for lengths in short[:fitting])])
@@ -137,15 +138,22 @@ def fit(regime: Regime, load: Load, try_out: TryOut, per_token: int, predict: bo
 
 
 def _climb(
-    regime: Regime, sizes: Sequence[Sequence[int]], try_out: TryOut, per_token: int, predict: bool
+    regime: Regime, sizes: Sequence[Sequence[int]], try_out: TryOut, per_token: int, reserve: Optional[int]
 ) -> tuple[int, int]:
-    """(how many of the ascending sizes fit, bytes that the largest of them took above what is held now)."""
+    """(how many of the ascending sizes fit, bytes that the largest of them took above what is held now).
+
+    reserve: None where memory that ran out is an error that can be caught.
+    """
     held, growth, tokens = held_memory(), per_token, 1
     for done, lengths in enumerate(sizes):
         expected = growth * sum(lengths) / tokens * SPARE
+        room = held_memory() - held + available_memory(ulimit=False)  # above `held`; a ulimit says no by itself
         with Watch() as watch:
-            short = predict and expected - (watch.before - held) > available_memory(ulimit=False)  # a ulimit says no
+            short = reserve is not None and expected + reserve > room
             if short or not try_out(regime, lengths):
                 return done, growth
-        growth, tokens = max(growth, watch.most - held), sum(lengths)
+        taken = watch.most - held
+        if reserve is not None and taken * SPARE + reserve > room:
+            return done, growth
+        growth, tokens = max(growth, taken), sum(lengths)
     return len(sizes), growth

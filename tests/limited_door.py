@@ -1,51 +1,55 @@
-"""Door 1 with so much memory and no more: `limited_door.py MEGABYTES flag...` sets the limit once the model is loaded.
+"""Door 1 in a control group with so much memory and no more: `limited_door.py MEGABYTES flag...` (0: no limit).
 
-The limit is the kernel's own: a control group's where one can be made (v1, as root), else `ulimit -v`.
+The limit is the kernel's own (cgroup v1 or v2, as root) and holds from the first page on. Beyond it the kernel kills.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup/memory")
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
-def by_ulimit(megabytes: int) -> None:
-    """No more address space than now, and so much above it."""
-    from lora_practice.memory import _own_pages
-
-    limit = _own_pages()[0] + megabytes * 1_000_000
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def by_group(megabytes: int) -> None:
-    """A control group of our own: its limit counts what is taken from now on (the pages held stay the parent's)."""
-    group = GROUPS / f"lora-practice-{os.getpid()}"
+def make_group(name: str) -> tuple[Path, str]:
+    """(the group's folder, the name of its limit). OSError where none can be made."""
+    root, limit = (V1, "memory.limit_in_bytes") if V1.is_dir() else (V2, "memory.max")
+    group = root / name
     group.mkdir()
-    (group / "memory.limit_in_bytes").write_text(str(megabytes * 1_000_000))
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+    if not (group / limit).exists():
+        group.rmdir()
+        raise OSError("no group of memory can be made here")
+    return group, limit
+
+
+def can_limit() -> bool:
+    """Whether this user may make such groups here."""
+    with suppress(OSError):
+        make_group(f"lora-practice-try-{os.getpid()}")[0].rmdir()
+        return True
+    return False
 
 
 def main() -> None:
-    """Set the limit just before the dry run, then train as usual."""
-    kind, megabytes, *flags = sys.argv[1:]
-    from lora_practice import train
+    """Run the training in a child, so that the group can be removed after it."""
+    megabytes, *flags = sys.argv[1:]
+    group, limit = make_group(f"lora-practice-{os.getpid()}") if int(megabytes) else (None, "")
+    if group is not None:
+        (group / limit).write_text(str(int(megabytes) * 1_000_000))
+    child = os.fork()
+    if not child:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        import fine_tuning_practice
 
-    find_room = train.find_room
-
-    def limited(*args: object, **kwargs: object) -> int:
-        if not resource.getrlimit(resource.RLIMIT_AS)[0] < resource.RLIM_INFINITY and int(megabytes):
-            {"ulimit": by_ulimit, "group": by_group}[kind](int(megabytes))
-        return find_room(*args, **kwargs)
-
-    train.find_room = limited
-    import fine_tuning_practice
-
-    sys.argv = [fine_tuning_practice.__file__, *flags]
-    fine_tuning_practice.main()
+        sys.argv = [fine_tuning_practice.__file__, *flags]
+        fine_tuning_practice.main()
+    status = os.waitpid(child, 0)[1]
+    if group is not None:
+        group.rmdir()
+    sys.exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
 if __name__ == "__main__":
