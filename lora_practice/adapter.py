@@ -24,6 +24,9 @@ def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
     # save_embedding_layers="auto" would look the base's config up on the Hub (huggingface/peft#1452)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's empty template; ours is written when the run is finished
+    config = _read_json(folder / CONFIG)
+    if isinstance(config.get("target_modules"), list):  # a set, whose order changes from process to process
+        _write_json(folder / CONFIG, {**config, "target_modules": sorted(config["target_modules"])})
     save_tokenizer(tokenizer, folder)
     torch.save(training_args, folder / "training_args.bin")
     give_umask_rights(folder)

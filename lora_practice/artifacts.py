@@ -127,7 +127,7 @@ class OutputFolder:
         self._record = record
         record = {**record, "events": self.events}
         content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
-        with explained(self.path, len(content), text("再运行一次", "run it again")):
+        with explained(self.path, len(content), text("，再运行一次", ", then run it again")):
             manifest.write_whole(self.path / RECORD, content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
@@ -165,8 +165,8 @@ class OutputFolder:
         Raises:
             UserError: fewer than `needed` bytes are free, or the disk refuses a write midway.
         """
-        free_disk_check(self.path, needed)
-        kept = text("已有的存盘点都在，用 --resume 继续", "earlier checkpoints are kept, go on with --resume")
+        kept = text("，用 --resume 继续；已有的存盘点都在", ", go on with --resume; earlier checkpoints are kept")
+        free_disk_check(self.path, needed, kept)
         with explained(self.path, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path) as name:
             yield Path(name)
 

@@ -16,8 +16,8 @@ from lora_practice.errors import UserError, text
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def free_disk_check(path: Path, needed: int) -> None:
-    """UserError if fewer than `needed` bytes are free where `path` is or will be."""
+def free_disk_check(path: Path, needed: int, cure: str = "") -> None:
+    """UserError if fewer than `needed` bytes are free where `path` is or will be; `cure` is what helps besides room."""
     free = _free(path)
     if free < needed:
         raise UserError(
@@ -26,7 +26,8 @@ def free_disk_check(path: Path, needed: int) -> None:
                 f"not enough disk: about {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
             ),
             where=str(path),
-            fix=text("腾出空间，或换一个 --output_dir", "free some, or choose another --output_dir"),
+            fix=text("腾出空间", "free some")
+            + (cure or text("，或换一个 --output_dir", ", or choose another --output_dir")),
         )
 
 
@@ -34,7 +35,7 @@ def free_disk_check(path: Path, needed: int) -> None:
 def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
     """Around a write of about `needed` bytes below `path`: if the disk refuses it midway, one line says so.
 
-    `kept` tells what is not lost, and how to go on.
+    `kept` tells what is not lost, and how to go on; it follows "free some".
 
     Raises:
         UserError: the disk is full, the quota is used up, a file may not be so large, or the medium fails.
@@ -51,7 +52,7 @@ def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
             f"the disk refused a write midway ({reason}): about {needed / 1e6:.0f} MB needed, "
             f"{free / 1e6:.0f} MB were free",
         )
-        raise UserError(what, str(path), text("腾出空间；", "free some; ") + kept) from error
+        raise UserError(what, str(path), text("腾出空间", "free some") + kept) from error
 
 
 def _free(path: Path) -> int:

@@ -40,7 +40,8 @@ def resume() -> bool:
     """
     embedded.model_dir()  # fetched here, where its words are seen
     embedded.conversations_file()
-    free_disk_check(Path(tempfile.gettempdir()), DISK_BYTES)
+    elsewhere = text("，或用 TMPDIR 换个地方", ", or name another place in TMPDIR")
+    free_disk_check(Path(tempfile.gettempdir()), DISK_BYTES, elsewhere)
     with tempfile.TemporaryDirectory(prefix="lora-practice-selftest-") as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         tell(text(f"1/3 训练 {STEPS} 步，不打断", f"1/3 training {STEPS} steps, undisturbed"))

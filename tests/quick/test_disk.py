@@ -69,7 +69,7 @@ def test_a_write_that_fills_the_disk_is_one_line_and_leaves_the_earlier_files(sm
     line = str(caught.value)
     reason = "torch.save" if library == "torch" else "No space left on device"
     assert line.startswith(f"{folder.path}: the disk refused a write midway ({reason}): about 0 MB")
-    assert "\n" not in line and line.endswith("earlier checkpoints are kept, go on with --resume")
+    assert "\n" not in line and line.endswith("-> free some, go on with --resume; earlier checkpoints are kept")
     assert before == {path: path.read_bytes() for path in folder.path.iterdir()}
 
 

@@ -257,7 +257,9 @@ def test_a_disk_that_refuses_a_checkpoint_midway_keeps_the_earlier_one_and_the_r
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
     assert run.end() == 2
     line = run.words.rstrip().splitlines()[-1]
-    assert line.startswith("Error: out: the disk refused a write midway") and line.endswith("go on with --resume")
+    assert line.startswith("Error: out: the disk refused a write midway") and line.endswith(
+        "go on with --resume; earlier checkpoints are kept"
+    )
     assert "MB needed" in line and not list(out.glob(".*"))
     safe = steps_safe(out)
     done = succeeded(train(tmp_path, *SAVING, "--resume"))
