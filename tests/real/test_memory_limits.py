@@ -19,7 +19,23 @@ DOOR = str(ROOT / "tests" / "limited_door.py")
 # two steps of four rows of about 126 tokens, which on the plain path take about 300 MB each
 STEPS = ("--embedded", "--max_steps", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1")
 STEPS += ("--per_device_train_batch_size", "4", "--lora_dropout", "0", "--save_strategy", "no")
-WORDS = "the quick brown fox jumps over a lazy dog and runs into the old wood".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "runs",
+    "into",
+    "the",
+    "old",
+    "wood",
+]
 
 
 def limited(place: Path, megabytes: int, *flags: str):
