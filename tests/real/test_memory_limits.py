@@ -19,30 +19,14 @@ DOOR = str(ROOT / "tests" / "limited_door.py")
 # two steps of four rows of about 126 tokens, which on the plain path take about 300 MB each
 STEPS = ("--embedded", "--max_steps", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1")
 STEPS += ("--per_device_train_batch_size", "4", "--lora_dropout", "0", "--save_strategy", "no")
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "and",
-    "runs",
-    "into",
-    "the",
-    "old",
-    "wood",
-]
+STORY = "the quick brown fox jumps over a lazy dog and runs into the old wood"
 
 
 def limited(place: Path, megabytes: int, *flags: str):
     """Train with so much memory and no more; 0: no limit."""
-    rows = []
+    rows, words = [], STORY.split()
     for index in range(8):
-        story = " ".join(WORDS[(index * 3 + word) % len(WORDS)] for word in range(90))
+        story = " ".join(words[(index * 3 + word) % len(words)] for word in range(90))
         turns = [("user", f"Tell story {index}"), ("assistant", story)]
         rows.append(json.dumps({"messages": [{"role": role, "content": words} for role, words in turns]}))
     (place / "rows.jsonl").write_text("\n".join(rows), "utf-8")
