@@ -65,7 +65,8 @@ def _refusal(error: Exception) -> Optional[str]:
     words = str(error)
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return os.strerror(error.errno)
-    found = re.search(r"\(os error (\d+)\)", words)  # safetensors and tokenizers, which are Rust
+    # safetensors and tokenizers are Rust; the second form is an old safetensors'
+    found = re.search(r"(?:\(os error |Os \{ code: )(\d+)", words)
     if found and int(found.group(1)) in _REFUSED:
         return os.strerror(int(found.group(1)))
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", words):
