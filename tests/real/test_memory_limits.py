@@ -51,10 +51,11 @@ def unlimited(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) ->
     return losses(place)
 
 
+@pytest.mark.parametrize("megabytes", [1600, 1450], ids=["fewer rows", "with checkpointing"])
 def test_a_batch_that_does_not_fit_is_computed_in_portions_with_the_losses_of_an_unlimited_run(
-    tmp_path: Path, unlimited: list[float]
+    tmp_path: Path, unlimited: list[float], megabytes: int
 ) -> None:
-    done = succeeded(limited(tmp_path, 1600, "--fast", "off"))
+    done = succeeded(limited(tmp_path, megabytes, "--fast", "off"))
     event = record(tmp_path)["events"][0]
     assert event["step"] == 0 and event["kind"] == "memory" and event["said"] in done.stderr
     assert "now 1 row(s) at once" in event["said"] or "now 2 row(s) at once" in event["said"]
