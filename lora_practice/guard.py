@@ -23,6 +23,7 @@ from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, ju
 # of the trained weights, as fp32, a run holds its gradients, two moments, and the good state's copy of it all; the
 # steps that are tried beforehand hold a copy with moments of its own
 WEIGHTS_HELD = 10
+LOOP = 80_000_000  # bytes: what TRL's loop, its data loader and our callbacks load when they start
 KEEP_EVERY = 10  # steps between copies of the good state; a copy takes about 10 ms
 
 
@@ -46,7 +47,7 @@ class Guard:
         trainer = self.trainer
         tokens = sum(self.load.at_once(trainer.regime))
         weights = sum(one.numel() * 4 for one in trainer.trainable)
-        reserve = WEIGHTS_HELD * weights
+        reserve = WEIGHTS_HELD * weights + LOOP
         self.at_rest, self.growth = held_memory() + reserve, per_token * tokens
         on_cpu = trainer.args.device.type == "cpu"
         if on_cpu and 2 * self.growth + reserve < available_memory():
