@@ -109,7 +109,7 @@ def test_a_loss_that_is_no_number_leaves_a_gap_and_is_said(folder):
     losses = json.loads((folder / "run_record.json").read_text("utf-8"))["losses"]
     losses[11]["loss"] = float("nan")
     edit("run_record.json", losses=losses)(folder)
-    page = report(folder)
+    page = re.sub("base64,[^\"')]*", "", report(folder))  # a picture may spell it
     assert "At step 12 the loss is no number any more" in page and "NaN" not in page
 
 
