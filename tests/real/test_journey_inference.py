@@ -144,6 +144,13 @@ class Terminal:
         self.words = ""
 
     def type(self, line: str) -> None:
+        """As a person does, not in the moment between the prompt and the first key that it can take."""
+        import termios
+
+        deadline = time.monotonic() + 30
+        while termios.tcgetattr(self.master)[3] & termios.ICANON:
+            assert time.monotonic() < deadline, self.words
+            time.sleep(0.01)
         os.write(self.master, line.encode())
 
     def read_until(self, wanted: str, seconds: float = 90) -> str:
