@@ -19,7 +19,8 @@ def test_the_proof_passes_and_leaves_nothing_behind(tmp_path: Path, embedded_row
     assert done.stdout.startswith("PASS: adapter, losses of 8 steps, optimizer")
     said = done.stderr.splitlines()
     assert [line[:3] for line in said] == ["1/3", "2/3", "3/3"]
-    assert "with step" in said[2] and not list((tmp_path / "tmp").iterdir())
+    assert "with step" in said[2]
+    assert not list((tmp_path / "tmp").glob("lora-practice-*"))  # torch leaves an empty folder of its own
 
 
 @pytest.mark.parametrize("spoiled", [*selftest.COMPARED, "losses"])
