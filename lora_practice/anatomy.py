@@ -72,6 +72,11 @@ class Anatomy:
         return math.sqrt(sum(layer.norm**2 for layer in self.layers))
 
 
+def number(value: float) -> Optional[float]:
+    """The value, or None for NaN and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 def measure(folder: Path, config: Mapping[str, Any]) -> Anatomy:
     """Read the adapter in `folder`; `config` is its adapter_config.json.
 

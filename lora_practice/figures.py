@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_practice.anatomy import Layer
+from lora_practice.anatomy import Layer, number
 from lora_practice.curve import POINT, smoothed
 from lora_practice.errors import text
 
@@ -76,7 +76,7 @@ def layers_figure(layers: Sequence[Layer]) -> dict[str, Any]:
     """A map of the model: a row for each kind of matrix, a column for each layer, darker where it was moved more."""
     kinds = list(dict.fromkeys(layer.kind for layer in layers))[::-1]
     depths = sorted({layer.depth or 0 for layer in layers})
-    moved = {(layer.kind, layer.depth or 0): layer.rms for layer in layers}
+    moved = {(layer.kind, layer.depth or 0): number(layer.rms) for layer in layers}
     heat = {
         "type": "heatmap",
         "x": depths,
@@ -125,7 +125,7 @@ def png(record: Mapping[str, Any]) -> bytes:
 
 def _trace(name: str, points: Sequence[POINT], colour: str, mode: str = "lines", **looks: Any) -> dict[str, Any]:
     line = {"color": colour, "width": 2, **looks.pop("line", {})}
-    shown = [value if math.isfinite(value) else None for _, value in points]  # JSON has no NaN: a gap in the line
+    shown = [number(value) for _, value in points]  # None is a gap in the line
     steps = [step for step, _ in points]
     return {"type": "scatter", "name": name, "x": steps, "y": shown, "mode": mode, "line": line, **looks}
 

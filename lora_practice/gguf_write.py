@@ -94,7 +94,7 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
         UserError: llama.cpp's adapters cannot hold it (DoRA, whole trained layers, several ranks).
     """
     import gguf
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
     lora = adapter_config.read_config(folder)
     problem = adapter_problem(lora)
@@ -106,12 +106,13 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", lora["lora_alpha"] * (lora["r"] ** 0.5 if lora.get("use_rslora") else 1))
     names = _names(config)
-    for name, values in load_file(folder / adapter.WEIGHTS).items():
-        module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        values = values.astype("float32")
-        if part == "B":
-            values = _permuted(module + ".weight", values, config)
-        writer.add_tensor(f"{names(module + '.weight')}.lora_{part.lower()}", values)
+    with safe_open(folder / adapter.WEIGHTS, "pt") as file:  # numpy, which has no bfloat16, could not read every one
+        for name in file.keys():  # noqa: SIM118
+            module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+            values = file.get_tensor(name).float().numpy()
+            if part == "B":
+                values = _permuted(module + ".weight", values, config)
+            writer.add_tensor(f"{names(module + '.weight')}.lora_{part.lower()}", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

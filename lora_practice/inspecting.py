@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_practice.anatomy import Anatomy, Layer
+from lora_practice.anatomy import Anatomy, Layer, number
 from lora_practice.errors import text, visible
 from lora_practice.helping import columns
 from lora_practice.inventory import Item
@@ -49,7 +49,8 @@ def as_json(verdict: Verdict) -> str:
     numbers = verdict.anatomy
     layers = [
         {"module": one.module, "rank": one.rank, "shape": one.shape, "parameters": one.parameters}
-        | {"scale": one.scale, "norm": one.norm, "rms": one.rms, "largest_singular_value": one.top}
+        | {"scale": number(one.scale), "norm": number(one.norm), "rms": number(one.rms)}
+        | {"largest_singular_value": number(one.top)}
         for one in (numbers.layers if numbers else ())
     ]
     files = [
@@ -69,7 +70,7 @@ def as_json(verdict: Verdict) -> str:
         "layers": layers,
         "files": files,
     }
-    return json.dumps(whole, ensure_ascii=False, indent=2)
+    return json.dumps(whole, ensure_ascii=False, indent=2, allow_nan=False)
 
 
 def _about(verdict: Verdict) -> str:
@@ -115,7 +116,10 @@ def _adapter(numbers: Anatomy, config: Mapping[str, Any]) -> Iterator[str]:
     largest = max((rms for _, rms in groups if math.isfinite(rms)), default=0.0) or 1.0
     bars = ["#" * round(BAR * rms / largest) if math.isfinite(rms) else "" for _, rms in groups]
     yield from aligned((f"  {name}", f"{rms:.1e}", bar) for (name, rms), bar in zip(groups, bars))
-    most = max(layers, key=lambda layer: layer.rms)
+    known = [layer for layer in layers if math.isfinite(layer.rms)]
+    if not known:
+        return
+    most = max(known, key=lambda layer: layer.rms)
     yield text(f"改得最多：{most.module}（{most.rms:.1e}）", f"moved most: {most.module} ({most.rms:.1e})")
     zh = "范数（Frobenius）"
     yield text(

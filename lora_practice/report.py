@@ -84,7 +84,7 @@ def page(verdict: Verdict, reading: curve.Reading, reasons: Mapping[str, tuple[A
         figures=every,
         small=small,
         layers=layers,
-        moved=sorted(layers, key=lambda layer: -layer.rms)[:5],
+        moved=sorted((one for one in layers if math.isfinite(one.rms)), key=lambda layer: -layer.rms)[:5],
         settings=_settings(record, reasons),
         files=[(item, inspecting.explain(item)) for item in verdict.items if item.name not in (PAGE, PICTURE)],
         uses=[(text(*inspecting.USE_NAMES[use]), *verdict.uses[use]) for use in USES],

@@ -88,6 +88,19 @@ def test_an_adapter_acts_on_the_bases_gguf_as_it_does_in_peft(kind, rslora, tmp_
     assert distance(model, llama_cpp.Llama(base_gguf), ids) > 0.5
 
 
+def test_an_adapter_in_bfloat16_as_other_tools_save_it_is_written_too(tmp_path):
+    folder, adapted = make_folder(tmp_path / "model"), tmp_path / "adapter"
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(source(folder), "fp32").to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    model.save_pretrained(str(adapted), save_embedding_layers=False)
+    gguf_write.write_adapter(adapted, gguf_write.read_config(folder), tmp_path / "adapter.gguf")
+    written = {one.name: np.array(one.data) for one in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}
+    assert len(written) == 2 * 2 * 2
+    a = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj.lora_A.default").weight
+    assert a.dtype == torch.bfloat16
+    assert np.array_equal(written["blk.1.ffn_down.weight.lora_a"], a.detach().float().numpy())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gguf_holds_every_weight_within_its_rounding(kind, tmp_path):
     folder = make_folder(tmp_path / "model", kind)

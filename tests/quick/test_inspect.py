@@ -168,6 +168,23 @@ def test_json_is_one_object_with_the_same_facts(folder):
     assert weights["needed_for"] == ["inference", "sharing", "resuming"] and weights["whole"]
 
 
+def test_weights_that_are_no_numbers_are_null_in_json_and_never_the_layer_that_moved_most(folder):
+    tensors(lambda t: {n: v * (float("nan") if "layers.0.mlp" in n else 1) for n, v in t.items()})(folder)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    verdict = judge(folder)
+    layers = json.loads(as_json(verdict), parse_constant=refuse)["layers"]
+    broken = [one for one in layers if one["norm"] is None]
+    assert broken and all(one["rms"] is None and one["largest_singular_value"] is None for one in broken)
+    assert {one["module"].split("layers.")[1][:5] for one in broken} == {"0.mlp"}
+    most = max((one for one in layers if one["norm"] is not None), key=lambda one: one["rms"])
+    assert any(line.startswith(f"moved most: {most['module']} ") for line in lines(verdict))
+    tensors(lambda t: {n: v * float("nan") for n, v in t.items()})(folder)
+    assert not any(line.startswith("moved most") for line in lines(judge(folder)))
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"x")
     for place in (tmp_path, tmp_path / "nowhere"):

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_inputs.folders import edit, make_base, make_output, write
+from bad_inputs.folders import edit, make_base, make_output, tensors, write
 
 from fine_tuning_practice import TrainSettings
 from lora_practice import figures, manifest
@@ -111,6 +111,23 @@ def test_a_loss_that_is_no_number_leaves_a_gap_and_is_said(folder):
     edit("run_record.json", losses=losses)(folder)
     page = re.sub("base64,[^\"')]*", "", report(folder))  # a picture may spell it
     assert "At step 12 the loss is no number any more" in page and "NaN" not in page
+
+
+def test_layers_that_are_no_numbers_leave_a_gap_and_the_page_still_draws(folder):
+    tensors(lambda t: {n: v * (float("nan") if "layers.0" in n else 1) for n, v in t.items()})(folder)
+    page = report(folder)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, flags=re.S)
+    drawn = json.loads(found.group(1), parse_constant=refuse)
+    depths, rows = drawn["layers"]["data"][0]["x"], drawn["layers"]["data"][0]["z"]
+    assert all((row[depths.index(0)] is None) and row[depths.index(1)] > 0 for row in rows)
+    assert (
+        "hold NaN or infinity" in page
+        and "<code>model.layers.0" not in page.split("moved most")[1].split("</table>")[0]
+    )
 
 
 def test_the_curves_go_into_the_card_that_the_run_wrote(folder):
