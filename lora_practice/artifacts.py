@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import manifest, origin
-from lora_practice.disk import check_replaceable, check_writable, explained, free_disk_check, target
+from lora_practice.disk import check_replaceable, check_writable, explained, staging, target
 from lora_practice.errors import UserError, tell, text, without_tokens
 from lora_practice.resuming import check_same_settings
 from lora_practice.stored import RECORD, read_record
@@ -166,9 +165,8 @@ class OutputFolder:
             UserError: fewer than `needed` bytes are free, or the disk refuses a write midway.
         """
         kept = text("，用 --resume 继续；已有的存盘点都在", ", go on with --resume; earlier checkpoints are kept")
-        free_disk_check(self.path, needed, kept)
-        with explained(self.path, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path) as name:
-            yield Path(name)
+        with staging(self.path, needed, kept) as place:
+            yield place
 
 
 def rewrite_card(folder: Path, content: str) -> None:

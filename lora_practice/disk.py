@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_practice.errors import UserError, text
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def free_disk_check(path: Path, needed: int, cure: str = "") -> None:
+def free_disk_check(path: Path, needed: int, cure: str) -> None:
     """UserError if fewer than `needed` bytes are free where `path` is or will be; `cure` is what helps besides room."""
     free = _free(path)
     if free < needed:
@@ -26,8 +27,7 @@ def free_disk_check(path: Path, needed: int, cure: str = "") -> None:
                 f"not enough disk: about {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
             ),
             where=str(path),
-            fix=text("腾出空间", "free some")
-            + (cure or text("，或换一个 --output_dir", ", or choose another --output_dir")),
+            fix=text("腾出空间", "free some") + cure,
         )
 
 
@@ -53,6 +53,19 @@ def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
             f"{free / 1e6:.0f} MB were free",
         )
         raise UserError(what, str(path), text("腾出空间", "free some") + kept) from error
+
+
+@contextmanager
+def staging(folder: Path, needed: int, kept: str = "") -> Iterator[Path]:
+    """A hidden place for about `needed` bytes inside `folder`, so on its disk; gone afterwards, whatever happened.
+
+    Raises:
+        UserError: there is no room, or the disk refuses a write midway; `kept` follows "free some" in the cure.
+    """
+    kept = kept or text("，再运行一次；原有的都没有动", ", then run it again; what was there is untouched")
+    free_disk_check(folder, needed, kept)
+    with explained(folder, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
+        yield Path(name)
 
 
 def _free(path: Path) -> int:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_practice import adapter, adapter_config, gguf_tokens, gguf_write, llama_cpp, proof, versions
-from lora_practice.disk import free_disk_check
+from lora_practice.disk import staging
 from lora_practice.errors import UserError, tell, text
 from lora_practice.generate import find_base, stop_ids, tokenizer_for, with_adapter
 from lora_practice.model import load_base, load_tokenizer
@@ -50,15 +49,15 @@ def merge(folder: Path) -> tuple[Path, float]:
     model = with_adapter(load_base(base, "fp32"), folder).eval()
     tokenizer = tokenizer_for(model, Source("folder", str(folder), folder), base)
     stored = stored_dtype(base)  # after loading, which finds a damaged file
-    free_disk_check(folder, sum(p.numel() for p in model.parameters()) * 4)
+    needed = sum(p.numel() for p in model.parameters()) * 4
     probe = tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = model(probe).logits
     merged = model.merge_and_unload().to(getattr(torch, stored))
     merged.config.use_cache = True
     _set_ends(merged, tokenizer)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
-        whole = Path(scratch) / MERGED
+    with staging(folder, needed) as scratch:
+        whole = scratch / MERGED
         merged.save_pretrained(str(whole), safe_serialization=True)
         adapter.save_tokenizer(tokenizer, whole)
         adapter.give_umask_rights(whole)
@@ -100,9 +99,8 @@ def to_gguf(folder: Path, kinds: Sequence[str] = gguf_write.KINDS, replace: bool
     gguf_tokens.split_name(folder if (folder / "tokenizer.json").is_file() else base.path)
     if not (folder / MERGED).exists():
         tell(said(*merge(folder)))
-    free_disk_check(folder, sum(file.stat().st_size for file in (folder / MERGED).glob("*.safetensors")) * 3)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
-        whole, old = Path(scratch) / GGUF, Path(scratch) / "old"
+    with staging(folder, 3 * _weights(folder / MERGED)) as scratch:
+        whole, old = scratch / GGUF, scratch / "old"
         whole.mkdir()
         _write_gguf(folder, whole, kinds, config)
         if target.exists():
@@ -122,8 +120,8 @@ def prove_gguf(folder: Path) -> list[proof.Line]:
         raise UserError(text("还没有导出", "nothing is exported here"), where=str(folder), fix=fix)
     base, done = find_base(folder), versions.installed()
     assert base.path is not None
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
-        base_gguf = Path(scratch) / "base.gguf"  # adapter.gguf is proved on top of it
+    with staging(folder, _weights(base.path)) as scratch:
+        base_gguf = scratch / "base.gguf"  # adapter.gguf is proved on top of it
         has_adapter = (folder / GGUF / "adapter.gguf").is_file()
         if has_adapter and not llama_cpp.missing():
             gguf_write.write_model(base.path, _token_fields(base.path, folder), "f16", base_gguf)
@@ -152,6 +150,11 @@ def _write_gguf(folder: Path, target: Path, kinds: Sequence[str], config: dict[s
     stops = [tokenizer.convert_ids_to_tokens(one) for one in _ends(merged, tokenizer)]
     first, *others = [f"{MERGED}-{kind}.gguf" for kind in reversed(kinds)]
     (target / "Modelfile").write_text(modelfile(turns, stops, first, others), "utf-8")
+
+
+def _weights(model: Path) -> int:
+    """Bytes of a model's weights on disk."""
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 def _token_fields(model: Path, tokens: Path) -> dict[str, Any]:

@@ -99,7 +99,13 @@ def _end(process: subprocess.Popen[str], folder: Path) -> None:
         process.kill()
     if code:
         tell(Path(f"{folder}.log").read_text("utf-8", errors="replace"))
-        raise UserError(text("自检的训练没有正常结束", "a training of the selftest did not end well"))
+        raise UserError(
+            text("自检的训练没有正常结束", "a training of the selftest did not end well"),
+            fix=text(
+                "原因在上面；磁盘不够就用 TMPDIR 换个地方",
+                "its words stand above; for more room, name another place in TMPDIR",
+            ),
+        )
 
 
 def _kill_midway(folder: Path) -> int:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from limited_disk import small_disk
 
 from lora_practice import disk
 from lora_practice.artifacts import OutputFolder
 from lora_practice.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +20,16 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
-    try:
+def two_megabytes(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small", megabytes=2) as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_no_disk_space(tmp_path: Path) -> None:
-    disk.free_disk_check(tmp_path / "later", 1)
+    disk.free_disk_check(tmp_path / "later", 1, ", or wait")
     with pytest.raises(UserError) as caught:
-        disk.free_disk_check(tmp_path / "later", 10**18)
-    assert "not enough disk" in str(caught.value)
+        disk.free_disk_check(tmp_path / "later", 10**18, ", or wait")
+    assert "not enough disk" in str(caught.value) and str(caught.value).endswith("-> free some, or wait")
 
 
 def folder_on(place: Path) -> OutputFolder:
@@ -51,8 +39,10 @@ def folder_on(place: Path) -> OutputFolder:
 
 
 @pytest.mark.parametrize("library", ["python", "safetensors", "torch"])
-def test_a_write_that_fills_the_disk_is_one_line_and_leaves_the_earlier_files(small_disk: Path, library: str) -> None:
-    folder = folder_on(small_disk)
+def test_a_write_that_fills_the_disk_is_one_line_and_leaves_the_earlier_files(
+    two_megabytes: Path, library: str
+) -> None:
+    folder = folder_on(two_megabytes)
     before = {path: path.read_bytes() for path in folder.path.iterdir()}
     with pytest.raises(UserError) as caught, folder.staging(1000) as staging:
         if library == "python":
@@ -73,8 +63,8 @@ def test_a_write_that_fills_the_disk_is_one_line_and_leaves_the_earlier_files(sm
     assert before == {path: path.read_bytes() for path in folder.path.iterdir()}
 
 
-def test_a_record_that_does_not_fit_leaves_the_old_one_and_no_scrap(small_disk: Path) -> None:
-    folder = folder_on(small_disk)
+def test_a_record_that_does_not_fit_leaves_the_old_one_and_no_scrap(two_megabytes: Path) -> None:
+    folder = folder_on(two_megabytes)
     before = (folder.path / "run_record.json").read_bytes()
     with pytest.raises(UserError, match="No space left on device"):
         folder.write_record({"losses": ["x" * 3_000_000]})

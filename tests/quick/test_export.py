@@ -13,9 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gguf_folders import make_folder
+from limited_disk import small_disk
 from peft import LoraConfig, get_peft_model
 
-from lora_practice import export, gguf_tokens, gguf_write, llama_cpp, proof
+from lora_practice import disk, export, gguf_tokens, gguf_write, llama_cpp, proof
 from lora_practice.errors import UserError
 from lora_practice.model import load_base
 from lora_practice.sources import Source
@@ -97,14 +98,33 @@ def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
 def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, monkeypatch):
     export.merge(run)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def fail(*args):
+        raise RuntimeError("a bug")
 
-    monkeypatch.setattr(gguf_write, "write_adapter", full)
+    monkeypatch.setattr(gguf_write, "write_adapter", fail)
     before = sorted(run.iterdir())
-    with pytest.raises(OSError):
+    with pytest.raises(RuntimeError, match="a bug"):
         export.to_gguf(run)
     assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize("step", ["merge", "export"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_the_folder_as_it_was(made, tmp_path, monkeypatch, step):
+    """The check before each write is silenced: what fills the disk may come from another program."""
+    with small_disk(tmp_path / "small", megabytes=5) as place:
+        run = Path(shutil.copytree(made, place / "out"))
+        if step == "export":
+            export.merge(run)
+        before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        filler = place / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(place).free - 300_000))
+        monkeypatch.setattr(disk, "free_disk_check", lambda *_: None)
+        with pytest.raises(UserError) as caught:
+            export.to_gguf(run)
+        line = str(caught.value)
+        assert "the disk refused a write midway (No space left on device)" in line and "\n" not in line
+        assert line.endswith("-> free some, then run it again; what was there is untouched")
+        assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
 def test_what_cannot_be_a_gguf_is_refused_before_anything_is_merged(run):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from journey_harness import run, succeeded
 
 from lora_practice import selftest
+from lora_practice.errors import UserError
 
 CLI = ("-m", "lora_practice.cli")
 
@@ -21,6 +24,16 @@ def test_the_proof_passes_and_leaves_nothing_behind(tmp_path: Path, embedded_row
     assert [line[:3] for line in said] == ["1/3", "2/3", "3/3"]
     assert "with step" in said[2]
     assert not list((tmp_path / "tmp").glob("lora-practice-*"))  # torch leaves an empty folder of its own
+
+
+def test_a_training_that_fails_shows_its_words_and_the_cure_is_the_selftests_own(tmp_path, capsys) -> None:
+    words = "Error: out/run: not enough disk -> free some, go on with --resume"
+    (tmp_path / "run.log").write_text(words, "utf-8")
+    failed = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"], text=True)
+    with pytest.raises(UserError) as caught:
+        selftest._end(failed, tmp_path / "run")
+    assert words in capsys.readouterr().err
+    assert "selftest" in str(caught.value) and str(caught.value).endswith("for more room, name another place in TMPDIR")
 
 
 @pytest.mark.parametrize("spoiled", [*selftest.COMPARED, "losses"])
