@@ -91,6 +91,52 @@ void lora_columns(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int64_t n,
                 d_down[int64_t(k) * K + begin + side * half + j] += mine[(k * 2 + side) * count + j];
 }
 
+constexpr int UP_ROWS = 8;
+constexpr int64_t UP_COLUMNS = 8 * LANES;
+
+// d_up (ranks x count, pitch N) = u^T d_y, count <= UP_COLUMNS: eight rows of d_y at a time for one pass over the sums.
+void lora_up_columns(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_t n, int64_t ranks, int64_t count,
+                     float* d_up, int64_t N) {
+    std::vector<float> sums(ranks * UP_COLUMNS), factors(ranks * UP_ROWS), rows(UP_ROWS * UP_COLUMNS);
+    for (int64_t i = 0; i < n; i += UP_ROWS) {
+        for (int64_t r = 0; r < UP_ROWS; ++r) {
+            const bool there = i + r < n;
+            for (int64_t k = 0; k < ranks; ++k) factors[k * UP_ROWS + r] = there ? wide(u[(i + r) * ldu + k]) : 0.0f;
+            const T* from = d_y + (there ? i + r : i) * ldy;
+            float* to = &rows[r * UP_COLUMNS];
+            #pragma omp simd
+            for (int64_t j = 0; j < count; ++j) to[j] = wide(from[j]);
+        }
+        for (int64_t j = 0; j < count; j += LANES) {
+            Lanes d[UP_ROWS];
+            for (int r = 0; r < UP_ROWS; ++r) d[r] = *(const Lanes*)&rows[r * UP_COLUMNS + j];
+            for (int64_t k = 0; k < ranks; ++k) {
+                const float* factor = &factors[k * UP_ROWS];
+                Lanes sum = *(const Lanes*)&sums[k * UP_COLUMNS + j];
+#pragma GCC unroll 8
+                for (int r = 0; r < UP_ROWS; ++r) sum += factor[r] * d[r];
+                *(Lanes*)&sums[k * UP_COLUMNS + j] = sum;
+            }
+        }
+    }
+    for (int64_t k = 0; k < ranks; ++k) std::copy_n(&sums[k * UP_COLUMNS], count, d_up + k * N);
+}
+
+// u[k] = input . row k of a, for MANY rows in one pass: a single chain of additions would wait for itself.
+template <int MANY>
+void dots(const float* input, const float* a, int64_t K, T* u) {
+    Lanes sums[MANY] = {};
+    int64_t j = 0;
+    for (; j + LANES <= K; j += LANES)
+        for (int k = 0; k < MANY; ++k) sums[k] += *(const Lanes*)(input + j) * *(const Lanes*)(a + k * K + j);
+    for (int k = 0; k < MANY; ++k) {
+        float sum = 0;
+        for (int lane = 0; lane < LANES; ++lane) sum += sums[k][lane];
+        for (int64_t rest = j; rest < K; ++rest) sum += input[rest] * a[k * K + rest];
+        u[k] = narrow(sum);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -177,13 +223,11 @@ void lora_down(const T* x, int64_t ldx, int64_t n, int64_t K, const float* down,
                     for (int64_t j = 0; j < K; ++j) masked[j] = row[j] * keep[j];
                     input = masked.data();
                 }
-                for (int64_t k = sites[s].rank_begin; k < sites[s].rank_end; ++k) {
-                    const float* a = down + k * K;
-                    float dot = 0;
-                    #pragma omp simd reduction(+ : dot)
-                    for (int64_t j = 0; j < K; ++j) dot += input[j] * a[j];
-                    u[i * ldu + k] = narrow(dot);
-                }
+                const int64_t last = sites[s].rank_end;
+                int64_t k = sites[s].rank_begin;
+                for (; k + 6 <= last; k += 6) dots<6>(input, down + k * K, K, u + i * ldu + k);
+                for (; k + 2 <= last; k += 2) dots<2>(input, down + k * K, K, u + i * ldu + k);
+                if (k < last) dots<1>(input, down + k * K, K, u + i * ldu + k);
             }
         }
     }
@@ -199,6 +243,19 @@ void lora_down_backward(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int6
     for (int64_t p = 0; p < parts; ++p)
         lora_columns(x, ldx, d_u, ldu, n, K, down, sites, count, threshold, row0, d_x, lddx, d_down, p * width,
                      std::min(width, half - p * width));
+}
+
+// d_up (R x N) = u^T d_y at each site's own ranks and outputs; blocks: four numbers a site. The rest is not written.
+void lora_up_backward(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_t n, int64_t N, const int64_t* blocks,
+                      int64_t count, float* d_up, int threads) {
+    for (int64_t s = 0; s < count; ++s) {
+        const int64_t rank = blocks[4 * s], ranks = blocks[4 * s + 1] - rank;
+        const int64_t first = blocks[4 * s + 2], last = blocks[4 * s + 3];
+#pragma omp parallel for num_threads(threads)
+        for (int64_t begin = first; begin < last; begin += UP_COLUMNS)
+            lora_up_columns(u + rank, ldu, d_y + begin, ldy, n, ranks, std::min(UP_COLUMNS, last - begin),
+                            d_up + rank * N + begin, N);
+    }
 }
 
 // Loss of each row, logits -> gradient in place when scale is not 0. Labels of row i: labels[first[i], first[i + 1]).

@@ -101,9 +101,9 @@ class LinearGroup:
         if not self.sites:
             return
         d_down = ops.lora_down_backward(x, d_u, self.down, self.sites, noise, d_x)
-        d_up = u.t() @ d_y  # the off-diagonal blocks are computed too: cheaper than many small products
+        d_up = ops.lora_up_backward(u, d_y, self.sites)
         if self.gradients is None:
-            self.gradients = (d_down, d_up.to(d_down.dtype))
+            self.gradients = (d_down, d_up)
         else:
             self.gradients[0].add_(d_down)
             self.gradients[1].add_(d_up)

@@ -15,9 +15,9 @@ import torch
 
 from .ops import Plain
 from .plan import Plan
-from .products import product, product_back
+from .products import ROW_STEP, product, product_back
 
-CHUNK_ROWS = 128  # x 49152 float32 logits = 25 MB
+CHUNK_ROWS = 160  # x 49152 float32 logits = 31 MB
 
 
 def head_loss(
@@ -29,8 +29,10 @@ def head_loss(
     """
     total = 0.0
     d_x = torch.empty_like(x) if scale is not None else None
-    for first in range(0, x.shape[0], CHUNK_ROWS):
-        last = min(first + CHUNK_ROWS, x.shape[0])
+    chunks = -(-x.shape[0] // CHUNK_ROWS)  # even ones: each reads the whole head, a small one for little
+    rows = -(-x.shape[0] // (chunks * ROW_STEP)) * ROW_STEP if chunks else 1
+    for first in range(0, x.shape[0], rows):
+        last = min(first + rows, x.shape[0])
         logits = product(x[first:last], weight)
         mine = (plan.pair_slots >= first) & (plan.pair_slots < last)
         slots, labels = plan.pair_slots[mine] - first, plan.pair_labels[mine]

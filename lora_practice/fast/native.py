@@ -65,6 +65,7 @@ class Native(Plain):
         self.library = library
         self.name = "compiled kernels"
         self._site_arrays: dict[int, tuple] = {}
+        self._blocks: dict[int, tuple] = {}  # both hold their list of sites, so that its id stays its own
 
     def norm(self, h, weight, eps, out):
         rstd = torch.empty(h.shape[0], 1, dtype=torch.float32)
@@ -121,7 +122,7 @@ class Native(Plain):
             array = (_Site * len(sites))(
                 *(_Site(s.ranks.start, s.ranks.stop, a & 0xFFFFFFFF, b & 0xFFFFFFFF) for s, (a, b) in zip(sites, keys))
             )
-            known = self._site_arrays[id(sites)] = (step, array)
+            known = self._site_arrays[id(sites)] = (step, array, sites)
         threshold, row0 = (0, 0) if noise is None else (noise.threshold, noise.row0)
         return known[1], _int(len(sites)), ctypes.c_uint32(threshold), _int(row0)
 
@@ -147,6 +148,18 @@ class Native(Plain):
             torch.get_num_threads(),
         )
         return d_down
+
+    def lora_up_backward(self, u, d_y, sites):
+        n, width = map(_int, d_y.shape)
+        if id(sites) not in self._blocks:
+            ends = [(s.ranks.start, s.ranks.stop, s.outputs.start, s.outputs.stop) for s in sites]
+            self._blocks[id(sites)] = (sites, torch.tensor(ends, dtype=torch.int64))
+        blocks = self._blocks[id(sites)][1]
+        d_up = torch.empty(u.shape[1], d_y.shape[1], dtype=torch.float32)
+        self.library.lora_up_backward(
+            *_at(u), *_at(d_y), n, width, _flat(blocks), _int(len(sites)), _flat(d_up), torch.get_num_threads()
+        )
+        return d_up
 
     def cross_entropy(self, logits, counts, slots, labels, scale):
         n, width = map(_int, logits.shape)

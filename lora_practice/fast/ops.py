@@ -159,6 +159,14 @@ class Plain:
                 d_x += (d_u[:, site.ranks] @ down[site.ranks].to(narrow)) * keep
         return d_down
 
+    def lora_up_backward(self, u: torch.Tensor, d_y: torch.Tensor, sites: list) -> torch.Tensor:
+        """d_y_s^T u_s of each site s, at its ranks and outputs in (R, N) wide; the rest is undefined.
+
+        Args: u (n, R); d_y (n, N).
+        """
+        # the blocks between two sites are computed too: cheaper than many small products
+        return (u.t() @ d_y).to(wide_of(u.dtype))
+
     def cross_entropy(
         self,
         logits: torch.Tensor,

@@ -97,8 +97,7 @@ class Plan:
         )
 
     def to(self, device: torch.device) -> Plan:
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return Plan(runs=self.runs, **moved)
+        return Plan(runs=self.runs, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
 
 _TENSORS = ("ids", "positions", "label_rows", "label_counts", "pair_slots", "pair_labels")
@@ -180,8 +179,18 @@ def needed(example: Example) -> tuple[list[int], list[int]]:
 def plan_step(examples: Sequence[Example], token_budget: int | None = None, share: bool = True) -> list[Plan]:
     """Micro-batches of one optimizer step, in the given order, each of at most `token_budget` rows.
 
+    As few as the budget allows, then as even as their number allows: the largest one decides over memory.
     A single example longer than the budget is a micro-batch of its own. Examples without labels vanish.
     """
+    plans = _cut(examples, token_budget, share)
+    if token_budget is not None and len(plans) > 1:
+        even = sum(plan.rows for plan in plans) // len(plans)
+        tries = (_cut(examples, budget, share) for budget in range(even, token_budget, 16))
+        return next((evener for evener in tries if len(evener) == len(plans)), plans)
+    return plans
+
+
+def _cut(examples: Sequence[Example], token_budget: int | None, share: bool) -> list[Plan]:
     plans: list[Plan] = []
     trie = _Trie(share)
     for example in examples:
@@ -227,8 +236,7 @@ def attention_tiles(plan: Plan, window: int | None) -> list[Tile]:
 
 
 def _tile(blocks: list, plan: Plan, window: int | None) -> Tile:
-    n = plan.rows
-    device = plan.ids.device
+    n, device = plan.rows, plan.ids.device
     m, k = max(len(b[0]) for b in blocks), max(len(b[1]) for b in blocks)
     queries = torch.tensor([b[0] + [n] * (m - len(b[0])) for b in blocks], device=device)
     keys = torch.tensor([b[1] + [n] * (k - len(b[1])) for b in blocks], device=device)

@@ -190,6 +190,19 @@ def test_compiled_lora(dtype, noise):
         same(mine, theirs, dtype)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_TYPES)
+def test_compiled_lora_up_has_each_sites_own_block(dtype):
+    n, ranks, outputs = 37, (6, 3), (200, 19)
+    sites = [
+        Site(None, None, 1.0, slice(0, outputs[0]), slice(0, ranks[0]), 5),
+        Site(None, None, 1.0, slice(outputs[0], sum(outputs)), slice(ranks[0], sum(ranks)), 6),
+    ]
+    u, d_y = random(n, sum(ranks)).to(dtype), random(n, sum(outputs), seed=1).to(dtype)
+    mine, theirs = (piece.lora_up_backward(u, d_y, sites) for piece in (compiled(dtype), Plain()))
+    for site in sites:
+        same(mine[site.ranks, site.outputs], theirs[site.ranks, site.outputs], dtype)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
 def test_compiled_attention(dtype, window):

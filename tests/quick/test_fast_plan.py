@@ -49,6 +49,13 @@ def test_a_common_prefix_is_computed_once():
     assert plan_step(examples, share=False)[0].rows == 8 * 21
 
 
+def test_micro_batches_are_few_and_then_even():
+    examples = [([*range(50 * i, 50 * i + 50)], [1] * 50) for i in range(8)]  # 49 rows each
+    assert [plan.rows for plan in plan_step(examples, 320)] == [4 * 49, 4 * 49]
+    assert [plan.rows for plan in plan_step(examples, 392)] == [8 * 49]
+    assert [plan.rows for plan in plan_step(examples, 40)] == [49] * 8
+
+
 def test_tiles_hold_each_row_once():
     examples = [(list(range(i, i + length)), list(range(i, i + length))) for i, length in enumerate((300, 20, 140, 9))]
     plan = plan_step(examples)[0]
