@@ -32,7 +32,9 @@ if PYENV.is_dir():
 def install_and_test(session: nox.Session, stack: str, *tests: str) -> None:
     """This project with the versions of `requirements/<stack>.txt`; then `tests`, or what was asked for."""
     session.install("-c", f"requirements/{stack}.txt", "-e", ".[test]")
-    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or tests))
+    # two files at a time, each on one core
+    side_by_side = () if "-s" in tests else ("-n", "2", "--dist", "loadfile")
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *side_by_side, *(session.posargs or tests))
 
 
 @nox.session(python="3.11")

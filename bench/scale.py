@@ -1,7 +1,7 @@
 """How the start and the data scale. Run: python -m bench.scale [--rows N ...]
 
-Seconds from the command to the end of the first optimizer step of the embedded default; then, for each N, seconds
-and most resident memory of preparing N short rows from a JSONL file, in a process of its own.
+Seconds from the command to the first optimizer step of the embedded default; then, for each N, seconds and most
+resident memory of preparing N short rows from a JSONL file, in a process of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def main() -> None:
         print(json.dumps(prepared(Path(options.prepare))))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        print(f"first step done after {first_step(Path(scratch) / 'out'):.1f} s", flush=True)
+        begun, done = first_step(Path(scratch) / "out")
+        print(f"first step begun after {begun:.1f} s, its loss on the screen after {done:.1f} s", flush=True)
         for count in options.rows:
             path = Path(scratch) / f"{count}.jsonl"
             write_rows(path, count)
@@ -43,19 +44,20 @@ def main() -> None:
             path.unlink()
 
 
-def first_step(output_dir: Path) -> float:
-    """Seconds until a run says what its first step's loss is."""
+def first_step(output_dir: Path) -> tuple[float, float]:
+    """Seconds until a run has said all that it says beforehand, and until it says its first step's loss."""
     flags = ["--embedded", "--max_steps", "2", "--logging_steps", "1", "--output_dir", str(output_dir)]
-    started, lines = time.perf_counter(), []
+    started, begun, lines = time.perf_counter(), 0.0, []
     command = [sys.executable, "fine_tuning_practice.py", *flags]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:
-            lines.append(line)
+            seconds = time.perf_counter() - started
             if " 1/2 " in line:
-                seconds = time.perf_counter() - started
                 run.communicate()
-                return seconds
+                return begun, seconds
+            begun = seconds
+            lines.append(line)
     raise SystemExit("the run ended before its first step:\n" + "".join(lines[-10:]))
 
 
