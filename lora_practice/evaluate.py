@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_practice import manifest
 from lora_practice.data.batches import Collator
@@ -72,21 +74,11 @@ class Evaluation(TrainerCallback):
     ) -> None:
         self.trainer, self.examples, self.steps = trainer, examples, steps
         self.keep_best, self.patience = keep_best, patience
-        self.stopped_early = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure after every `steps` steps, and after the last."""
-        if (self.steps and state.global_step % self.steps == 0) or state.global_step == state.max_steps:
-            self._measure(state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure here if not by steps; an interrupted run comes by in the middle of an epoch."""
-        if not self.steps and state.epoch == round(state.epoch):
-            self._measure(state, control)
-
-    def _measure(self, state: Any, control: Any) -> None:
-        done = evaluations(state.log_history)
-        if done and done[-1]["step"] == state.global_step:
+        """Measure before this step's checkpoint is made, so that it holds the result."""
+        due = state.global_step % self.steps == 0 if self.steps else state.epoch == round(state.epoch)
+        if not due and state.global_step != state.max_steps:
             return
         loss = held_out_loss(self.trainer, self.examples)
         should_log = control.should_log
@@ -94,19 +86,37 @@ class Evaluation(TrainerCallback):
         self.trainer.log({"eval_loss": loss, "eval_perplexity": perplexity(loss)})
         self.trainer.model.train()
         control.should_log = should_log  # the loss of this step is still to be logged
-        losses = [one["loss"] for one in done] + [loss]
-        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-        if self.keep_best and best == len(losses) - 1:
+        waited = since_best(state.log_history)
+        if self.keep_best and not waited:
             keep(self.trainer, state.global_step, loss)
-        waited = len(losses) - 1 - best
-        if self.patience and waited >= self.patience and state.global_step < state.max_steps:
-            self.stopped_early = control.should_training_stop = True
+        if self.is_over(state):
+            control.should_training_stop = True
             tell(
                 text(
                     f"留出损失连续 {waited} 次没有更低，提前停止",
                     f"the held-out loss has not fallen in {waited} evaluations: stopping early",
                 )
             )
+
+    def is_over(self, state: Any) -> bool:
+        """Whether the run that came to this state was stopped early by it."""
+        return 0 < self.patience <= since_best(state.log_history) and state.global_step < state.max_steps
+
+
+def since_best(log_history: Sequence[dict[str, Any]]) -> int:
+    """How many evaluations came after the one with the lowest loss."""
+    losses = [one["loss"] if math.isfinite(one["loss"]) else math.inf for one in evaluations(log_history)]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def was_over(trainer: PracticeTrainer, checkpoint: Path, evaluation: Optional[Evaluation]) -> bool:
+    """Whether nothing is left to train after this checkpoint, which then is loaded; `train` would take a step more."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps and not (evaluation and evaluation.is_over(state)):
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
 
 
 def evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,21 +7,23 @@ from typing import Any
 
 from lora_practice.errors import UserError, text
 
-# A resumed run that changes one of these would no longer be the same run.
-FIXED_ON_RESUME = (
-    *("model_name", "chat_template_path", "dataset_path", "dataset_name", "embedded", "train_subset_size"),
-    *("eval_subset_size", "max_length", "packing", "assistant_only_loss", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"),
-    *("warmup_ratio", "max_grad_norm", "optim", "seed", "lora_r", "lora_alpha", "lora_dropout", "bf16", "fast"),
+# Every other setting must stay as it was, or the resumed run would no longer be the same run.
+FREE_ON_RESUME = (
+    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "skip_login"),  # ask what to do, not how
+    "gradient_checkpointing",  # the same numbers, computed twice
+    *("logging_steps", "report_to"),  # what is told of the training
+    *("save_strategy", "save_steps", "save_total_limit"),  # how much a kill may cost
+    *("merge_adapter", "run_inference"),  # come after the training
 )
 
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """UserError if `settings` differ from those in the `record` of the run in `path`; names each difference."""
     before = record.get("settings") or {}
-    changed = [name for name in FIXED_ON_RESUME if name in before and before[name] != settings.get(name)]
+    fixed = [name for name in settings if name in before and name not in FREE_ON_RESUME]
+    changed = [name for name in fixed if before[name] != settings[name]]
     if changed:
-        listed = ", ".join(f"{name}: {str(before[name])[:80]} -> {settings.get(name)}" for name in changed)
+        listed = ", ".join(f"{name}: {str(before[name])[:80]} -> {settings[name]}" for name in changed)
         raise UserError(
             text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
             where=str(path),

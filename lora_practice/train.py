@@ -14,12 +14,12 @@ from transformers import PrinterCallback
 
 from lora_practice import fast, record, versions
 from lora_practice.artifacts import OutputFolder
-from lora_practice.data.batches import Collator, pack
+from lora_practice.data.batches import Collator, packed_dataset
 from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
 from lora_practice.data.tokens import Example
 from lora_practice.errors import UserError, tell, text
-from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, perplexity, take_best
+from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, perplexity, take_best, was_over
 from lora_practice.guard import Guard
 from lora_practice.ladder import Load, Regime, TooLong, bytes_per_token
 from lora_practice.machine import Machine, peak_memory
@@ -160,10 +160,11 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) ->
     if checkpoint:
         tell(text(f"从 {checkpoint} 继续", f"going on from {checkpoint}"))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not (checkpoint and was_over(trainer, checkpoint, evaluation)):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
     state = trainer.state
-    stopped_early = evaluation is not None and evaluation.stopped_early
+    stopped_early = evaluation is not None and evaluation.is_over(state)
     keys = ("step", "loss", "grad_norm", "learning_rate")
     losses = [{key: entry[key] for key in keys if key in entry} for entry in state.log_history if "loss" in entry]
     result = {
@@ -237,14 +238,3 @@ def find_room(trainer: PracticeTrainer, may_shorten: bool = False) -> int:
         trainer.folder.note("memory", 0, said, vars(trainer.regime))
         return error.max_length
     return 0
-
-
-def packed_dataset(examples: Examples, max_length: int) -> Any:
-    """A `datasets.Dataset` of packed rows, with the lengths of their parts."""
-    from datasets import Dataset
-
-    return Dataset.from_list([_row(row) for row in pack(examples, max_length)])
-
-
-def _row(example: Example) -> dict[str, Any]:
-    return {"input_ids": example.input_ids, "labels": example.labels, "lengths": list(example.lengths)}

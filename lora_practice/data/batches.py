@@ -37,6 +37,14 @@ def pack(examples: Iterable[Example], max_length: int) -> list[Example]:
     return rows
 
 
+def packed_dataset(examples: Iterable[Example], max_length: int) -> Any:
+    """A `datasets.Dataset` of packed rows, with the lengths of their parts."""
+    from datasets import Dataset
+
+    rows = pack(examples, max_length)
+    return Dataset.from_list([{**vars(row), "lengths": list(row.lengths)} for row in rows])
+
+
 class Collator:
     """Pads rows to one length. Called by the DataLoader with rows of the training set."""
 

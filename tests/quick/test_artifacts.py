@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from lora_practice import artifacts, manifest
 from lora_practice.artifacts import CHECKPOINT_MANIFEST, RECORD, OutputFolder
 from lora_practice.errors import UserError
-from lora_practice.resuming import FIXED_ON_RESUME
+from lora_practice.resuming import FREE_ON_RESUME, check_same_settings
 
 SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
 
@@ -178,14 +179,23 @@ def test_a_copied_checkpoint_is_whole(tmp_path: Path) -> None:
 def test_changed_settings_are_named(tmp_path: Path) -> None:
     add_checkpoint(start(tmp_path / "run"), 1)
     line = refusal(tmp_path / "run", resume=True, lora_r=8, seed=7)
-    assert "seed: 42 -> 7, lora_r: 6 -> 8" in line
+    assert "lora_r: 6 -> 8, seed: 42 -> 7" in line
     assert claim(tmp_path / "run", resume=True, logging_steps=1).checkpoint is not None
 
 
-def test_every_fixed_setting_is_one() -> None:
+def test_every_setting_must_stay_as_it_was_but_those_that_cannot_change_the_result(tmp_path: Path) -> None:
     from fine_tuning_practice import TrainSettings
 
-    assert set(FIXED_ON_RESUME) <= set(vars(TrainSettings()))
+    plain = dataclasses.asdict(TrainSettings())
+    assert set(FREE_ON_RESUME) < set(plain)
+    for name in plain:
+        before = {"settings": {**plain, name: "another"}}
+        if name in FREE_ON_RESUME:
+            check_same_settings(tmp_path, before, plain)
+            continue
+        with pytest.raises(UserError, match=f"{name}: another -> "):
+            check_same_settings(tmp_path, before, plain)
+    check_same_settings(tmp_path, {"settings": {}}, plain)  # of a version that knew fewer settings
 
 
 def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:

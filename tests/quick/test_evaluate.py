@@ -116,6 +116,46 @@ def test_a_resumed_run_measures_and_chooses_as_if_it_had_never_stopped(is_fast: 
     assert same(weights(whole), weights(second))
 
 
+class Killed(BaseException):
+    """Nothing of ours catches it, as nothing catches a kill."""
+
+
+class Kill(TrainerCallback):
+    """Ends the run as soon as the checkpoint of this step is there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+EARLY: dict[str, Any] = {**WILD, "early_stopping_patience": 2}
+BY_EPOCH: dict[str, Any] = {**WILD, "eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3}
+MOMENTS = {
+    "the early stop": (EARLY, 0),
+    "a step with an evaluation": (EARLY, -2),
+    "the last step": (WILD, 0),
+    "the end of an epoch": (BY_EPOCH, -16),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_right_after_its_checkpoint_ends_as_if_it_had_not_been(moment: str, tmp_path: Path) -> None:
+    settings, from_end = MOMENTS[moment]
+    whole, expected = go(tmp_path / "a", True, **settings)
+    step = expected["steps"] + from_end
+    saving = {**settings, "save_strategy": "steps", "save_steps": step}
+    with pytest.raises(Killed):
+        go(tmp_path / "b", True, callback=Kill(step), **saving)
+    second, notes = go(tmp_path / "b", True, resumed=read_record(tmp_path / "b"), **saving)
+    assert second.folder.checkpoint.name == f"checkpoint-{step}"
+    for name in ("steps", "interrupted", "stopped_early", "losses", "evaluations", "held_out_loss", "best_step"):
+        assert notes[name] == expected[name]
+    assert same(weights(whole), weights(second))
+
+
 def test_no_copy_of_a_held_out_conversation_stays_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def talk(number: int, line: int) -> Conversation:
         turns = ({"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": "answer"})
