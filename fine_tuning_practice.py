@@ -21,6 +21,7 @@ from typing import Optional
 from lora_practice.artifacts import DEFAULT_OUTPUT_DIR, OutputFolder
 from lora_practice.errors import door, tell, text
 from lora_practice.settings import named_by_user, parse, setting
+from lora_practice.variants import STARTS, check
 
 
 @dataclass
@@ -181,6 +182,34 @@ class TrainSettings:
     lora_dropout: float = setting(
         0.05, "随机丢弃：防止背诵", "random zeros against rote learning", minimum=0, maximum=0.95
     )
+    target_modules: str = setting(
+        "all-linear",
+        "哪些层加 LoRA：全部，或逗号隔开，如 q_proj,v_proj",
+        "layers that get LoRA: all of them, or such as q_proj,v_proj",
+    )
+    use_rslora: bool = setting(
+        False,
+        "rsLoRA：缩放改为 alpha/√r，秩大时才不变弱",
+        "rsLoRA: scale alpha/√r, so that a high rank is not weaker",
+    )
+    use_dora: bool = setting(
+        False,
+        "DoRA：权重的长度和方向分开学，秩很小时更准，但慢",
+        "DoRA: learns length and direction apart; better at low rank, slower",
+    )
+    init_lora_weights: str = setting(
+        "default",
+        "从哪开始：pissa、olora 从底座最主要的部分开始，学得更快",
+        "where it begins: pissa and olora at the base's main part, and learn sooner",
+        choices=STARTS,
+    )
+    loraplus_lr_ratio: float = setting(
+        1.0,
+        "LoRA+：B 的学习率是 A 的几倍；1 是普通 LoRA",
+        "LoRA+: B's learning rate over A's; 1 is plain LoRA",
+        minimum=1,
+        maximum=1000,
+    )
     # 精度和内存 / precision and memory
     fast: str = setting(
         "auto",
@@ -250,6 +279,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from lora_practice.environment import check_login, prepare_environment
     from lora_practice.sources import SHIPPED, find_dataset, find_model
 
+    check(settings)
     prepare_environment()
     plain_settings = dataclasses.asdict(settings)
     replace = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches nothing

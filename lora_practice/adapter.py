@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lora_practice import variants
 from lora_practice.adapter_config import CONFIG
 from lora_practice.errors import UserError, text
 
@@ -23,6 +24,7 @@ def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # save_embedding_layers="auto" would look the base's config up on the Hub (huggingface/peft#1452)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    variants.save_as_lora(model, folder)
     (folder / "README.md").unlink()  # PEFT's empty template; ours is written when the run is finished
     config = _read_json(folder / CONFIG)
     if isinstance(config.get("target_modules"), list):  # a set, whose order changes from process to process

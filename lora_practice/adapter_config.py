@@ -14,6 +14,7 @@ from lora_practice.stored import read_object
 
 CONFIG = "adapter_config.json"
 LARGEST_RANK = 65_536
+MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base's weights
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # PEFT matches these against every layer's name, some as patterns; a stranger's pattern may take for ever
 LAYER_LISTS = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save")
@@ -37,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind, rank, alpha = config.get("peft_type"), config.get("r"), config.get("lora_alpha", 8)
     # PEFT would import what these two name
     code = [name for name in ("auto_mapping", "megatron_config") if config.get(name)]
-    problem = ""
+    start, problem = str(config.get("init_lora_weights")).lower(), ""
     if kind != "LORA":
         problem = text(f"不是 LoRA 适配器：{str(kind)[:40]!r}", f"not a LoRA adapter: {str(kind)[:40]!r}")
     elif not isinstance(rank, int) or not 0 < rank <= LARGEST_RANK:
@@ -46,6 +47,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         problem = text(f"lora_alpha 不对：{str(alpha)[:40]!r}", f"no lora_alpha: {str(alpha)[:40]!r}")
     elif code:
         problem = text(f"{code[0]} 要运行别的代码", f"{code[0]} asks for other code to be run")
+    elif start.startswith(MOVED):  # on the base as it is its answers would be wrong
+        problem = text(f"它配的是改过的底座（{start[:20]}）", f"it belongs to a base that was changed ({start[:20]})")
     elif not_names := next((name for name in LAYER_LISTS if not _are_names(config.get(name))), ""):
         problem = text(f"{not_names} 不是层名的列表", f"{not_names} is no list of names of layers")
     elif not_names := next((name for name in LAYER_TABLES if not _is_table(config.get(name))), ""):

@@ -66,6 +66,7 @@ def as_json(verdict: Verdict) -> str:
         "base_at_hand": str(verdict.base) if verdict.base else None,
         "findings": list(verdict.findings),
         "uses": {use: {"possible": able, "why": why} for use, (able, why) in verdict.uses.items()},
+        "dora": bool(verdict.config.get("use_dora")),  # then `layers` counts directions only
         "parameters": numbers.parameters if numbers else None,
         "layers": layers,
         "files": files,
@@ -110,6 +111,9 @@ def _adapter(numbers: Anatomy, config: Mapping[str, Any]) -> Iterator[str]:
     alpha, count, size = config.get("lora_alpha"), len(layers), f"{numbers.parameters:,}"
     zh = f"秩 {spread}，alpha {alpha}（更新乘以 {scale}），{count} 个矩阵，{size} 个参数"
     yield text(zh, f"rank {spread}, alpha {alpha} (the update times {scale}), {count} matrices, {size} parameters")
+    if config.get("use_dora"):
+        zh = "DoRA：下面只算方向的更新，没算学到的长度"
+        yield text(zh, "DoRA: what follows counts the update of directions, not the lengths learnt")
     zh = "每个权重被改了多少（均方根；越长改得越多）："
     yield text(zh, "how far a weight is moved (root mean square; longer is more):")
     groups = [*by_kind(layers), *by_depth(layers)]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Optional
 
+from lora_practice import variants
 from lora_practice.errors import UserError, reason_of, tell, text
 from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.sources import Source, find_template
@@ -91,13 +92,14 @@ def stored_bytes(folder: Optional[Path]) -> int:
 
 
 def add_lora(model: Any, settings: Any, base: Source) -> Any:
-    """PEFT's LoRA on all linear layers; the LoRA weights are fp32 whatever the base is.
+    """PEFT's LoRA, or one of its variants; the LoRA weights are fp32 whatever the base is.
 
     W x + (alpha / r) B A x, with A (r, in) and B (out, r), B zero at first (Hu et al. 2021, arXiv 2106.09685).
 
     Raises:
         UserError: packing is asked for, and this model has only an attention that would let the parts of a row
-            see each other ("sdpa" takes the mask of a packed row as it is); or max_length is beyond its positions.
+            see each other ("sdpa" takes the mask of a packed row as it is); max_length is beyond its positions; or
+            see `variants.options`.
     """
     if settings.packing and model.config._attn_implementation != "sdpa":
         raise UserError(
@@ -120,14 +122,15 @@ def add_lora(model: Any, settings: Any, base: Source) -> Any:
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules="all-linear",
         bias="none",
         task_type="CAUSAL_LM",
+        **variants.options(model, settings),
     )
     model.config.use_cache = False  # training never reads the key-value cache
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base.name if base.kind == "hub" else str(base.path)
     keep_trained_in_fp32(adapted)
+    variants.remember_start(adapted)
     return adapted
 
 

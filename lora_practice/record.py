@@ -158,7 +158,12 @@ def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]
     hidden += ["model_name"] if model["kind"] == "embedded" else []
     hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []
     rows = [f"| {name} | `{value}` |" for name, value in settings.items() if name not in hidden]
-    return "\n".join(["| setting | value |", "|---|---|", *rows])
+    table = "\n".join(["| setting | value |", "|---|---|", *rows])
+    if (settings.get("init_lora_weights") or "default") != "default":
+        table += (
+            "\n\nThe adapter has twice this rank: what was trained, less what it began with. It fits the base as it is."
+        )
+    return table
 
 
 def _usage(base: str) -> str:

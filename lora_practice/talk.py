@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_practice.errors import text
 from lora_practice.generate import decoder_of, talker
+from lora_practice.variants import as_base
 
 SAMPLE_PROMPTS = (
     "What is the capital of France?",
@@ -34,7 +35,7 @@ def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[s
         For the record: one {"prompt", "base", "adapter"} each.
     """
     model.gradient_checkpointing_disable()
-    with model.disable_adapter():
+    with as_base(model):
         base = talker(model, tokenizer, decoder_of(model))
         before = [base.answer([_asked(prompt)], max_new_tokens) for prompt in SAMPLE_PROMPTS]
     adapted = talker(model, tokenizer, decoder_of(model))

@@ -85,7 +85,7 @@ def build_trainer(
     trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen))
-    trainer.engine = engine
+    trainer.engine, trainer.loraplus_lr_ratio = engine, settings.loraplus_lr_ratio
     set_guard(trainer, examples, settings, machine.precision)
     return trainer
 

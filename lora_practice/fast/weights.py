@@ -224,10 +224,10 @@ def _only_adapter(module: Any) -> str:
         raise NotServed("several adapters, or none active")
     if module.merged or module.disable_adapters:
         raise NotServed("the adapter is merged or switched off")
-    if active[0] in getattr(module, "lora_variant", {}):
-        raise NotServed("a LoRA variant such as DoRA")
     if getattr(module, "use_dora", {}).get(active[0], False):
         raise NotServed("DoRA")
+    if active[0] in getattr(module, "lora_variant", {}):
+        raise NotServed("a LoRA variant")
     if module.lora_B[active[0]].bias is not None:
         raise NotServed("LoRA with a bias")
     if not (module.lora_A[active[0]].weight.requires_grad and module.lora_B[active[0]].weight.requires_grad):

@@ -124,6 +124,12 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "--embedded contradicts --model_name …": (nothing, (*TRAIN, "--embedded")),
     "… has no real bf16": (old_card, (*TRAIN, "--bf16")),
     "this model takes … tokens at most": (nothing, (*TRAIN, "--max_length", "99999")),
+    "the model has no layer … for LoRA": (nothing, (*TRAIN, "--target_modules", "q_proj,query")),
+    "… takes a rank of … at most: the smallest layer": (
+        nothing,
+        (*TRAIN, "--init_lora_weights", "pissa", "--lora_r", "1024"),
+    ),
+    "… with DoRA cannot be saved as a plain LoRA": (nothing, (*TRAIN, "--init_lora_weights", "olora", "--use_dora")),
     "this is a file, not a folder": (nothing, (*TRAIN, "--output_dir", "rows.jsonl")),
     "no permission to write": (closed, TRAIN),
     "this link leads nowhere": (lambda place: link("new", "gone")(place.path), TRAIN),
@@ -185,6 +191,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "no such folder": (nothing, ("infer", "--model-dir", "outputs/x", "--prompt", "Hi")),
     "adapter_model.safetensors is missing: the adapter is not whole": (out(remove(ADAPTER)), ASK),
     "the adapter is damaged or of another base": (out(write(ADAPTER, b"")), ASK),
+    "it belongs to a base that was changed (…)": (out(edit(CONFIG, init_lora_weights="pissa")), ASK),
     "its base … is no name on the Hub: it is not read": (
         out(remove(RECORD), edit(CONFIG, base_model_name_or_path="/etc")),
         ASK,

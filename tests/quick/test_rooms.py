@@ -37,6 +37,7 @@ LAYERS = [
             "data.prepare",
             "resuming",
             "artifacts",
+            "variants",
             "adapter_config",
             "adapter",
             "contents",

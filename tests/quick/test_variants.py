@@ -1,0 +1,117 @@
+"""LoRA's variants on a tiny model: what is saved fits the base as everybody has it, resumed or not, fast or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_model
+from tiny_training import run, same, settings_of, trainer_of, weights_of
+
+from lora_practice import variants
+from lora_practice.errors import UserError
+from lora_practice.generate import with_adapter
+from lora_practice.model import add_lora
+from lora_practice.sources import Source
+
+MOVING = ("pissa", "pissa_niter_4", "olora")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True, "lora_r": 4},
+    "dora": {"use_dora": True},
+    "targets": {"target_modules": "q_proj, v_proj"},
+    "loraplus": {"loraplus_lr_ratio": 16.0},
+    **{start: {"init_lora_weights": start} for start in MOVING},
+    "all that goes with DoRA": {"use_dora": True, "use_rslora": True, "loraplus_lr_ratio": 4.0},
+    "pissa and rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+}
+IDS = torch.tensor([[5, 40, 200, 11, 90, 31]])
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Equal but for rounding."""
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def lora(**changed: Any) -> Any:
+    return add_lora(make_model(), settings_of(Path("x"), **changed), Source("folder", "tiny", None))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_saved_gives_the_trained_models_logits_on_the_untouched_base(name, tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=0.01, max_steps=2, **VARIANTS[name])
+    assert (trainer.engine is None) == ("dora" in name.lower())
+    run(trainer)
+    expected, base = logits(trainer.model), logits(make_model())
+    assert float((expected - base).abs().max()) > 1e-3
+    again = with_adapter(make_model(), tmp_path / "checkpoint-2")
+    close(logits(again), expected)
+    with variants.as_base(trainer.model):
+        close(logits(trainer.model), base)
+    close(logits(trainer.model), expected)
+    close(logits(again.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("name", ["targets", "loraplus", "pissa"])
+def test_the_fast_path_learns_a_variant_as_the_plain_path_does(name, tmp_path):
+    learnt = []
+    for fast in ("on", "off"):
+        trainer = trainer_of(tmp_path / fast, fast=fast, max_steps=2, save_strategy="no", **VARIANTS[name])
+        run(trainer)
+        learnt.append(weights_of(trainer))
+    assert same(*learnt, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
+def test_a_run_that_begins_with_a_part_of_the_base_is_resumed_bit_by_bit(start, tmp_path):
+    whole = trainer_of(tmp_path / "whole", init_lora_weights=start)
+    run(whole)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    shutil.copy(tmp_path / "whole" / "run_record.json", tmp_path / "half")
+    half = trainer_of(tmp_path / "half", init_lora_weights=start, resume=True, trust_checkpoint=True)
+    run(half)
+    assert same(weights_of(half), weights_of(whole))
+
+
+def test_a_checkpoint_of_another_start_is_not_resumed(tmp_path):
+    trainer = trainer_of(tmp_path, init_lora_weights="pissa", max_steps=2)
+    run(trainer)
+    other = lora(init_lora_weights="olora")
+    with pytest.raises(UserError, match="did not begin with such a base"):
+        variants.load_again(other, tmp_path / "checkpoint-2")
+
+
+def test_saving_agrees_with_pefts_own_conversion(tmp_path):
+    model = lora(init_lora_weights="pissa", use_rslora=True)
+    model.save_pretrained(str(tmp_path / "start"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01
+    model.save_pretrained(str(tmp_path / "ours"))
+    variants.save_as_lora(model, tmp_path / "ours")
+    model.save_pretrained(str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text("utf-8")) for name in ("ours", "theirs")]
+    assert all(configs[0][key] == configs[1][key] for key in ("r", "lora_alpha", "use_rslora", "init_lora_weights"))
+
+
+def test_a_start_in_the_base_needs_weights_in_fp32():
+    with pytest.raises(UserError, match="pissa needs weights in fp32"):
+        add_lora(make_model().half(), settings_of(Path("x"), init_lora_weights="pissa"), Source("folder", "tiny", None))
+
+
+def test_resuming_another_variant_is_refused(tmp_path):
+    run(trainer_of(tmp_path, max_steps=2))
+    for name, value in {**VARIANTS["all that goes with DoRA"], **VARIANTS["targets"], **VARIANTS["olora"]}.items():
+        with pytest.raises(UserError, match=f"not the same run any more: {name}"):
+            trainer_of(tmp_path, max_steps=2, resume=True, **{name: value})
