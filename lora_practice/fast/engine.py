@@ -18,8 +18,9 @@ from .products import ROW_STEP
 from .space import Space, return_freed_memory
 from .weights import Weights, read
 
-# A processor is busy with 300 rows, and stays below plain TRL's memory with them. A card waits for work: more at once.
-ROWS = {"cpu": 320, "cuda": 2048}
+# A processor is busy with 300 rows, and in fp32 stays below plain TRL's memory with them; 16-bit rows take two thirds,
+# and each more micro-batch reads all weights once more. A card waits for work: more at once.
+WIDE_ROWS, NARROW_ROWS, CARD_ROWS = 320, 512, 2048
 
 
 def build(
@@ -36,7 +37,7 @@ def build(
         peft_model: its weights stay where they are; see `weights`.
         compute_dtype: of the matrix products. A base in the same dtype is shared, else copied once.
         seed: of the dropout masks.
-        token_budget: rows computed at once, at most; bounds memory. None: ROWS of the device; 0: a whole step at once.
+        token_budget: rows computed at once, at most; bounds memory. None: as above; 0: a whole step at once.
         share_prefix: compute a beginning that several examples of a step share only once.
         kernels: use the compiled kernels where a compiler is at hand.
 
@@ -46,7 +47,9 @@ def build(
     weights = read(peft_model, compute_dtype)
     device = weights.embedding.device
     ops = native.load(compute_dtype, device) if kernels else Plain()
-    token_budget = ROWS.get(device.type, ROWS["cuda"]) if token_budget is None else token_budget
+    if token_budget is None:
+        on_cpu = WIDE_ROWS if compute_dtype == wide_of(compute_dtype) else NARROW_ROWS
+        token_budget = on_cpu if device.type == "cpu" else CARD_ROWS
     return Engine(weights, compute_dtype, seed, token_budget, share_prefix, ops)
 
 
