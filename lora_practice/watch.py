@@ -37,6 +37,7 @@ class Progress(TrainerCallback):
             initial=state.global_step,
             disable=not self.live,
             ncols=min(100, shutil.get_terminal_size().columns - 1),
+            nrows=shutil.get_terminal_size().lines,  # tqdm shows nothing where the terminal says 0
             bar_format=words + " {n_fmt}/{total_fmt} |{bar}| {desc}",
         )
 
