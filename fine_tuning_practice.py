@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 from lora_practice.artifacts import DEFAULT_OUTPUT_DIR, OutputFolder
-from lora_practice.errors import door, tell, text
+from lora_practice.errors import UserError, door, tell, text
 from lora_practice.settings import named_by_user, parse, setting
-from lora_practice.variants import STARTS, check
+from lora_practice.variants import STARTS, check, four_bit
 
 
 @dataclass
@@ -97,6 +97,7 @@ class TrainSettings:
     plan: bool = setting(
         False, "只估计时间、内存和磁盘（真的试两步），不训练", "try two steps, tell time, memory and disk, do not train"
     )
+    json: bool = setting(False, "和 --plan 一起：计划写成 JSON", "with --plan: the plan as JSON")
     # 序列 / sequences
     max_length: int = setting(
         512,
@@ -226,6 +227,11 @@ class TrainSettings:
         choices=("auto", "on", "off"),
         bare="on",
     )
+    load_in_4bit: bool = setting(
+        False,
+        "底座用 4 位放在内存里（QLoRA，要 bitsandbytes）：大底座才值得",
+        "hold the base in 4 bits (QLoRA, needs bitsandbytes): for large bases",
+    )
     allow_shorter: bool = setting(
         False,
         "一行都放不下时，允许缩短 max_length",
@@ -280,6 +286,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from lora_practice.sources import SHIPPED, find_dataset, find_model
 
     check(settings)
+    if settings.json and not settings.plan:
+        raise UserError(text("--json 只和 --plan 一起用", "--json goes with --plan"), fix="--plan --json")
     prepare_environment()
     plain_settings = dataclasses.asdict(settings)
     replace = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches nothing
@@ -304,7 +312,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     versions.check_stack()
     versions.check_tracker(settings.report_to)
-    from lora_practice import export, model, preflight, record, talk, train
+    from lora_practice import export, model, planning, preflight, record, talk, train
     from lora_practice.data.prepare import prepare
     from lora_practice.machine import decide
     from lora_practice.probe import look
@@ -314,7 +322,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     tokenizer = model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
     rows = prepare(data, subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)
-    lora = model.add_lora(model.load_base(base, model.weights_dtype(machine, base, settings.fast)), settings, base)
+    quantised = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
+    weights = model.load_base(base, model.weights_dtype(machine, base, settings.fast), **quantised)
+    lora = model.add_lora(weights, settings, base)
     model.check_vocabulary(lora, tokenizer, base.name)
     engine = train.build_engine(lora, settings, machine)
     trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
@@ -327,7 +337,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     plan = preflight.estimate(trainer, base, train.steps_of(trainer), settings, rows.held_out, downloaded)
     tell(train.announce(machine, base, data, rows, trainer, plan))
     if settings.plan:
-        tell(preflight.said(plan, trainer, settings, machine))
+        if settings.json:
+            print(planning.as_json(plan, trainer, settings, machine))
+        else:
+            tell(planning.said(plan, trainer, settings, machine))
         return 0
 
     notes = record.opening(settings, machine, base, data, rows, given)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import logging
 import os
 import re
 import sys
@@ -60,6 +61,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # renames announced for the libraries' next major version say nothing to a learner
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels from the Hub, which it can do without
 
 
 def _suggest_private(file: Path) -> None:

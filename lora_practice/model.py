@@ -44,8 +44,11 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
     return tokenizer
 
 
-def load_base(base: Source, dtype: str) -> Any:
-    """The base model in `dtype` ("fp32", "fp16", "bf16", or "stored": as its files have it), from safetensors only."""
+def load_base(base: Source, dtype: str, **quantised: Any) -> Any:
+    """The base model in `dtype` ("fp32", "fp16", "bf16", or "stored": as its files have it), from safetensors only.
+
+    `quantised`: see `variants.four_bit`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -53,6 +56,7 @@ def load_base(base: Source, dtype: str) -> Any:
     logging.disable_progress_bar()
     # a name is looked up in torch; "auto" is transformers' own word
     options = {"dtype": getattr(torch, DTYPES[dtype], "auto"), "use_safetensors": True, "local_files_only": True}
+    options.update(quantised)
     thing = text("模型", "model")
     model, found = _from_folder(AutoModelForCausalLM, base.path, thing, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])

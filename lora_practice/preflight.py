@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,7 @@ import torch
 from lora_practice import embedded
 from lora_practice.data.batches import split
 from lora_practice.data.examples import Examples
-from lora_practice.errors import text
-from lora_practice.helping import columns
-from lora_practice.machine import Machine, matmul_gflops, peak_memory
-from lora_practice.record import about
+from lora_practice.machine import peak_memory
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
 
@@ -48,7 +44,7 @@ def estimate(
 ) -> Estimate:
     """Do one micro-batch of the longest rows and one step of typical ones (on the plain path a quarter of one)."""
     arguments = trainer.args
-    lengths = _lengths(trainer)
+    lengths = lengths_of(trainer)
     window = min(len(lengths), arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps)
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     longest = arguments.per_device_train_batch_size
@@ -109,71 +105,6 @@ def fetched_mb(source: Source, since: float) -> float:
     return sum(one.st_size for one in found if one.st_mtime >= since) / 1e6
 
 
-def said(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> str:
-    """What `--plan` prints: time, memory, disk, download, and what would change them."""
-    free = machine.facts.gpu_memory if machine.device == "cuda" else machine.facts.memory
-    space = shutil.disk_usage(next(one for one in trainer.folder.path.absolute().parents if one.exists())).free
-    step, peak, open_mb = f"{plan.step_seconds:.2g}", plan.peak_memory_mb, round(free / 1e6)
-    done_now = text(f"刚下载了 {plan.download_mb} MB", f"{plan.download_mb} MB, done just now")
-    facts = [
-        (
-            text("时间", "time"),
-            about(plan.seconds) + text(f"：{plan.steps} 步，每步 {step} 秒", f": {plan.steps} steps of {step} s"),
-        ),
-        (
-            text("内存", "memory"),
-            text(f"最多 {peak} MB；现在空闲 {open_mb} MB", f"{peak} MB at most; {open_mb} MB are free now"),
-        ),
-        (
-            text("磁盘", "disk"),
-            f"{plan.disk_mb} MB" + text(f"；空闲 {space / 1e6:.0f} MB", f"; {space / 1e6:.0f} MB are free"),
-        ),
-        (text("下载", "download"), done_now if plan.download_mb else text("不用，都在这里", "none, all is here")),
-    ]
-    wide = max(columns(name) for name, _ in facts)
-    lines = [f"  {name}{' ' * (wide - columns(name))}  {value}" for name, value in facts]
-    lines.append(text("怎样会变（按实测的一步推算）：", "what would change it, reckoned from the step measured:"))
-    lines += [f"  {flag}\n      {effect}" for flag, effect in changes(plan, trainer, settings, machine)]
-    return "\n".join([*lines, text("只是计划，什么都没有写。", "Only a plan: nothing was written.")])
-
-
-def changes(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> list[tuple[str, str]]:
-    """(flag, what it would do) for length, rank, batch and precision. Tokens and bytes are counted, time follows."""
-    lengths = _lengths(trainer)
-    shorter = 2 ** max(3, (max(lengths) - 1).bit_length() - 1)  # the next power of two below the longest row
-    cut = sum(one > shorter for one in lengths)
-    saved = plan.seconds * sum(min(one, shorter) for one in lengths) / sum(lengths)
-    weights = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
-    frozen = sum(one.numel() for one in trainer.model.parameters() if not one.requires_grad)
-    # forward and backward pass through each frozen weight twice, through a LoRA weight three times
-    slower = 3 * weights / (2 * frozen + 3 * weights)
-    size, twice = weights * 4 / 1e6, 2 * settings.per_device_train_batch_size
-    passes = text("一次前向占的激活内存约翻倍，时间不变", "about twice the memory of activations, the same time")
-    if trainer.engine is not None:
-        passes = text("快速路径自己限制内存：内存和时间都不变", "nothing else: the fast path bounds its own passes")
-    larger = text(
-        f"适配器 {2 * size:.0f} MB（现在 {size:.0f} MB）", f"an adapter of {2 * size:.0f} MB, not {size:.0f} MB"
-    )
-    return [
-        (f"--max_length {shorter}", text(f"截掉 {cut} 行的结尾，{about(saved)}", f"cuts {cut} rows, {about(saved)}")),
-        (f"--lora_r {2 * settings.lora_r}", larger + text(f"，慢约 {slower:.0%}", f", about {slower:.0%} slower")),
-        (f"--per_device_train_batch_size {twice}", text("步数减半；", "half the steps; ") + passes),
-        ("--bf16", _bf16(plan, machine)),
-    ]
-
-
-def _bf16(plan: Estimate, machine: Machine) -> str:
-    if machine.precision == "bf16":
-        return text("已经在用", "is used already")
-    if not machine.facts.cpu_bf16 and (machine.facts.capability or (0, 0)) < (8, 0):
-        return text("这台机器没有 bf16 指令，只会更慢", "this machine has no bf16 instructions: only slower")
-    ratio = matmul_gflops(machine.device, "bfloat16") / matmul_gflops(machine.device)
-    return text(
-        f"矩阵乘法在这台机器上快 {ratio:.1f} 倍（刚测的）",
-        f"matrix products are {ratio:.1f} times as fast here (measured now)",
-    )
-
-
 def _without_parts(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: values for name, values in batch.items() if name != "parts"}
 
@@ -210,7 +141,7 @@ def _untouched(trainer: PracticeTrainer, parameters: Sequence[Any]) -> Iterator[
             model.train(training)
 
 
-def _lengths(trainer: PracticeTrainer) -> list[int]:
+def lengths_of(trainer: PracticeTrainer) -> list[int]:
     """Tokens of each row of the training set."""
     import pyarrow.compute
 

@@ -153,7 +153,7 @@ def _quoted(words: str) -> str:
 
 def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]) -> str:
     hidden = ["output_dir", "overwrite", "resume", "trust_checkpoint", "run_inference", "merge_adapter"]
-    hidden += ["skip_login", "report_to", "plan"]
+    hidden += ["skip_login", "report_to", "plan", "json"]
     # where the embedded ones were used, these name something else
     hidden += ["model_name"] if model["kind"] == "embedded" else []
     hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []

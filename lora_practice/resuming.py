@@ -9,7 +9,7 @@ from lora_practice.errors import UserError, text
 
 # Every other setting must stay as it was, or the resumed run would no longer be the same run.
 FREE_ON_RESUME = (
-    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "skip_login"),  # ask what to do, not how
+    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login"),  # ask what to do, not how
     "gradient_checkpointing",  # the same numbers, computed twice
     *("logging_steps", "report_to"),  # what is told of the training
     *("save_strategy", "save_steps", "save_total_limit"),  # how much a kill may cost

@@ -23,6 +23,7 @@ from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, per
 from lora_practice.guard import Guard
 from lora_practice.ladder import Load, Regime, TooLong, bytes_per_token
 from lora_practice.machine import Machine, peak_memory
+from lora_practice.model import keep_trained_in_fp32
 from lora_practice.preflight import Estimate
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
@@ -80,6 +81,7 @@ def build_trainer(
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[Interrupt()],
     )
+    keep_trained_in_fp32(model)  # TRL makes them bf16 on a 4-bit base
     for place in made:  # transformers makes the folder here; ours is made when the run begins
         place.rmdir()
     trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit

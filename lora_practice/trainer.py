@@ -104,6 +104,9 @@ class PracticeTrainer(SFTTrainer):
             self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # no autocast any more
             self.use_cpu_amp = False  # transformers 4 has one more of its own, on a CPU
             self.model.float()
+            for module in self.model.modules():  # a 4-bit layer computes in a type of its own
+                if hasattr(module, "compute_dtype"):
+                    module.compute_dtype = torch.float32
         scaler = self.accelerator.scaler
         if scaler is not None:  # fp32 needs none; a scale of 1 that never grows is none
             scaler.scale(torch.ones((), device=self.args.device))  # it begins to exist with its first use

@@ -37,12 +37,20 @@ def check_tracker(name: str) -> None:
     Raises:
         UserError: with the pip line that installs it.
     """
+    if name != "none":
+        check_installed(name, f"--report_to {name}")
+
+
+def check_installed(name: str, flag: str) -> None:
+    """Refuse a flag whose package is not installed.
+
+    Raises:
+        UserError: with the pip line that installs it.
+    """
     import importlib.util
 
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise UserError(
-            text(f"没有装 {name}", f"{name} is not installed"), where=f"--report_to {name}", fix=f"pip install {name}"
-        )
+    if importlib.util.find_spec(name) is None:
+        raise UserError(text(f"没有装 {name}", f"{name} is not installed"), where=flag, fix=f"pip install {name}")
 
 
 def sft_config(**wanted: Any) -> Any:

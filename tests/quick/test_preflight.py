@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import MACHINE, rows, trainer_for
 
-from lora_practice import preflight, train
+from lora_practice import planning, preflight, train
 from lora_practice.data.examples import Examples
 from lora_practice.helping import columns
 from lora_practice.sources import Source
@@ -48,12 +49,15 @@ def test_the_plan_counts_what_a_shorter_length_would_cut(
     trainer, settings = trainer_for(tmp_path / "out", True)
     plan = preflight.estimate(trainer, Source("folder", "x", tmp_path), 4, settings, Examples(), 93)
     lengths = [len(one.input_ids) for one in rows()]
-    shorter, effect = preflight.changes(plan, trainer, settings, MACHINE)[0]
+    shorter, effect = planning.changes(plan, trainer, settings, MACHINE)[0]
     assert shorter == "--max_length 32"
     assert f"cuts {sum(length > 32 for length in lengths)} rows" in effect
     for lang, word in (("zh", "刚下载了 93 MB"), ("en", "93 MB, done just now")):
         monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
-        page = preflight.said(plan, trainer, settings, MACHINE)
+        page = planning.said(plan, trainer, settings, MACHINE)
         assert word in page
         assert all(columns(line) <= 80 for line in page.splitlines())
+    told = json.loads(planning.as_json(plan, trainer, settings, MACHINE))
+    assert told["steps"] == 4 and told["download_mb"] == 93 and told["path"] == "torch"
+    assert told["free_disk_mb"] > 0 and told["changes"][0]["flag"] == shorter
     assert not (tmp_path / "out").exists()

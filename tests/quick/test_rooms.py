@@ -54,7 +54,10 @@ LAYERS = [
         *("report", "gguf_tokens", "gguf_write", "modelfile", "llama_cpp", "proof", "export"),
         *("hub.inspection", "hub.redaction", "hub.parcel", "hub.rights", "hub.link", "hub.upload"),
     ],
-    ["watch", "rewind", "verdict", "ladder", "guard", "trainer", "preflight", "evaluate", "train", "selftest"],
+    [
+        *("watch", "rewind", "verdict", "ladder", "guard", "trainer"),
+        *("preflight", "planning", "evaluate", "train", "selftest"),
+    ],
     ["cli"],
 ]
 PLACE = {name: (level, order) for level, layer in enumerate(LAYERS) for order, name in enumerate(layer)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,3 +117,18 @@ def test_resuming_another_variant_is_refused(tmp_path):
     for name, value in {**VARIANTS["all that goes with DoRA"], **VARIANTS["targets"], **VARIANTS["olora"]}.items():
         with pytest.raises(UserError, match=f"not the same run any more: {name}"):
             trainer_of(tmp_path, max_steps=2, resume=True, **{name: value})
+
+
+@pytest.mark.parametrize("start", MOVING)
+def test_a_start_in_the_base_is_refused_with_a_base_in_4_bits(start):
+    with pytest.raises(UserError, match="needs weights in fp32"):
+        variants.check(settings_of(Path("x"), load_in_4bit=True, init_lora_weights=start))
+
+
+def test_4_bits_without_the_library_or_the_machine_for_it_are_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bitsandbytes is not installed"):
+        variants.check(settings_of(Path("x"), load_in_4bit=True))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())  # as one whose libraries are not found
+    with pytest.raises(UserError, match="no 4 bits on this machine"):
+        variants.four_bit("cpu", "fp32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from journey_harness import SMALL, TRAIN, run, succeeded
@@ -12,6 +13,15 @@ def test_a_plan_says_time_memory_disk_and_writes_nothing(tmp_path: Path, embedde
     chinese = succeeded(run(tmp_path, TRAIN, *flags, LORA_PRACTICE_LANG="zh")).stderr
     for word in ("时间", "内存", "磁盘", "下载", "--max_length", "--lora_r 12", "--bf16", "什么都没有写"):
         assert word in chinese
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_for_a_program_is_one_json_object_and_nothing_else_on_stdout(
+    tmp_path: Path, embedded_model: Path
+) -> None:
+    flags = (*SMALL, "--max_length", "64", "--plan", "--json", "--output_dir", "out")
+    told = json.loads(succeeded(run(tmp_path, TRAIN, *flags)).stdout)
+    assert told["device"] == "cpu" and told["steps"] == 8 and told["seconds"] > 0
     assert not (tmp_path / "out").exists()
 
 

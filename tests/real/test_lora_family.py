@@ -1,0 +1,65 @@
+"""LoRA's variants, trained for real: the first lines say which path computes them; what is saved is used right."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from journey_harness import SMALL, succeeded, train
+
+from lora_practice import export, generate
+from lora_practice.judging import judge
+from lora_practice.machine import Facts, decide
+from lora_practice.model import load_base
+from lora_practice.sources import Source
+
+FAST, PLAIN = "fast path: ", "; taking the plain path"
+VARIANTS: dict[str, tuple[tuple[str, ...], str, int]] = {  # flags, what the run says, rank of what is saved
+    "rslora, some layers": (("--use_rslora", "--target_modules", "q_proj,v_proj"), FAST, 6),
+    "dora": (("--use_dora",), "not served by the fast path: DoRA" + PLAIN, 6),
+    "loraplus": (("--loraplus_lr_ratio", "16"), FAST, 6),
+    "pissa": (("--init_lora_weights", "pissa_niter_4"), FAST, 12),
+    "olora": (("--init_lora_weights", "olora"), FAST, 12),
+    "4 bits": (("--load_in_4bit",), PLAIN, 6),
+}
+ASK = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def variant(request, tmp_path_factory, embedded_model, embedded_rows) -> tuple[str, Path, str]:
+    """(name, output folder, what the run said)."""
+    if request.param == "4 bits" and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed: pip install -e '.[bnb]'")
+    place = tmp_path_factory.mktemp("family")
+    flags = (*SMALL, "--max_steps", "3", "--save_strategy", "no", *VARIANTS[request.param][0], "--output_dir", "out")
+    return request.param, place / "out", succeeded(train(place, *flags)).stderr
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits[0, -1]
+
+
+def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(variant, tmp_path, embedded_model):
+    name, folder, said = variant
+    assert VARIANTS[name][1] in said
+    verdict = judge(folder)
+    assert verdict.findings == [] and verdict.uses["inference"][0]
+    assert {layer.rank for layer in verdict.anatomy.layers} == {VARIANTS[name][2]}
+    assert len({layer.kind for layer in verdict.anatomy.layers}) == (2 if "some layers" in name else 7)
+    talker = generate.load(str(folder), decide(Facts(memory=8 << 30)))
+    assert (talker.decoder is None) == (name == "dora")
+    assert talker.answer(ASK, max_new_tokens=8)
+    base = load_base(Source("folder", str(embedded_model), embedded_model), "fp32")
+    ids = talker.tokenizer("The quick brown fox")["input_ids"]
+    without = logits(base, ids)
+    wanted = logits(generate.with_adapter(base, folder), ids)
+    assert float((wanted - without).abs().max()) > 0.01
+    found = talker.decoder.logits(ids) if talker.decoder else logits(talker.model, ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
+    _, difference = export.merge(Path(shutil.copytree(folder, tmp_path / "copy")))
+    assert difference < 0.25
