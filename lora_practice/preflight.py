@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_practice import embedded
+from lora_practice import embedded, variants
 from lora_practice.data.batches import split
 from lora_practice.data.examples import Examples
 from lora_practice.machine import peak_memory
@@ -167,11 +167,12 @@ def _peak(device: Any) -> int:
 def _disk(trainer: PracticeTrainer, base: Source, steps: int, merge: bool) -> int:
     """Bytes: the adapter, its checkpoints (with two moments for each weight), the tokenizers, the merged model."""
     arguments, model = trainer.args, trainer.model
-    adapter = sum(one.numel() * 4 for one in model.parameters() if one.requires_grad)
+    trained = sum(one.numel() * 4 for one in model.parameters() if one.requires_grad)
+    adapter = trained * variants.ranks_saved(model)
     files = [one for one in Path(base.path or "").glob("*.json") if one.is_file()]
     tokenizer = sum(one.stat().st_size for one in files)
     kept = {"no": 0, "epoch": math.ceil(arguments.num_train_epochs), "steps": steps // arguments.save_steps + 1}
     number = kept[str(getattr(arguments.save_strategy, "value", arguments.save_strategy))]
     number = min(number, trainer.keep_checkpoints or number)
     merged = sum(one.stat().st_size for one in Path(base.path or "").glob("*.safetensors")) if merge else 0
-    return adapter + tokenizer + number * (3 * adapter + tokenizer) + merged
+    return adapter + tokenizer + number * (adapter + 2 * trained + tokenizer) + merged

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_practice import versions
-from lora_practice.errors import UserError, reason_of, text
+from lora_practice.errors import UserError, reason_of, tell, text
 
 STARTS = ("default", "pissa", "pissa_niter_4", "olora")  # of init_lora_weights; the first leaves the base alone
 _WEIGHTS, _START = "adapter_model.safetensors", "_practice_start"
@@ -112,6 +112,10 @@ def options(model: Any, settings: Any) -> dict[str, Any]:
                 where=f"--lora_r {settings.lora_r}",
                 fix=f"--lora_r {most}",
             )
+        if start == "pissa":
+            zh = f"先对 {len(chosen)} 个矩阵做 SVD，慢机器上要一两分钟；pissa_niter_4 快几倍"
+            en = f"an SVD of {len(chosen)} matrices first: a minute or two on a slow machine; pissa_niter_4 is faster"
+            tell(text(zh, en))
     return {
         "target_modules": wanted if wanted == "all-linear" else names,
         "use_rslora": settings.use_rslora,
@@ -124,6 +128,11 @@ def remember_start(model: Any) -> None:
     """Keep A0 and B0 of a PEFT model whose base has just given them away; nothing for any other."""
     if model.peft_config["default"].init_lora_weights is not True:
         vars(model)[_START] = {name: value.clone() for name, value in _trained(model).items()}
+
+
+def ranks_saved(model: Any) -> int:
+    """How many times its rank a PEFT model's adapter has on disk."""
+    return 2 if _START in vars(model) else 1
 
 
 def save_as_lora(model: Any, folder: Path) -> None:

@@ -193,6 +193,7 @@ def test_wrong_values_gather_into_one_line_and_write_nothing(tmp_path: Path) -> 
             "--embedded contradicts --model_name me/mine",
         ),
         (TRAIN, ("--dataset_path=own.jsonl", "--model_name", "./nowhere"), "./nowhere: no such model folder"),
+        (TRAIN, ("--dataset_path=own.jsonl", "--embedded", "--json"), "--json goes with --plan -> --plan --json"),
     ],
 )
 def test_other_mistakes_end_early(door: tuple[str, ...], flags: tuple[str, ...], word: str, tmp_path: Path) -> None:

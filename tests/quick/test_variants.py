@@ -55,6 +55,8 @@ def test_what_is_saved_gives_the_trained_models_logits_on_the_untouched_base(nam
     run(trainer)
     expected, base = logits(trainer.model), logits(make_model())
     assert float((expected - base).abs().max()) > 1e-3
+    saved = json.loads((tmp_path / "checkpoint-2" / "adapter_config.json").read_text("utf-8"))
+    assert saved["r"] == trainer.asked.lora_r * variants.ranks_saved(trainer.model)
     again = with_adapter(make_model(), tmp_path / "checkpoint-2")
     close(logits(again), expected)
     with variants.as_base(trainer.model):
