@@ -17,7 +17,7 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
 "$PYTHON" -m bandit -q -c pyproject.toml -r lora_practice fine_tuning_practice.py inference.py scripts
-if [ $# = 0 ]; then # two files at a time, each on one core
-    set -- -n 2 --dist loadfile tests
+if [ $# = 0 ]; then # two files at a time, each on one core; the long ones first
+    set -- -n 2 --dist loadfile --no-loadscope-reorder tests/real tests/quick
 fi
 exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "$@"
