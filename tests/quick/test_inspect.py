@@ -206,3 +206,10 @@ def test_every_file_that_the_readme_lists_is_explained():
     named = [cell for line in table.splitlines() if line.startswith("| `") for cell in line.split("|")[1].split()]
     assert len(named) > 10
     assert [name for name in named if kind_of(name.strip("`").replace("-N/", "-7/")) is None] == []
+
+
+def test_of_dora_it_says_that_lengths_are_not_counted(folder):
+    edit("adapter_config.json", use_dora=True)(folder)
+    verdict = judge(folder)
+    assert any("DoRA: what follows counts the update of directions" in line for line in lines(verdict))
+    assert json.loads(as_json(verdict))["dora"] is True
