@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
+
+from ready_python import SERVED, ReadyPython
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, INFER = str(ROOT / "fine_tuning_practice.py"), str(ROOT / "inference.py")
@@ -29,21 +34,39 @@ def environment(home: Path, **variables: Optional[str]) -> dict[str, str]:
     return {name: value for name, value in {**env, **variables}.items() if value is not None}
 
 
-def run(place: Path, *command: str, timeout: float = 300, **variables: Optional[str]) -> subprocess.CompletedProcess:
-    """`python *command` in the folder `place`, to its end. Whatever happens, no traceback may show."""
-    options: dict = {"capture_output": True, "text": True, "encoding": "utf-8", "stdin": subprocess.DEVNULL}
+@functools.lru_cache(maxsize=1)
+def ready_python() -> ReadyPython:
+    """The one of this session, with a home of its own."""
+    home = tempfile.TemporaryDirectory(prefix="lora-practice-home-")
+    python = ReadyPython(environment(Path(home.name)))
+    atexit.register(home.cleanup)
+    atexit.register(python.close)
+    return python
+
+
+def run(
+    place: Path, *command: str, timeout: float = 900, fresh: bool = False, **variables: Optional[str]
+) -> subprocess.CompletedProcess:
+    """`python *command` in the folder `place`, to its end. Whatever happens, no traceback may show.
+
+    fresh: in a new interpreter, not in a fork of one that has the libraries already.
+    """
     env = environment(place / "home", **variables)
-    done = subprocess.run([sys.executable, *command], cwd=place, env=env, timeout=timeout, **options)
+    if SERVED and not fresh and ready_python().serves(env):
+        done = ready_python().run([*command], place, env, timeout)
+    else:
+        options: dict = {"capture_output": True, "text": True, "encoding": "utf-8", "stdin": subprocess.DEVNULL}
+        done = subprocess.run([sys.executable, *command], cwd=place, env=env, timeout=timeout, **options)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
-def train(place: Path, *flags: str, **variables: Optional[str]) -> subprocess.CompletedProcess:
-    """Door 1 in `place`."""
+def train(place: Path, *flags: str, **variables: Any) -> subprocess.CompletedProcess:
+    """Door 1 in `place`; `variables` may hold what `run` takes."""
     return run(place, TRAIN, *flags, **variables)
 
 
-def infer(place: Path, *flags: str, **variables: Optional[str]) -> subprocess.CompletedProcess:
+def infer(place: Path, *flags: str, **variables: Any) -> subprocess.CompletedProcess:
     """Door 2 in `place`."""
     return run(place, INFER, *flags, **variables)
 

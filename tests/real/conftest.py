@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, embe
     """Eight steps on embedded rows, four rows held out, sample answers, merged. Only to be looked at."""
     place = tmp_path_factory.mktemp("trained")
     flags = ("--eval_subset_size", "4", "--run_inference", "--merge_adapter", "--output_dir", "out")
-    return Finished(place / "out", succeeded(train(place, *SMALL, *flags)))
+    return Finished(place / "out", succeeded(train(place, *SMALL, *flags, fresh=True)))
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def limited(place: Path, megabytes: int, *flags: str):
         rows.append(json.dumps({"messages": [{"role": role, "content": words} for role, words in turns]}))
     (place / "rows.jsonl").write_text("\n".join(rows), "utf-8")
     data = ("--dataset_path", "rows.jsonl", "--output_dir", "out")
-    return run(place, DOOR, str(megabytes), *STEPS, *data, *flags, timeout=900)
+    return run(place, DOOR, str(megabytes), *STEPS, *data, *flags, fresh=True)
 
 
 def record(place: Path) -> dict:
