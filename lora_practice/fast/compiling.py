@@ -39,17 +39,32 @@ FLAGS += ["-fassociative-math", "-fopenmp-simd"]  # not -ffast-math: it switches
 def library(type_name: str) -> ctypes.CDLL:
     """Build if needed, then load. Raises OSError or SubprocessError when that cannot be done."""
     compiler = find_compiler()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-practice"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-practice" / "kernels"
     here = Path(__file__).parent
     runtime = _openmp_runtime()
     text = "".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
     words = (text, type_name, compiler or "", runtime or "", torch.__version__, _processor(), *FLAGS)
     path = folder / f"kernels-{type_name}-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        if compiler is None:
-            raise OSError("no C++ compiler found")
+    if _only_ours(folder) and path.exists() and _only_ours(path):
+        return ctypes.CDLL(str(path))
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _only_ours(folder):
         _compile(compiler, type_name, runtime, here, path)
-    return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="lora-practice-") as private:
+        path = Path(private, path.name)
+        _compile(compiler, type_name, runtime, here, path)
+        return ctypes.CDLL(str(path))
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether nobody but this user and root may have written it: what is loaded from there runs as this user."""
+    if os.name == "nt" or not path.exists():
+        return path.exists()
+    found = path.stat()
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
 
 
 def find_compiler() -> Optional[str]:
@@ -58,7 +73,6 @@ def find_compiler() -> Optional[str]:
 
 
 def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     sources = [str(here / name) for name in SOURCES if name.endswith(".cpp")]
@@ -77,6 +91,7 @@ def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, 
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+        os.chmod(scratch, 0o700)  # the linker made it anew, as the umask says
         os.replace(scratch, path)  # whole or not at all, also when two processes build at once
     finally:
         with contextlib.suppress(FileNotFoundError):
