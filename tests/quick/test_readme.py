@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("lora_practice", "tests", "docs", "scripts", "bench", "requirements", ".ci")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 README = {"zh": (ROOT / "README.md").read_text("utf-8"), "en": (ROOT / "README.en.md").read_text("utf-8")}
 
 
@@ -78,6 +80,18 @@ def test_every_path_in_the_structure_exists(language):
         for name in re.findall(r"[\w/]+(?:\.py|\.sh|/)(?=\s|$)", re.split(r"\s{2,}(?=\S*[^\x00-\x7f])", line)[0]):
             inside = ROOT / "lora_practice" / name if line.startswith("  ") else ROOT / name
             assert inside.exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_ours_that_a_page_names_exists(page):
+    """In `code` and in commands: a path from the root, or the bare name of a file."""
+    text = page.read_text("utf-8")
+    code = " ".join([*re.findall(r"```\w*\n(.*?)```", text, flags=re.S), *re.findall(r"`([^`\n]+)`", text)])
+    ours = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*")}
+    for name in re.findall(r"(?<![\w/.<*-])(?:\./)?([\w-]+(?:/[\w.-]+)*(?:\.py|\.sh|\.cpp|\.toml|/))(?![\w<*])", code):
+        first = name.partition("/")[0]
+        if first in FOLDERS or "/" not in name:
+            assert (ROOT / name).exists() or name in ours, name
 
 
 def test_every_link_leads_somewhere():
