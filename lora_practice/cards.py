@@ -17,7 +17,6 @@ Capability = tuple[int, int]
 WHEELS = "https://download.pytorch.org/whl/"
 # Turing without tensor cores (TU116, TU117): GeForce GTX 16xx and MX450/550, Quadro and NVIDIA T400 to T2000
 _SMALL_TURING = re.compile(r"GTX 16\d\d|\bMX[45]50\b|\bT(400|500|550|600|1000|1200|2000)\b")
-LAST_DRIVER_OF_OLD_CARDS = 580  # the last branch for Maxwell, Pascal and Volta
 
 
 @dataclass(frozen=True)

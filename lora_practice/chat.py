@@ -13,7 +13,7 @@ from lora_practice.bare import without_adapter
 from lora_practice.embedded import cache_dir
 from lora_practice.errors import UserError, tell, text, visible
 from lora_practice.generate import Talker
-from lora_practice.helping import columns
+from lora_practice.helping import aligned
 from lora_practice.talk import opening, show
 
 COMMANDS = (
@@ -119,9 +119,7 @@ def chat(talker: Talker, system: str = "", **options: Any) -> None:
 
 def guide() -> str:
     """The commands and keys, in the user's language."""
-    width = max(len(name) for name, _, _ in COMMANDS)
-    lines = [f"{name}{' ' * (width - columns(name))}  {text(zh, en)}" for name, zh, en in COMMANDS]
-    return "\n".join([*lines, text(*KEYS)])
+    return "\n".join([*aligned((name, text(zh, en)) for name, zh, en in COMMANDS), text(*KEYS)])
 
 
 def _shown(piece: str) -> None:

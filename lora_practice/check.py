@@ -17,7 +17,7 @@ from lora_practice.data.rows import BadRow
 from lora_practice.data.survey import LISTED, Problem, Survey, histogram, pieces, survey
 from lora_practice.data.tokens import Encoder, count_trained
 from lora_practice.errors import UserError, text, visible
-from lora_practice.helping import columns
+from lora_practice.helping import aligned
 
 
 def check(path: Path, model_name: str, template: str, max_length: int, show: Optional[int], as_json: bool) -> int:
@@ -66,10 +66,8 @@ def as_dict(found: Survey, max_length: int) -> dict[str, Any]:
 
 
 def _print(console: Console, found: Survey, max_length: int) -> None:
-    facts = _facts(found)
-    widest = max(columns(name) for name, _ in facts)
-    for name, value in facts:
-        console.print(Text(f"{name}{' ' * (widest - columns(name))}  {value}"))
+    for line in aligned(_facts(found)):
+        console.print(Text(line))
     bars = histogram(found.lengths)
     if bars:
         console.print(text("\n每行的长度（token）", "\nlengths of the rows, in tokens"))

@@ -15,9 +15,9 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_practice import manifest
-from lora_practice.data.batches import Collator
-from lora_practice.data.tokens import IGNORED, Example, count_trained
+from lora_practice.data.tokens import Example, count_trained
 from lora_practice.errors import tell, text
+from lora_practice.held_out import mean_loss
 from lora_practice.trainer import PracticeTrainer
 
 BEST = "best.safetensors"  # the adapter with the lowest held-out loss so far; gone when the run is finished
@@ -26,22 +26,13 @@ CHUNK = 64  # rows handed to the fast engine at once, which then cuts them as it
 
 def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> float:
     """Mean loss in nats per trained token over `examples`, without dropout or gradients, in flat memory."""
+    if trainer.engine is None:
+        return mean_loss(trainer.model, examples)
     total, count = 0.0, 0
-    if trainer.engine is not None:
-        for start in range(0, len(examples), CHUNK):
-            part = [(one.input_ids, one.labels) for one in examples[start : start + CHUNK]]
-            trained = sum(count_trained(labels) for _, labels in part)
-            total, count = total + trainer.engine.eval_loss(part) * trained, count + trained
-        return total / count
-    model, collate = trainer.model, Collator(trainer.processing_class.pad_token_id)
-    model.eval()
-    with torch.no_grad():
-        for example in examples:
-            batch = collate([{"input_ids": example.input_ids, "labels": example.labels}])
-            labels = batch["labels"][:, 1:].flatten()
-            logits = model(batch["input_ids"].to(model.device)).logits[:, :-1].flatten(0, 1).float().cpu()
-            losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            total, count = total + float(losses), count + count_trained(example.labels)
+    for start in range(0, len(examples), CHUNK):
+        part = [(one.input_ids, one.labels) for one in examples[start : start + CHUNK]]
+        trained = sum(count_trained(labels) for _, labels in part)
+        total, count = total + trainer.engine.eval_loss(part) * trained, count + trained
     return total / count
 
 

@@ -40,7 +40,7 @@ def mean_loss(model: Any, rows: Sequence[Example]) -> float:
 
     model.eval()
     total, count = 0.0, 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for row in rows:
             ids = torch.tensor([row.input_ids], device=model.device)
             labels = torch.tensor(row.labels[1:])

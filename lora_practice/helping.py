@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional
 
 from lora_practice.errors import text
@@ -51,3 +52,11 @@ def wrap(words: str, width: int) -> list[str]:
 def columns(words: str) -> int:
     """Terminal columns that these words take: a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in words)
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Rows of cells with their columns under each other."""
+    rows = [*rows]
+    widths = [max(columns(cell) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        yield "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)).rstrip()

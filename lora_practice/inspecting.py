@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_practice.anatomy import Anatomy, Layer, number
 from lora_practice.errors import text, visible
-from lora_practice.helping import columns
+from lora_practice.helping import aligned
 from lora_practice.inventory import Item
 from lora_practice.judging import USES, Verdict
 
@@ -34,14 +34,6 @@ def lines(verdict: Verdict) -> Iterator[str]:
         yield from _adapter(verdict.anatomy, verdict.config)
     yield ""
     yield from _files(verdict)
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells with their columns under each other."""
-    rows = [*rows]
-    widths = [max(columns(cell) for cell in column) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)).rstrip()
 
 
 def as_json(verdict: Verdict) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 CGROUPS = "/sys/fs/cgroup"
-# (limit, used, the key in memory.stat of cached files, which count as used but give way) of cgroup v2 and v1
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+# (kind, limit, used, the key in memory.stat of cached files, which count as used but give way) of cgroup v2 and v1
+_FILES = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def available_memory(ulimit: bool = True) -> int:
@@ -22,7 +24,7 @@ def available_memory(ulimit: bool = True) -> int:
     ulimit=False: only what the kernel kills for; beyond a ulimit an allocation fails, which a program can survive,
     and address space once freed may stay mapped, to be used again.
     """
-    limits = [*_cgroups_leave(), *(_ulimit_leaves() if ulimit else ())]
+    limits = [*(left for _, left in group_limits()), *(_ulimit_leaves() if ulimit else ())]
     free = _free()
     return max(0, min([free, *limits] if free else limits or [0]))
 
@@ -30,6 +32,32 @@ def available_memory(ulimit: bool = True) -> int:
 def held_memory() -> int:
     """Bytes of memory that this process holds now (resident set)."""
     return _own_pages()[1] or _psutil().rss
+
+
+def group_folders(kind: str) -> Iterator[str]:
+    """This process's control group and those above it: version 2's for "", else those of version 1's hierarchy `kind`.
+
+    Inside a container the path may be one of the host's, which is not there: then only the root is.
+    """
+    parts: list[str] = []
+    for line in read("/proc/self/cgroup").splitlines():
+        _, kinds, path = [*line.split(":", 2), "", ""][:3]
+        if kind in kinds.split(","):
+            parts = [part for part in path.split("/") if part]
+    for root in [f"{CGROUPS}/{kind}"] if kind else [CGROUPS, f"{CGROUPS}/unified"]:
+        for depth in range(len(parts) + 1):
+            yield "/".join([root, *parts[:depth]])
+
+
+def group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, what is left of it) in bytes, of each control group around this process that has a limit of memory."""
+    for kind, limit_name, used_name, cached_key in _FILES:
+        for folder in group_folders(kind):
+            limit, used = read(f"{folder}/{limit_name}").strip(), read(f"{folder}/{used_name}").strip()
+            if not (limit.isdigit() and used.isdigit()) or int(limit) >= 1 << 60:  # v1's "no limit": a huge number
+                continue
+            cached = re.search(rf"^{cached_key} (\d+)$", read(f"{folder}/memory.stat"), re.MULTILINE)
+            yield int(limit), int(limit) - int(used) + (int(cached.group(1)) if cached else 0)
 
 
 class Watch:
@@ -58,8 +86,16 @@ class Watch:
             self.most = max(self.most, held_memory())
 
 
+def read(path: str) -> str:
+    """A file of /proc or /sys; empty if it is not there."""
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
 def _free() -> int:
-    for line in _read("/proc/meminfo").splitlines():
+    for line in read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     with suppress(ImportError):
@@ -67,29 +103,6 @@ def _free() -> int:
 
         return int(psutil.virtual_memory().available)
     return 0
-
-
-def _cgroups_leave() -> Iterator[int]:
-    """For this process's control group and each one above it that has a limit: bytes left."""
-    for line in ["0::/", "0:memory:/", *_read("/proc/self/cgroup").splitlines()]:
-        _, kinds, path = [*line.split(":", 2), "", ""][:3]
-        parts = [part for part in path.split("/") if part]
-        roots = [(CGROUPS, _V2), (f"{CGROUPS}/unified", _V2)] if kinds == "" else []
-        if "memory" in kinds.split(","):
-            roots = [(f"{CGROUPS}/memory", _V1)]
-        for root, names in roots:
-            for depth in range(len(parts) + 1):
-                left = _left("/".join([root, *parts[:depth]]), *names)
-                if left is not None:
-                    yield left
-
-
-def _left(folder: str, limit_name: str, used_name: str, cached_key: str) -> Optional[int]:
-    limit, used = _read(f"{folder}/{limit_name}").strip(), _read(f"{folder}/{used_name}").strip()
-    if not (limit.isdigit() and used.isdigit()) or int(limit) >= 1 << 60:  # v1 writes "no limit" as a huge number
-        return None
-    cached = re.search(rf"^{cached_key} (\d+)$", _read(f"{folder}/memory.stat"), re.MULTILINE)
-    return int(limit) - int(used) + (int(cached.group(1)) if cached else 0)
 
 
 def _ulimit_leaves() -> Iterator[int]:
@@ -105,7 +118,7 @@ def _ulimit_leaves() -> Iterator[int]:
 
 def _own_pages() -> tuple[int, int]:
     """(address space, resident set) of this process in bytes; zeros where there is no /proc."""
-    pages = _read("/proc/self/statm").split()
+    pages = read("/proc/self/statm").split()
     size = os.sysconf("SC_PAGE_SIZE") if pages else 0
     return (int(pages[0]) * size, int(pages[1]) * size) if pages else (0, 0)
 
@@ -114,10 +127,3 @@ def _psutil() -> Any:
     import psutil  # accelerate brings it
 
     return psutil.Process().memory_info()
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 from lora_practice.errors import text
-from lora_practice.helping import columns
+from lora_practice.helping import aligned
 from lora_practice.machine import Machine, matmul_gflops
 from lora_practice.preflight import Estimate, lengths_of
 from lora_practice.record import about
@@ -34,8 +34,7 @@ def said(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machi
         ),
         (text("下载", "download"), done_now if plan.download_mb else text("不用，都在这里", "none, all is here")),
     ]
-    wide = max(columns(name) for name, _ in facts)
-    lines = [f"  {name}{' ' * (wide - columns(name))}  {value}" for name, value in facts]
+    lines = [f"  {line}" for line in aligned(facts)]
     lines.append(text("怎样会变（按实测的一步推算）：", "what would change it, reckoned from the step measured:"))
     lines += [f"  {flag}\n      {effect}" for flag, effect in changes(plan, trainer, settings, machine)]
     return "\n".join([*lines, text("只是计划，什么都没有写。", "Only a plan: nothing was written.")])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,10 @@ from typing import Any
 import torch
 
 from lora_practice import embedded, variants
-from lora_practice.data.batches import split
 from lora_practice.data.examples import Examples
 from lora_practice.machine import peak_memory
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
-
-BUDGET = 1024  # rows that the fast engine computes at once, when it is given no other number
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ def estimate(
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     longest = arguments.per_device_train_batch_size
     if trainer.engine is not None:
-        longest = max(1, min(window, (trainer.engine.token_budget or BUDGET) // lengths[by_length[-1]]))
+        longest = max(1, min(window, trainer.engine.token_budget // lengths[by_length[-1]]))
     probe(trainer, by_length[-longest:])
     tried = window if trainer.engine is not None else max(longest, window // 4)
     # the middle of each of so many equal shares: together about as long as rows are on average
@@ -70,23 +65,11 @@ def probe(trainer: PracticeTrainer, rows: Sequence[int]) -> float:
     Nothing is changed by it: no weight, no gradient, no random number, no metric. The update is made on a copy.
     """
     dataset: Any = trainer.train_dataset
-    size = trainer.args.per_device_train_batch_size
-    batches = [
-        trainer.data_collator([dataset[i] for i in rows[start : start + size]]) for start in range(0, len(rows), size)
-    ]
-    parameters = [one for one in trainer.model.parameters() if one.requires_grad]
-    with _untouched(trainer, parameters):
+    tried = [dataset[i] for i in rows]
+    with trainer.trying():
         started = time.perf_counter()
-        if trainer.engine is not None:
-            trainer.engine.step_loss_and_backward([part for batch in batches for part in batch["parts"]])
-        else:
-            for batch in (
-                portion for whole in batches for portion in split(_without_parts(whole), trainer.regime.rows)
-            ):
-                with trainer.accelerator.autocast():
-                    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=1)
-                loss.backward()
-        _update_copy(trainer, parameters)
+        trainer.try_step(tried)
+        _update_copy(trainer)
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -105,40 +88,13 @@ def fetched_mb(source: Source, since: float) -> float:
     return sum(one.st_size for one in found if one.st_mtime >= since) / 1e6
 
 
-def _without_parts(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: values for name, values in batch.items() if name != "parts"}
-
-
-def _update_copy(trainer: PracticeTrainer, parameters: Sequence[Any]) -> None:
-    copies = [one.detach().clone().requires_grad_() for one in parameters]
-    for one, original in zip(copies, parameters):
+def _update_copy(trainer: PracticeTrainer) -> None:
+    copies = [one.detach().clone().requires_grad_() for one in trainer.trainable]
+    for one, original in zip(copies, trainer.trainable):
         one.grad = original.grad
     torch.nn.utils.clip_grad_norm_(copies, trainer.args.max_grad_norm)
     kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     kind(copies, **options).step()
-
-
-@contextlib.contextmanager
-def _untouched(trainer: PracticeTrainer, parameters: Sequence[Any]) -> Iterator[None]:
-    """Put everything back that a step changes beside the weights."""
-    model, engine = trainer.model, trainer.engine
-    training = model.training
-    metrics = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
-    place = engine.state_dict() if engine is not None else {}
-    if trainer.args.gradient_checkpointing and engine is None:
-        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        model.train()
-        try:
-            yield
-        finally:
-            for one in parameters:
-                one.grad = None
-            if engine is not None:
-                engine.load_state_dict(place)
-            trainer._metrics, trainer._total_train_tokens = metrics
-            model.train(training)
 
 
 def lengths_of(trainer: PracticeTrainer) -> list[int]:

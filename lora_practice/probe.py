@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from lora_practice.memory import group_folders, group_limits, read
+
 GPU_TOOL_SECONDS = 5
-_CGROUPS = Path("/sys/fs/cgroup")
 _WSL_TOOLS = "/usr/lib/wsl/lib"  # not in every PATH
 
 
@@ -69,7 +70,7 @@ def look(driver_too: bool = False) -> Facts:
         cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16"}),
         card_on_bus=_card_on_bus(),
         card_hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
-        wsl="microsoft" in _read("/proc/sys/kernel/osrelease").lower(),
+        wsl="microsoft" in read("/proc/sys/kernel/osrelease").lower(),
         python=sys.version_info[:2],
         **known,
     )
@@ -96,12 +97,12 @@ def usable_cores() -> int:
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
-    for folder in _groups(""):
-        quota = _read(f"{folder}/cpu.max").split()
+    for folder in group_folders(""):
+        quota = read(f"{folder}/cpu.max").split()
         if len(quota) == 2 and quota[0].isdigit():
             count = min(count, max(1, int(quota[0]) // int(quota[1])))
-    for folder in _groups("cpu"):
-        quota = [_read(f"{folder}/cpu.cfs_quota_us").strip(), _read(f"{folder}/cpu.cfs_period_us").strip()]
+    for folder in group_folders("cpu"):
+        quota = [read(f"{folder}/cpu.cfs_quota_us").strip(), read(f"{folder}/cpu.cfs_period_us").strip()]
         if all(one.isdigit() for one in quota):  # -1: no quota
             count = min(count, max(1, int(quota[0]) // int(quota[1])))
     return count
@@ -112,39 +113,15 @@ def memory() -> tuple[int, int, int]:
     import psutil
 
     board = psutil.virtual_memory()
-    total, free, limit = board.total, board.available, 0
-    for kind, most, used, cached in (
-        ("", "memory.max", "memory.current", "inactive_file "),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
-    ):
-        for folder in _groups(kind):
-            ceiling, taken = _read(f"{folder}/{most}").strip(), _read(f"{folder}/{used}").strip()
-            if not (ceiling.isdigit() and taken.isdigit()) or int(ceiling) >= board.total:
-                continue
-            lines = _read(f"{folder}/memory.stat").splitlines()
-            gives_way = sum(int(line.split()[1]) for line in lines if line.startswith(cached))
-            free = min(free, int(ceiling) - int(taken) + gives_way)
-            total = limit = min(int(ceiling), limit or total)
-    return total, max(0, free), limit
-
-
-def _groups(kind: str) -> list[str]:
-    """Folders of this process's cgroup and of those above it: version 2 for "", else version 1's hierarchy `kind`.
-
-    Inside a container the path may be one of the host's, which is not there: then only the root is.
-    """
-    own = "/"
-    for line in _read("/proc/self/cgroup").splitlines():
-        number_kinds_path = line.split(":", 2)
-        if len(number_kinds_path) == 3 and kind in number_kinds_path[1].split(","):
-            own = number_kinds_path[2]
-    root = _CGROUPS / kind
-    return [str(root / own.strip("/")), *(str(root / str(up).strip("/")) for up in Path(own).parents)]
+    found = [(limit, left) for limit, left in group_limits() if limit < board.total]
+    total = min([board.total, *(limit for limit, _ in found)])
+    free = min([board.available, *(left for _, left in found)])
+    return total, max(0, free), total if found else 0
 
 
 def _driver_facts() -> dict:
     """What the driver itself says of the first card, where torch may see none: name, memory, capability, version."""
-    version = re.search(r"\b(\d{3,}\.\d[\d.]*)", _read("/proc/driver/nvidia/version"))
+    version = re.search(r"\b(\d{3,}\.\d[\d.]*)", read("/proc/driver/nvidia/version"))
     found: dict = {"driver": version.group(1), "gpu": "NVIDIA"} if version else {}
     tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL_TOOLS)
     if not tool:
@@ -176,7 +153,7 @@ def _card(values: list[str]) -> dict:
 def _card_on_bus() -> bool:
     """Whether an NVIDIA display controller is plugged in, driver or not (Linux)."""
     for device in Path("/sys/bus/pci/devices").glob("*"):
-        if _read(f"{device}/vendor").strip() == "0x10de" and _read(f"{device}/class").startswith("0x03"):
+        if read(f"{device}/vendor").strip() == "0x10de" and read(f"{device}/class").startswith("0x03"):
             return True
     return False
 
@@ -189,7 +166,7 @@ def _instructions(flags: set[str]) -> tuple[str, ...]:
 
 def _cpu_flags() -> tuple[str, set[str]]:
     name, flags = platform.processor() or platform.machine(), set()
-    for line in _read("/proc/cpuinfo").splitlines():
+    for line in read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             name = value.strip()
@@ -197,10 +174,3 @@ def _cpu_flags() -> tuple[str, set[str]]:
             flags = set(value.split())
             break
     return name, flags
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

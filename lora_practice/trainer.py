@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, cast
@@ -118,41 +119,64 @@ class PracticeTrainer(SFTTrainer):
         """What TRL has counted so far, as a copy."""
         return {name: copy.deepcopy(vars(self)[name]) for name in _TRL_COUNTERS if name in vars(self)}
 
-    def dry_run(self, regime: Regime, lengths: Sequence[int]) -> bool:
-        """Forward and backward of rows of these lengths, then everything as before; False if memory ran out."""
-        self.take(regime)
-        counters = self.counters()
-        before = random_state()
-        some = cast(Any, self.train_dataset)[0]["input_ids"]
-        rows = [(some * (n // len(some) + 1))[:n] for n in lengths]
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """What a step changes beside the weights is put back in the end: gradients, counters, random numbers."""
+        counters, before, training = self.counters(), random_state(), self.model.training
+        place = self.engine.state_dict() if self.engine is not None else {}
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)  # as the loop will do
         try:
-            self._dry_step([{"input_ids": ids, "labels": ids, "lengths": [len(ids)]} for ids in rows])
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            return False
+            yield
         finally:
             for parameter in self.trainable:
                 parameter.grad = None
+            if self.engine is not None:
+                self.engine.load_state_dict(place)
             vars(self).update(counters)
             set_random_state(before)
+            self.model.train(training)
             return_freed_memory()
-        return True
 
-    def _dry_step(self, rows: list[dict[str, Any]]) -> None:
-        inputs = self.data_collator(rows)
-        parts = inputs.pop("parts")
-        if self.engine is not None:
-            share, self.engine.share_prefix = self.engine.share_prefix, False
-            self.engine.bound(sum(len(ids) for ids, _ in parts), self.regime.checkpointing)
-            try:
-                self.engine.step_loss_and_backward(parts)
-            finally:
-                self.engine.share_prefix = share
-            return
+    def try_step(self, rows: list[dict[str, Any]]) -> None:
+        """Forward and backward of these rows of the training set as one step, before the loop has prepared the model.
+
+        Within `trying`; the gradients stay until its end.
+        """
+        size = self.args.per_device_train_batch_size
+        batches = [self.data_collator(rows[first : first + size]) for first in range(0, len(rows), size)]
+        window = [(batch, batch.pop("parts")) for batch in batches]
         self.current_gradient_accumulation_steps = 1
         with self.accelerator.autocast():
-            super().training_step(self.model, inputs, torch.tensor(sum(len(ids) for ids, _ in parts)))
+            self.compute(self.model, window, torch.tensor(sum(len(ids) for _, parts in window for ids, _ in parts)))
+
+    def dry_run(self, regime: Regime, lengths: Sequence[int]) -> bool:
+        """Try a step of rows of these lengths, all at once; False if memory ran out."""
+        self.take(regime)
+        some = cast(Any, self.train_dataset)[0]["input_ids"]
+        rows = [(some * (n // len(some) + 1))[:n] for n in lengths]
+        with self.trying():
+            try:
+                with self._all_at_once(sum(lengths)):
+                    self.try_step([{"input_ids": ids, "labels": ids, "lengths": [len(ids)]} for ids in rows])
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                return False
+        return True
+
+    @contextmanager
+    def _all_at_once(self, tokens: int) -> Iterator[None]:
+        """The fast engine neither cuts these rows nor finds that they begin alike."""
+        if self.engine is None:
+            yield
+            return
+        share, self.engine.share_prefix = self.engine.share_prefix, False
+        self.engine.bound(tokens, self.regime.checkpointing)
+        try:
+            yield
+        finally:
+            self.engine.share_prefix = share
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """With a LoRA+ ratio above 1, PEFT's: B learns so many times faster than A (arXiv 2402.12354)."""

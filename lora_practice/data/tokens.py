@@ -8,6 +8,7 @@ it needs no `{% generation %}` marks in the template.
 from __future__ import annotations
 
 import functools
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -197,28 +198,16 @@ def count_trained(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def preview(tokenizer: Any, example: Example, colour: bool = False) -> str:
-    """The row as the model sees it, trained parts marked 〔so〕, or in green on a terminal.
+def preview(tokenizer: Any, example: Example) -> str:
+    """The row as the model sees it, trained parts marked 〔so〕.
 
     Runs are decoded whole, since one Chinese character may be several tokens.
     """
-    opened, closed = ("\033[32m", "\033[0m") if colour else ("〔", "〕")
-    pieces: list[str] = []
-    run: list[int] = []
-    trained = False
-
-    def flush() -> None:
-        words = tokenizer.decode(run)
-        pieces.append(f"{opened}{words}{closed}" if trained else words)
-
-    for token, label in zip(example.input_ids, example.labels):
-        if run and (label != IGNORED) != trained:
-            flush()
-            run = []
-        trained = label != IGNORED
-        run.append(token)
-    flush()
-    return "".join(pieces)
+    shown = ""
+    for trained, run in itertools.groupby(zip(example.input_ids, example.labels), lambda pair: pair[1] != IGNORED):
+        words = tokenizer.decode([token for token, _ in run])
+        shown += f"〔{words}〕" if trained else words
+    return shown
 
 
 def _unstable_template(origin: str) -> UserError:

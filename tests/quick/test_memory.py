@@ -19,7 +19,7 @@ MEMINFO = {"/proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n",
 def pretend(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
     """Give the machine these files of /proc and /sys, and no others; `memory_max` is that of the outermost group."""
     files = {**MEMINFO, **{f"/sys/fs/cgroup/{name.replace('_', '.')}": content for name, content in more.items()}}
-    monkeypatch.setattr(memory, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(memory, "read", lambda path: files.get(path, ""))
 
 
 def test_without_a_container_it_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_a_container_leaves_its_limit_less_what_is_used_and_cannot_give_way(monk
 )
 def test_the_tightest_group_above_this_process_counts(monkeypatch, cgroup: str, files: dict[str, str]) -> None:
     files = {**MEMINFO, "/proc/self/cgroup": cgroup, **files}
-    monkeypatch.setattr(memory, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(memory, "read", lambda path: files.get(path, ""))
     assert memory.available_memory() == 2 * GB
 
 

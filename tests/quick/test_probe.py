@@ -13,7 +13,7 @@ from typing import Optional
 import psutil
 import pytest
 
-from lora_practice import probe
+from lora_practice import memory, probe
 from lora_practice.machine import decide, matmul_gflops, peak_memory
 
 GB = 1 << 30
@@ -23,7 +23,8 @@ CPUINFO = "processor: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_bf16
 
 def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
     """Give the machine these files of /proc and /sys and no others, 8 cores, and 16 GB of which 8 are free."""
-    monkeypatch.setattr(probe, "_read", lambda path: {"/proc/cpuinfo": CPUINFO, **files}.get(path, ""))
+    for room in (probe, memory):
+        monkeypatch.setattr(room, "read", lambda path: {"/proc/cpuinfo": CPUINFO, **files}.get(path, ""))
     monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GB, available=8 * GB))
 
@@ -92,7 +93,7 @@ def fake_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Non
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(probe, "_read", lambda path: "")
+    monkeypatch.setattr(probe, "read", lambda path: "")
 
 
 needs_sh = pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
@@ -127,7 +128,7 @@ def test_what_the_driver_complains_of_is_kept(tmp_path: Path, monkeypatch: pytes
     fake_tool(tmp_path, monkeypatch, "exit 9")
     assert probe._driver_facts() == {"driver_trouble": "nvidia-smi: 9"}
     module = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.256.02  Thu May  2 14:37:44 UTC 2024\n"
-    monkeypatch.setattr(probe, "_read", lambda path: module)
+    monkeypatch.setattr(probe, "read", lambda path: module)
     assert probe._driver_facts() == {"driver_trouble": "nvidia-smi: 9", "gpu": "NVIDIA", "driver": "470.256.02"}
 
 
@@ -160,7 +161,7 @@ def test_the_processor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_elsewhere_torch_knows_the_processor(
     monkeypatch: pytest.MonkeyPatch, word: str, known: Optional[tuple[str, ...]]
 ) -> None:
-    monkeypatch.setattr(probe, "_read", lambda path: "")
+    monkeypatch.setattr(probe, "read", lambda path: "")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: word)
     assert probe.look().instructions == known  # None: unknown, which is not the same as none
 
@@ -173,4 +174,4 @@ def test_a_torch_that_does_not_load_is_a_fact(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unreadable_file_says_nothing(tmp_path: Path) -> None:
-    assert probe._read(str(tmp_path / "missing")) == ""
+    assert probe.read(str(tmp_path / "missing")) == ""

@@ -219,6 +219,5 @@ def test_the_preview_marks_what_is_trained() -> None:
     assert preview(tokenizer, example) == (
         "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n〔我很好🙂<|im_end|>〕\n"
     )
-    assert "\033[32m我很好🙂<|im_end|>\033[0m" in preview(tokenizer, example, colour=True)
     everything = Example(example.input_ids, example.input_ids)
     assert preview(tokenizer, everything).startswith("〔<|im_start|>")
