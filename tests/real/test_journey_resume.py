@@ -19,7 +19,8 @@ from kill_harness import NEVER, Kill, differences, resume_flag, run_into, steps_
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-SAVING = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "out")
+MEASURED = ("--eval_subset_size", "4", "--eval_steps", "2", "--early_stopping_patience", "3")
+SAVING = (*SMALL, *MEASURED, "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "out")
 LONG = ("--num_train_epochs", "20")  # 160 steps, for a run that is stopped
 
 
@@ -34,10 +35,12 @@ def record(folder: Path) -> dict:
 
 
 def same_run(folder: Path, other: Path) -> bool:
-    """Bit for bit the same adapter, and the same loss at each step."""
+    """Bit for bit the same adapter, and the same loss at each step and of each measurement."""
     one, two = (load_file(place / "adapter_model.safetensors") for place in (folder, other))
     same = one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
-    return same and record(folder)["losses"] == record(other)["losses"]
+    return same and all(
+        record(folder)[key] == record(other)[key] for key in ("losses", "evaluations", "best_step", "held_out_loss")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def test_kills_in_the_midst_of_saves_and_before_a_rename_cost_nothing_that_was_s
     out, seen = tmp_path / "out", []
     milliseconds = random.randint(1, 150)
     for kill in (
-        Kill("in the midst of a save", "os.mkdir", ".writing-", 3, milliseconds),  # a save makes two folders
+        Kill("in the midst of a save", "os.mkdir", ".writing-", 5, milliseconds),  # a new best makes one, a save two
         Kill("before a checkpoint's rename", "os.rename", "checkpoint-", 1),
         Kill("before a checkpoint's manifest", "open", "checkpoint.json", 2),
         NEVER,
