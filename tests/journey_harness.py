@@ -25,6 +25,7 @@ SMALL = ("--embedded", "--train_subset_size", "16", "--gradient_accumulation_ste
 def environment(home: Path, **variables: Optional[str]) -> dict[str, str]:
     """Variables of a fresh machine without a Hub; `variables` are added, None takes one away."""
     home.mkdir(exist_ok=True)
+    _share_kernels(home)
     kept = ("PATH", "SYSTEMROOT", "TEMP", "LD_LIBRARY_PATH", "LORA_PRACTICE_CACHE", "HF_ENDPOINT")
     env: dict[str, Optional[str]] = {name: os.environ[name] for name in kept if name in os.environ}
     env.update({name: value for name, value in os.environ.items() if name.startswith("COV")})
@@ -32,6 +33,17 @@ def environment(home: Path, **variables: Optional[str]) -> dict[str, str]:
     # one thread: the same sums in each run, and no threads that wait for each other on a busy machine
     env.update(LORA_PRACTICE_LANG="en", OMP_NUM_THREADS="1", HF_HUB_DISABLE_XET="1")
     return {name: value for name, value in {**env, **variables}.items() if value is not None}
+
+
+def _share_kernels(home: Path) -> None:
+    """Compiling them takes longer than a small run; their names tell what they were built from and for."""
+    own, shared = (Path(one) / ".cache" / "lora-practice" / "kernels" for one in (home, Path.home()))
+    if os.name == "nt" or own.exists():
+        return
+    for folder in (own.parent, shared.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    shared.mkdir(mode=0o700, exist_ok=True)
+    own.symlink_to(shared)
 
 
 @functools.lru_cache(maxsize=1)
