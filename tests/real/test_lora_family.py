@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from journey_harness import SMALL, succeeded, train
+from journey_harness import succeeded, train
 
 from lora_practice import export, generate
 from lora_practice.judging import judge
@@ -26,6 +27,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str, int]] = {  # flags, what the run
     "olora": (("--init_lora_weights", "olora"), FAST, 12),
     "4 bits": (("--load_in_4bit",), PLAIN, 6),
 }
+# Two steps of two short rows: on the plain path too a matter of seconds.
+SHORT = ("--embedded", "--dataset_path", "rows.jsonl", "--gradient_accumulation_steps", "2", "--max_steps", "2")
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -35,8 +38,10 @@ def variant(request, tmp_path_factory, embedded_model, embedded_rows) -> tuple[s
     if request.param == "4 bits" and find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install -e '.[bnb]'")
     place = tmp_path_factory.mktemp("family")
-    flags = (*SMALL, "--max_steps", "3", "--save_strategy", "no", *VARIANTS[request.param][0], "--output_dir", "out")
-    return request.param, place / "out", succeeded(train(place, *flags)).stderr
+    rows = [{"prompt": f"What is {n} + {n}?", "completion": f"It is {2 * n}."} for n in (1, 2, 3, 4)]
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    flags = (*SHORT, "--learning_rate", "1e-3", "--save_strategy", "no", *VARIANTS[request.param][0])
+    return request.param, place / "out", succeeded(train(place, *flags, "--output_dir", "out")).stderr
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
