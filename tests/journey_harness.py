@@ -121,11 +121,11 @@ class Running:
         """Everything on stderr so far."""
         return "".join(self.lines)
 
-    def wait_for(self, wanted: str, seconds: float = 120) -> None:
+    def wait_for(self, wanted: str, seconds: float = 600) -> None:
         """Until `wanted` stands on stderr."""
         self.wait_until(lambda: wanted in self.words, seconds)
 
-    def wait_until(self, true: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_until(self, true: Callable[[], bool], seconds: float = 600) -> None:
         """Until `true()`; fails when the process ends before."""
         deadline = time.monotonic() + seconds
         while not true():
@@ -136,7 +136,7 @@ class Running:
         """Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 600) -> int:
         """Wait for the end; the exit code."""
         try:
             code = self.process.wait(seconds)
