@@ -67,6 +67,15 @@ def kills(session: nox.Session) -> None:
     install_and_test(session, "newest", "tests/kills", "-s")
 
 
+@nox.session(python="3.11", default=False)
+def four_bits(session: nox.Session) -> None:
+    """A base in 4 bits. Beside bitsandbytes peft imports other things, so not where everything else is tested."""
+    session.install("-c", "requirements/newest.txt", "-e", ".[test,bnb]")
+    session.run(
+        "python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ["tests/real/test_lora_family.py"])
+    )
+
+
 @nox.session(python="3.11")
 def audit(session: nox.Session) -> None:
     """Known holes in what is installed (pip-audit, which asks a service on the network), and bandit over our code."""

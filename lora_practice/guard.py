@@ -17,7 +17,7 @@ import torch
 from lora_practice.errors import UserError, out_of_memory, tell, text
 from lora_practice.ladder import Load, Regime, described, fit
 from lora_practice.memory import available_memory, held_memory
-from lora_practice.rewind import Good, Start, copied, moments_of, random_state, set_random_state
+from lora_practice.rewind import Good, Start, copied, random_state, set_random_state
 from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, judge, seen
 
 # of the trained weights, as fp32, a run holds its gradients, two moments, and the good state's copy of it all; the
@@ -207,12 +207,10 @@ class Guard:
         trainer = self.trainer
         state = copy.copy(trainer.state)
         state.log_history = list(state.log_history)
-        older = (self.good.weights, self.good.moments) if self.good else ([], [])
-        optimizer = trainer.optimizer.state_dict()
-        weights = copied(trainer.trainable, older[0])
-        moments = copied(moments_of(optimizer), older[1])
-        groups = copy.deepcopy(optimizer["param_groups"])
-        self.good = Good(weights, moments, groups, copy.deepcopy(trainer.lr_scheduler.state_dict()), state, random)
+        older = self.good or Good([], {}, {}, None, [])
+        weights = copied(trainer.trainable, older.weights)
+        optimizer = copied(trainer.optimizer.state_dict(), older.optimizer)
+        self.good = Good(weights, optimizer, copied(trainer.lr_scheduler.state_dict()), state, random)
 
     def _go_back(self) -> None:
         trainer, good = self.trainer, self.good
@@ -222,10 +220,7 @@ class Guard:
         with torch.no_grad():
             for parameter, value in zip(trainer.trainable, good.weights):
                 parameter.copy_(value)
-        optimizer = trainer.optimizer.state_dict()
-        for moment, value in zip(moments_of(optimizer), good.moments):
-            moment.copy_(value)
-        trainer.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": good.groups})
+        trainer.optimizer.load_state_dict(good.optimizer)
         trainer.lr_scheduler.load_state_dict(good.scheduler)
         trainer.state, self.random = good.state, good.random
 

@@ -6,12 +6,15 @@ import json
 import shutil
 from typing import Any
 
+import torch
+
 from lora_practice.errors import text
 from lora_practice.helping import aligned
 from lora_practice.machine import Machine, matmul_gflops
 from lora_practice.preflight import Estimate, lengths_of
 from lora_practice.record import about
 from lora_practice.trainer import PracticeTrainer
+from lora_practice.variants import STARTS, ranks_saved
 
 
 def said(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> str:
@@ -70,10 +73,15 @@ def changes(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Ma
     cut = sum(one > shorter for one in lengths)
     saved = plan.seconds * sum(min(one, shorter) for one in lengths) / sum(lengths)
     weights = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
-    frozen = sum(one.numel() for one in trainer.model.parameters() if not one.requires_grad)
+    # a byte of a base in 4 bits holds two weights
+    frozen = sum(
+        one.numel() * (2 if one.dtype == torch.uint8 else 1)
+        for one in trainer.model.parameters()
+        if not one.requires_grad
+    )
     # forward and backward pass through each frozen weight twice, through a LoRA weight three times
     slower = 3 * weights / (2 * frozen + 3 * weights)
-    size, twice = weights * 4 / 1e6, 2 * settings.per_device_train_batch_size
+    size, twice = weights * 4 * ranks_saved(trainer.model) / 1e6, 2 * settings.per_device_train_batch_size
     passes = text("一次前向占的激活内存约翻倍，时间不变", "about twice the memory of activations, the same time")
     if trainer.engine is not None:
         passes = text("快速路径自己限制内存：内存和时间都不变", "nothing else: the fast path bounds its own passes")
@@ -84,11 +92,13 @@ def changes(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Ma
         (f"--max_length {shorter}", text(f"截掉 {cut} 行的结尾，{about(saved)}", f"cuts {cut} rows, {about(saved)}")),
         (f"--lora_r {2 * settings.lora_r}", larger + text(f"，慢约 {slower:.0%}", f", about {slower:.0%} slower")),
         (f"--per_device_train_batch_size {twice}", text("步数减半；", "half the steps; ") + passes),
-        ("--bf16", _bf16(plan, machine)),
+        ("--bf16", _bf16(machine, settings)),
     ]
 
 
-def _bf16(plan: Estimate, machine: Machine) -> str:
+def _bf16(machine: Machine, settings: Any) -> str:
+    if (start := settings.init_lora_weights) != STARTS[0]:
+        return text(f"不能和 {start} 一起用", f"not with {start}")
     if machine.precision == "bf16":
         return text("已经在用", "is used already")
     if not machine.facts.cpu_bf16 and (machine.facts.capability or (0, 0)) < (8, 0):

@@ -15,11 +15,18 @@ FREE_ON_RESUME = (
     *("save_strategy", "save_steps", "save_total_limit"),  # how much a kill may cost
     *("merge_adapter", "run_inference"),  # come after the training
 )
+# Settings that a record may be too old to name: the run had these values.
+LATER = {
+    "target_modules": "all-linear",
+    **dict.fromkeys(("use_rslora", "use_dora", "load_in_4bit"), False),
+    "init_lora_weights": "default",
+    "loraplus_lr_ratio": 1.0,
+}
 
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """UserError if `settings` differ from those in the `record` of the run in `path`; names each difference."""
-    before = record.get("settings") or {}
+    before = {**LATER, **(record.get("settings") or {})}
     fixed = [name for name in settings if name in before and name not in FREE_ON_RESUME]
     changed = [name for name in fixed if before[name] != settings[name]]
     if changed:

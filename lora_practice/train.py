@@ -27,6 +27,7 @@ from lora_practice.model import keep_trained_in_fp32
 from lora_practice.preflight import Estimate
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
+from lora_practice.variants import ranks_saved
 from lora_practice.watch import Interrupt, Progress
 
 PACE = ("step", "tokens_per_second", "memory_mb")  # apart from the losses, which the same run has again
@@ -139,7 +140,9 @@ def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: 
         path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
     seen = machine.facts.gpu or machine.facts.card_on_bus
     why = machine.reason if seen else ""  # "no card" goes without saying
-    lines = [record.announcement(machine, base, data, rows, plan.steps, plan.seconds), why, path, machine.advice]
+    # a run that begins with PiSSA or OLoRA needs fp32
+    advice = [one for one in machine.advice.splitlines() if ranks_saved(trainer.model) == 1 or "--bf16" not in one]
+    lines = [record.announcement(machine, base, data, rows, plan.steps, plan.seconds), why, path, *advice]
     lines.append(
         text(
             f"预计内存最多 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",

@@ -82,9 +82,11 @@ def options(model: Any, settings: Any) -> dict[str, Any]:
         UserError: a layer that the model does not have; a start that needs smaller ranks, or weights in fp32.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     head, wanted, start = model.get_output_embeddings(), settings.target_modules, settings.init_lora_weights
-    linears = [(n.rpartition(".")[2], m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kinds = (torch.nn.Linear, Conv1D)  # what PEFT's "all-linear" means; GPT-2's layers are of the second kind
+    linears = [(n.rpartition(".")[2], m) for n, m in model.named_modules() if isinstance(m, kinds)]
     linears = [(name, module) for name, module in linears if module is not head]
     known = sorted({name for name, _ in linears})
     names = known if wanted == "all-linear" else [name.strip() for name in wanted.split(",")]
@@ -95,12 +97,19 @@ def options(model: Any, settings: Any) -> dict[str, Any]:
             fix=", ".join(known),
         )
     if start != STARTS[0]:
+        if any(name in names and isinstance(module, Conv1D) for name, module in linears):
+            raise UserError(
+                text(f"{start} 不认这个模型的层（Conv1D）", f"{start} does not know this model's layers (Conv1D)"),
+                where=f"--init_lora_weights {start}",
+                fix=text("去掉它", "leave it out"),
+            )
         chosen = [module.weight for name, module in linears if name in names]
         if any(weight.dtype != torch.float32 for weight in chosen):  # else what is taken out is rounded away
+            or_bf16 = text("，或去掉 --bf16", ", or --bf16") if settings.bf16 else ""
             raise UserError(
                 text(f"{start} 要 fp32 的权重", f"{start} needs weights in fp32"),
                 where=f"--init_lora_weights {start}",
-                fix=text("去掉它，或去掉 --bf16", "leave it out, or --bf16"),
+                fix=text("去掉它", "leave it out") + or_bf16,
             )
         most = min(min(weight.shape) for weight in chosen)
         if settings.lora_r > most:
@@ -137,12 +146,12 @@ def ranks_saved(model: Any) -> int:
 
 def save_as_lora(model: Any, folder: Path) -> None:
     """Turn what PEFT has just written into `folder` into a LoRA for the untouched base, if the base was touched."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save_file
 
     start = vars(model).get(_START)
     if start is None:
         return
-    found = load_file(folder / _WEIGHTS)
+    found = load((folder / _WEIGHTS).read_bytes())  # not mapped: Windows writes over no file that is
     both = {name: _beside(name, value, start[name].to(value)) for name, value in found.items()}
     save_file(both, folder / _WEIGHTS, {"format": "pt"})
     config = copy.deepcopy(model.peft_config["default"])
@@ -166,11 +175,12 @@ def load_again(model: Any, folder: Path) -> bool:
         return False
     both, rank = load_file(folder / _WEIGHTS), model.peft_config["default"].r
     for name in both:
-        if "lora_A" in name and rank * 2 == len(both[name]):
+        if "lora_A" in name:
             other = name.replace("lora_A", "lora_B")
-            then = -both[other][:, rank:] @ both[name][rank:]
+            then = -both[other][:, rank:] @ both[name][rank:]  # zero in a checkpoint of plain LoRA
             now = (start[other] @ start[name]).to(then)
-            if not torch.allclose(then, now, rtol=0, atol=1e-4 * float(now.abs().max())):
+            same_rank = len(both[name]) == 2 * rank
+            if not same_rank or not torch.allclose(then, now, rtol=0, atol=1e-4 * float(now.abs().max())):
                 raise UserError(
                     text("存盘点不是从这样的底座开始的", "the checkpoint did not begin with such a base"),
                     where=str(folder),

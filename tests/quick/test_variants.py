@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model
 from tiny_training import run, same, settings_of, trainer_of, weights_of
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_practice import variants
 from lora_practice.errors import UserError
 from lora_practice.generate import with_adapter
 from lora_practice.model import add_lora
+from lora_practice.resuming import check_same_settings
 from lora_practice.sources import Source
 
 MOVING = ("pissa", "pissa_niter_4", "olora")
@@ -92,6 +94,27 @@ def test_a_checkpoint_of_another_start_is_not_resumed(tmp_path):
     other = lora(init_lora_weights="olora")
     with pytest.raises(UserError, match="did not begin with such a base"):
         variants.load_again(other, tmp_path / "checkpoint-2")
+
+
+def test_a_checkpoint_of_plain_lora_is_not_put_onto_a_base_that_gave_a_part_away(tmp_path):
+    lora().save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="did not begin with such a base"):
+        variants.load_again(lora(init_lora_weights="olora"), tmp_path)
+
+
+def test_a_record_from_before_the_variants_is_one_of_plain_lora():
+    old, now = {"settings": {"lora_r": 6}}, {"lora_r": 6, "use_dora": False, "init_lora_weights": "default"}
+    check_same_settings(Path("x"), old, now)
+    for name, value in {"use_dora": True, "init_lora_weights": "pissa", "target_modules": "q_proj"}.items():
+        with pytest.raises(UserError, match=f"not the same run any more: {name}"):
+            check_same_settings(Path("x"), old, {**now, name: value})
+
+
+def test_layers_of_the_kind_that_gpt_2_has_are_linear_too():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=64))
+    assert variants.options(model, settings_of(Path("x"), target_modules="c_attn"))["target_modules"] == ["c_attn"]
+    with pytest.raises(UserError, match="pissa does not know this model's layers"):
+        variants.options(model, settings_of(Path("x"), init_lora_weights="pissa"))
 
 
 def test_saving_agrees_with_pefts_own_conversion(tmp_path):

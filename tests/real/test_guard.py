@@ -95,6 +95,22 @@ def test_what_is_not_finite_in_fp32_stops_in_one_line_and_the_last_good_state_is
     assert same(weights_of(trainer), weights_of(clean))
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+def test_the_last_good_state_has_the_whole_optimizer(tmp_path: Path, optim: str) -> None:
+    trainer = trainer_of(tmp_path / "a", optim=optim)
+    Poison(trainer, 4, float("nan"))
+    with pytest.raises(UserError):
+        run(trainer)
+    clean = trainer_of(tmp_path / "b", optim=optim, max_steps=3)
+    run(clean)
+    found, wanted = (one.optimizer.state_dict()["state"] for one in (trainer, clean))
+    assert found.keys() == wanted.keys()
+    for index, values in wanted.items():
+        for name, value in values.items():
+            there = found[index][name]
+            assert torch.equal(there, value) if torch.is_tensor(value) else there == value, name
+
+
 def test_weights_that_give_nan_are_not_the_ones_that_are_kept(tmp_path: Path) -> None:
     """A huge learning rate: the step is sound, but the weights that it leaves are not."""
     trainer = trainer_of(tmp_path / "a", learning_rate=1.0, max_grad_norm=1e9)
