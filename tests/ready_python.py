@@ -3,8 +3,8 @@
     python tests/ready_python.py
 
 Reads a line of JSON for each command, {"command", "cwd", "env", "out", "err", "timeout"}, on stdin, and answers with
-its exit code, negative for a signal, when it has ended. What the libraries read when they are imported (HF_*) is that
-of this process; so whoever needs another value starts a fresh Python.
+its exit code, negative for a signal, when it has ended. What the libraries read when they are imported (HF_*, and
+HOME for the Hub's cache) is that of this process; so whoever needs another value starts a fresh Python.
 """
 
 from __future__ import annotations

@@ -102,4 +102,5 @@ def test_the_answer_comes_from_the_cache_when_the_hub_is_gone(journey):
     folder = journey[0]
     place = folder.parents[1]
     flags = ("--model-dir", str(folder), "--prompt", "Hi there", "--max-new-tokens", "5")
-    assert succeeded(infer(place, *flags, HF_ENDPOINT="http://127.0.0.1:9")).stdout.strip()
+    # fresh: where the Hub's cache lies is read from HOME when the libraries are imported
+    assert succeeded(infer(place, *flags, fresh=True, HF_ENDPOINT="http://127.0.0.1:9")).stdout.strip()
