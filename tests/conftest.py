@@ -54,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.real)
 
 
+@pytest.fixture(autouse=True)
+def no_precision_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 tells accelerate bf16 by a variable that outlives the run; a user's process has one run only."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """Folder of the embedded model: config, fp16 safetensors, tokenizer with chat template."""

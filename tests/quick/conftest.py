@@ -27,11 +27,15 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     monkeypatch.chdir(tmp_path)
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     environment.hub_is_reachable.cache_clear()
+    # huggingface_hub 0.x keeps a session for each thread, and one that was made offline stays offline
+    reset = getattr(utils, "reset_sessions", lambda: None)
+    reset()
     yield
+    reset()
     environment.hub_is_reachable.cache_clear()
 
 
