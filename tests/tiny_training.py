@@ -73,5 +73,4 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float = 
     """Equal bit by bit, or within a relative tolerance."""
     if not tolerance:
         return all(a.equal(b) for a, b in zip(one, other))
-    # Adam moves an entry by 2e-4 a step however small its gradient is, so rounding shows where that is near zero
-    return all(torch.allclose(a, b, rtol=tolerance, atol=1e-5) for a, b in zip(one, other))
+    return all(torch.allclose(a, b, rtol=tolerance, atol=1e-6) for a, b in zip(one, other))

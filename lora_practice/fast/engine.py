@@ -18,7 +18,7 @@ from .products import ROW_STEP
 from .space import Space, return_freed_memory
 from .weights import Weights, read
 
-# A processor is busy with 300 rows, and in fp32 stays below plain TRL's memory with them; 16-bit rows take two thirds,
+# A processor is busy with 300 rows, and in fp32 takes about plain TRL's memory with them; 16-bit rows take two thirds,
 # and each more micro-batch reads all weights once more. A card waits for work: more at once.
 WIDE_ROWS, NARROW_ROWS, CARD_ROWS = 320, 512, 2048
 

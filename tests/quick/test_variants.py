@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -16,11 +17,12 @@ from tiny import make_model
 from tiny_training import run, same, settings_of, trainer_of, weights_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fine_tuning_practice import TrainSettings
 from lora_practice import variants
 from lora_practice.errors import UserError
 from lora_practice.generate import with_adapter
 from lora_practice.model import add_lora
-from lora_practice.resuming import check_same_settings
+from lora_practice.resuming import LATER, check_same_settings
 from lora_practice.sources import Source
 
 MOVING = ("pissa", "pissa_niter_4", "olora")
@@ -105,6 +107,8 @@ def test_a_checkpoint_of_plain_lora_is_not_put_onto_a_base_that_gave_a_part_away
 def test_a_record_from_before_the_variants_is_one_of_plain_lora():
     old, now = {"settings": {"lora_r": 6}}, {"lora_r": 6, "use_dora": False, "init_lora_weights": "default"}
     check_same_settings(Path("x"), old, now)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    assert all(defaults[name] == value for name, value in LATER.items())
     for name, value in {"use_dora": True, "init_lora_weights": "pissa", "target_modules": "q_proj"}.items():
         with pytest.raises(UserError, match=f"not the same run any more: {name}"):
             check_same_settings(Path("x"), old, {**now, name: value})
