@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,9 +26,13 @@ CHUNK = 64  # rows handed to the fast engine at once, which then cuts them as it
 
 
 def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> float:
-    """Mean loss in nats per trained token over `examples`, without dropout or gradients, in flat memory."""
+    """Mean loss in nats per trained token over `examples`, without dropout or gradients, in flat memory.
+
+    In the precision of the training, also before and after it, when the loop has not prepared the model for it.
+    """
     if trainer.engine is None:
-        return mean_loss(trainer.model, examples)
+        with nullcontext() if trainer.regime.precision == "fp32" else trainer.accelerator.autocast():
+            return mean_loss(trainer.model, examples)
     total, count = 0.0, 0
     for start in range(0, len(examples), CHUNK):
         part = [(one.input_ids, one.labels) for one in examples[start : start + CHUNK]]
@@ -106,6 +111,7 @@ def was_over(trainer: PracticeTrainer, checkpoint: Path, evaluation: Optional[Ev
     if state.global_step < state.max_steps and not (evaluation and evaluation.is_over(state)):
         return False
     trainer._load_from_checkpoint(str(checkpoint))
+    trainer.guard.go_on()
     trainer.state = state
     return True
 

@@ -66,6 +66,11 @@ class Guard:
             )
             self._tell("memory", said, fitted.regime)
 
+    def go_on(self) -> None:
+        """A run that is resumed and had gone over to fp32 goes on in it."""
+        if self.precision == "fp32" != self.trainer.regime.precision:
+            self.trainer.widen()
+
     def step(self, model: Any, window: list[Any], items: Any) -> torch.Tensor:
         """Loss of one optimizer step, its gradients in .grad. `window`: its micro-batches, as (inputs, parts).
 
@@ -73,8 +78,7 @@ class Guard:
             UserError: the numbers are bad in fp32 too, or the smallest portion does not fit; a checkpoint is kept.
         """
         trainer = self.trainer
-        if self.precision == "fp32" != trainer.regime.precision:  # resumed: it had gone over to fp32 before
-            trainer.widen()
+        self.go_on()
         start, bad = Start(random_state(), trainer.counters()), list(self.zeros)
         while True:
             loss = self._compute(model, window, items)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import run, same, trainer_of, weights_of
+from tiny_training import rows, run, same, trainer_of, weights_of
 from transformers import TrainerCallback
 
+from lora_practice import train
 from lora_practice.errors import UserError
+from lora_practice.evaluate import held_out_loss
 from lora_practice.verdict import Reading
 
 PATHS = ("on", "off")
@@ -76,6 +78,26 @@ def test_a_run_that_went_over_to_fp32_is_resumed_in_fp32_bit_for_bit(tmp_path: P
     assert losses(run(again)) == losses(whole)
     assert same(weights_of(trainer), weights_of(again))
     assert again.regime.precision == "fp32"
+
+
+@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_run_killed_after_its_last_checkpoint_is_measured_in_the_precision_that_it_ended_in(
+    tmp_path: Path, path: str, widened: bool
+) -> None:
+    trainer = trainer_of(tmp_path / "a", "bf16", fast=path)
+    if widened:
+        Poison(trainer, 3, float("nan"))
+    whole = train.run(trainer, rows(3), trainer.asked)
+    record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
+    (tmp_path / "a" / "run_record.json").write_text(json.dumps({**record, "status": "running"}))
+    again = trainer_of(tmp_path / "a", "bf16", fast=path, resume=True)
+    assert again.folder.checkpoint.name == "checkpoint-6"
+    resumed = train.run(again, rows(3), again.asked)
+    assert held_out_loss(again, rows(3)) == held_out_loss(trainer, rows(3))
+    assert resumed["held_out_loss"] == whole["held_out_loss"]
+    assert same(weights_of(trainer), weights_of(again))
+    assert again.regime.precision == trainer.regime.precision == ("fp32" if widened else "bf16")
 
 
 @pytest.mark.parametrize("path", PATHS)
