@@ -120,12 +120,12 @@ def prove_gguf(folder: Path) -> list[proof.Line]:
         raise UserError(text("还没有导出", "nothing is exported here"), where=str(folder), fix=fix)
     base, done = find_base(folder), versions.installed()
     assert base.path is not None
-    with staging(folder, _weights(base.path)) as scratch:
+    on_base = (folder / GGUF / "adapter.gguf").is_file() and not llama_cpp.missing()
+    with staging(folder, _weights(base.path) if on_base else 0) as scratch:
         base_gguf = scratch / "base.gguf"  # adapter.gguf is proved on top of it
-        has_adapter = (folder / GGUF / "adapter.gguf").is_file()
-        if has_adapter and not llama_cpp.missing():
+        if on_base:
             gguf_write.write_model(base.path, _token_fields(base.path, folder), "f16", base_gguf)
-        lines = proof.prove(folder, folder / GGUF, base_gguf if has_adapter else None)
+        lines = proof.prove(folder, folder / GGUF, base_gguf)
     proof.write_card(folder, lines, f"peft {done['peft']}, transformers {done['transformers']}")
     return lines
 

@@ -64,11 +64,11 @@ class Line:
         return "-" if self.skipped else "FAIL" if self.faults else "PASS"
 
 
-def prove(folder: Path, gguf: Path, base_gguf: Optional[Path] = None) -> list[Line]:
+def prove(folder: Path, gguf: Path, base_gguf: Path) -> list[Line]:
     """Compare DIR/merged and each GGUF in `gguf` with the adapter in DIR.
 
     Args:
-        base_gguf: the base as GGUF; adapter.gguf is checked on top of it, and not without it.
+        base_gguf: the base as GGUF; adapter.gguf is checked on top of it. Not read without llama.cpp.
 
     Raises:
         UserError: the adapter or its base cannot be loaded.
@@ -164,7 +164,7 @@ def write_card(folder: Path, lines: Sequence[Line], versions: str) -> None:
 
 
 def _forms(
-    folder: Path, gguf: Path, base_gguf: Optional[Path], tokenizer: Any, prompts: Sequence[Any], rows: int
+    folder: Path, gguf: Path, base_gguf: Path, tokenizer: Any, prompts: Sequence[Any], rows: int
 ) -> Iterator[tuple[str, float, Callable[[], Answers]]]:
     def merged() -> Answers:
         place = folder / "merged"
@@ -178,7 +178,7 @@ def _forms(
         path = gguf / f"merged-{kind}.gguf"
         if path.is_file():
             yield path.name, BOUNDS[kind], file(path)
-    if base_gguf is not None and (gguf / "adapter.gguf").is_file():
+    if (gguf / "adapter.gguf").is_file():
         yield "adapter.gguf", BOUNDS["f16"], file(base_gguf, gguf / "adapter.gguf")
 
 

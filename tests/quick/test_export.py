@@ -17,6 +17,7 @@ from limited_disk import small_disk
 from peft import LoraConfig, get_peft_model
 
 from lora_practice import disk, export, gguf_tokens, gguf_write, llama_cpp, proof
+from lora_practice.cli import main as cli
 from lora_practice.errors import UserError
 from lora_practice.model import load_base
 from lora_practice.sources import Source
@@ -125,6 +126,25 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_folder_as_it_was(made, 
         assert "the disk refused a write midway (No space left on device)" in line and "\n" not in line
         assert line.endswith("-> free some, then run it again; what was there is untouched")
         assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_proof_that_writes_no_gguf_asks_for_no_room(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    with small_disk(tmp_path / "small", megabytes=8) as place:
+        run = Path(shutil.copytree(made, place / "out"))
+        export.to_gguf(run, ["q8_0"])
+        (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free - 100_000))
+        assert results(export.prove_gguf(run))["merged/"] == "PASS"
+        card = (run / "README.md").read_bytes()
+        (place / "rest").write_bytes(bytes(shutil.disk_usage(place).free))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli(["export", str(run), "--check"])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and "Traceback" not in told
+        assert told.splitlines()[-1].startswith("Error: No space left on device -> free some space"), told
+        assert (run / "README.md").read_bytes() == card and not list(run.glob(".*"))
 
 
 def test_what_cannot_be_a_gguf_is_refused_before_anything_is_merged(run):
