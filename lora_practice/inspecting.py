@@ -93,6 +93,7 @@ def _base(verdict: Verdict) -> Iterable[str]:
 
 def _use(name: str, verdict: Verdict) -> tuple[str, str, str]:
     able, why = verdict.uses[name]
+    why = text("见上", "see above") if why in verdict.findings else why
     return text(*USE_NAMES[name]), text("能", "yes") if able else text("不能", "no"), why
 
 

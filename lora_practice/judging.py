@@ -56,13 +56,14 @@ def judge(folder: Path) -> Verdict:
         if str(error.what) not in " ".join(findings):
             findings.append(str(error))
     base = base_at_hand(folder, record) if config else None
-    findings += _of_another_base(folder, record, config, numbers, base)
-    findings += _on_nothing(record, numbers)
+    foreign = _of_another_base(folder, record, config, numbers, base)
+    findings += foreign + _on_nothing(record, numbers)
     names = {item.name for item in items}
     if adapter.CONFIG in names and any(n.startswith("model") and n.endswith(".safetensors") for n in names):
         zh = "适配器和合并的权重在一层：transformers 5 会把适配器加两遍"
         findings.append(text(zh, "adapter and merged weights lie together: transformers 5 adds the adapter twice"))
-    uses = _uses(folder, record, config, items, findings, numbers)
+    refused = [*(numbers.faults if numbers is not None else ()), *foreign]  # each of them stops `chat`
+    uses = _uses(folder, record, config, items, refused, numbers)
     return Verdict(folder, record, config, items, numbers, base, findings, uses)
 
 
@@ -139,7 +140,7 @@ def _on_nothing(record: Mapping[str, Any], numbers: Optional[Anatomy]) -> list[s
         found.append(text(zh, en))
     elif numbers is not None and any(layer.norm == 0 for layer in numbers.layers):
         still = [layer.module for layer in numbers.layers if layer.norm == 0]
-        zh, en = f"{len(still)} 层的 B 是零", f"B is zero in {len(still)} layers"
+        zh, en = f"{len(still)} 层的 B 是零", f"B is zero in {len(still)} layer{'s' * (len(still) > 1)}"
         found.append(text(f"{zh}，如 {still[0]}", f"{en}, such as {still[0]}"))
     if record.get("status") == "finished" and record.get("steps") == 0:
         found.append(text("一步都没有训练", "not one step was trained"))
@@ -153,7 +154,7 @@ def _uses(
     record: Mapping[str, Any],
     config: Mapping[str, Any],
     items: Sequence[Item],
-    findings: Sequence[str],
+    refused: Sequence[str],
     numbers: Optional[Anatomy],
 ) -> dict[str, tuple[bool, str]]:
     good = {item.name for item in items if not item.fault}
@@ -164,12 +165,10 @@ def _uses(
     if merged and not any(name.startswith("model") and name.endswith(".safetensors") for name in good):
         missing.append("model.safetensors")
     lacking = text("缺少或坏了：", "missing or damaged: ") + ", ".join(missing)
-    broken = [finding for finding in findings if numbers is not None and finding in numbers.faults]
-    broken += [one for one in findings if text("别的底座", "another base") in one]
     if missing:
         answers = False, lacking
-    elif broken:
-        answers = False, broken[0]
+    elif refused:
+        answers = False, refused[0]
     elif numbers is not None and numbers.is_zero:
         answers = True, text("能用，但回答和底座一样", "it works, but answers as the base does")
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_inputs.folders import cut, edit, make_base, make_output, tensors, write
+from bad_inputs.folders import cut, edit, make_base, make_output, swap_tokenizer, tensors, write
 from safetensors.numpy import save_file
 
 from lora_practice import manifest, origin
@@ -104,10 +104,11 @@ def test_a_whole_folder_has_no_findings_and_says_what_it_is_good_for(folder):
         (cut("adapter_model.safetensors", 3000), "adapter_model.safetensors: it is damaged", False),
         (write("adapter_config.json", b"{"), "adapter_config.json: it is damaged", False),
         (write("tokenizer.json", b""), "tokenizer.json: it is empty", False),
+        (swap_tokenizer, "the tokenizer is not the one", False),
         (cut("training_args.bin", 100), "training_args.bin: it is damaged", True),
         (edit("run_record.json", steps=0), "not one step was trained", True),
         (edit("run_record.json", data={"trained_tokens": 0}), "not one token was trained", True),
-        (edit("run_record.json", model={"name": "someone/else"}), "in run_record.json", True),
+        (edit("run_record.json", model={"name": "someone/else"}), "in run_record.json", False),
         (write("model.safetensors", (8).to_bytes(8, "little") + b"{}      "), "adds the adapter twice", True),
     ],
 )
