@@ -67,7 +67,7 @@ def losses(sides: Mapping[str, Talker], folder: str, other: Optional[str]) -> di
     """
     record = read_record(Path(folder)) or {}
     talkers = list(sides.values())
-    rows = held_out.rows_of(record, talkers[-1 if other is None else 0].tokenizer)
+    rows = held_out.rows_of(record, talkers[-1 if other is None else 0].tokenizer, folder)
     if other is not None:
         theirs = (read_record(Path(other)) or {}).get("data") or {}
         if theirs.get("fingerprint") != record["data"].get("fingerprint"):

@@ -6,6 +6,7 @@ A figure is plotly's JSON; its colours work on light and dark, the rest of its l
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,6 +98,7 @@ def layers_figure(layers: Sequence[Layer]) -> dict[str, Any]:
 
 def png(record: Mapping[str, Any]) -> bytes:
     """The loss and the gradient norm as a picture for the model card, in English as cards are."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word of its font cache, which no reader has to mend
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

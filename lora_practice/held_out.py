@@ -14,8 +14,8 @@ from lora_practice.errors import UserError, text
 from lora_practice.sources import SHIPPED, Source
 
 
-def rows_of(record: Mapping[str, Any], tokenizer: Any) -> Sequence[Example]:
-    """The run's held-out rows; never one that it was trained on.
+def rows_of(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[Example]:
+    """The held-out rows of the run in the folder `where`; never one that it was trained on.
 
     Raises:
         UserError: it held none out, or the data is no longer what it was trained on.
@@ -24,7 +24,7 @@ def rows_of(record: Mapping[str, Any], tokenizer: Any) -> Sequence[Example]:
     if not data.get("rows_held_out"):
         what = text("这次训练没有留出数据", "this run held no rows out")
         fix = text("训练时加 --eval_subset_size 100", "train with --eval_subset_size 100")
-        raise UserError(what, str(settings.get("output_dir", "")), fix)
+        raise UserError(what, where, fix)
     rows = prepare(_source(data), _subset(settings, data), tokenizer, SimpleNamespace(**settings))
     if rows.facts["fingerprint"] != data.get("fingerprint"):
         what = text(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from bad_inputs.folders import edit, make_base, make_output, tensors, write
+from fresh_process import in_a_process
 
 from fine_tuning_practice import TrainSettings
 from lora_practice import figures, manifest
@@ -137,6 +138,12 @@ def test_the_curves_go_into_the_card_that_the_run_wrote(folder):
     report(folder)  # again: once is enough
     assert (folder / "README.md").read_text("utf-8").count("curves.png") == 1
     assert reports.judge(folder).findings == [] and not any(one.changed for one in reports.judge(folder).items)
+
+
+def test_matplotlib_says_nothing_of_its_cache(tmp_path):
+    (tmp_path / "no-folder").write_text("")  # of which it would warn, as it does of a font cache that is slow to build
+    code = "from lora_practice import figures; figures.png({'losses': [{'step': 1, 'loss': 2.0}]})"
+    assert in_a_process(code, tmp_path, MPLCONFIGDIR=str(tmp_path / "no-folder")).stderr == ""
 
 
 def test_a_card_that_someone_edited_stays_as_it_is(folder):

@@ -39,6 +39,10 @@ def test_two_folders_are_compared_and_data_that_changed_is_said(trained, copied,
     assert "may have seen the held-out ones" in done.stderr
     done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
     assert "the data is not what it was" in done.stderr
+    record["data"].pop("rows_held_out")  # and its output_dir is where it lay before it was moved
+    (copied / "run_record.json").write_text(json.dumps(record), "utf-8")
+    done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
+    assert "not compared: copy: this run held no rows out" in done.stderr
     refused(run(tmp_path, *CLI, "compare", "copy", "copy"), "both folders are the same one")
 
 
