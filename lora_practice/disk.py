@@ -44,7 +44,7 @@ def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _refusal(error)
+        reason = refusal(error)
         if reason is None:
             raise
         what = text(
@@ -73,7 +73,7 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(next(one for one in [path, *path.absolute().parents] if one.exists())).free
 
 
-def _refusal(error: Exception) -> Optional[str]:
+def refusal(error: Exception) -> Optional[str]:
     """The system's words, if this error is a write that the disk refused; each library says it its own way."""
     words = str(error)
     if isinstance(error, OSError) and error.errno in _REFUSED:

