@@ -16,7 +16,7 @@ from lora_practice.data.conversations import read_file
 from lora_practice.data.rows import BadRow
 from lora_practice.data.survey import LISTED, Problem, Survey, histogram, pieces, survey
 from lora_practice.data.tokens import Encoder, count_trained
-from lora_practice.errors import UserError, text, visible
+from lora_practice.errors import UserError, counted, text, visible
 from lora_practice.helping import aligned
 
 
@@ -98,8 +98,10 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
     bad = found.counts["bad"]
     rows = text(f"{found.good} 行可用", f"{found.good} usable") + (text(f"，{bad} 行坏", f", {bad} bad") if bad else "")
     kind = found.path.suffix.lower()[1:] + (f", {found.encoding}" if found.encoding else "")
-    turns = ", ".join(text(f"{n} 轮 {rows} 行", f"{n} in {rows} rows") for n, rows in sorted(found.turns.items())[:4])
-    system = text(f"{found.with_system} 行有", f"in {found.with_system} rows")
+    turns = ", ".join(
+        text(f"{n} 轮 {rows} 行", f"{n} in {counted(rows, 'row')}") for n, rows in sorted(found.turns.items())[:4]
+    )
+    system = text(f"{found.with_system} 行有", f"in {counted(found.with_system, 'row')}")
     share = f"{found.trained_tokens / found.tokens:.0%}" if found.tokens else "0%"
     tokens = text(
         f"{found.tokens}，训练其中 {found.trained_tokens}（{share}）",
@@ -134,9 +136,10 @@ def _verdict(found: Survey) -> str:
         return text("可以训练。", "Ready to train.")
     if not found.rows_trained:
         return text("现在还不能训练：一行可学的也没有。", "Not ready: there is not one row to train on.")
+    bad = found.counts["bad"]
     return text(
-        f"现在还不能训练：先改好 {found.counts['bad']} 行坏数据，或加 --skip_bad_rows。",
-        f"Not ready: mend the {found.counts['bad']} bad rows, or leave them out with --skip_bad_rows.",
+        f"现在还不能训练：先改好 {bad} 行坏数据，或加 --skip_bad_rows。",
+        f"Not ready: mend {counted(bad, 'bad row')}, or pass --skip_bad_rows.",
     )
 
 

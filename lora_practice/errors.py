@@ -39,6 +39,11 @@ def text(zh: str, en: str) -> str:
     return zh if language() == "zh" else en
 
 
+def counted(number: int, noun: str) -> str:
+    """The number before an English noun that takes an s: "1 row", "2 rows"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class UserError(Exception):
     """A mistake that the user can mend. Shown as one line, without a traceback, exit code 2.
 

@@ -11,7 +11,7 @@ from typing import Any, Optional
 from lora_practice import adapter, adapter_config, anatomy, embedded, inventory, manifest, origin
 from lora_practice.anatomy import Anatomy
 from lora_practice.artifacts import checkpoints
-from lora_practice.errors import UserError, text
+from lora_practice.errors import UserError, counted, text
 from lora_practice.inventory import Item
 from lora_practice.stored import read_record
 
@@ -140,7 +140,7 @@ def _on_nothing(record: Mapping[str, Any], numbers: Optional[Anatomy]) -> list[s
         found.append(text(zh, en))
     elif numbers is not None and any(layer.norm == 0 for layer in numbers.layers):
         still = [layer.module for layer in numbers.layers if layer.norm == 0]
-        zh, en = f"{len(still)} 层的 B 是零", f"B is zero in {len(still)} layer{'s' * (len(still) > 1)}"
+        zh, en = f"{len(still)} 层的 B 是零", f"B is zero in {counted(len(still), 'layer')}"
         found.append(text(f"{zh}，如 {still[0]}", f"{en}, such as {still[0]}"))
     if record.get("status") == "finished" and record.get("steps") == 0:
         found.append(text("一步都没有训练", "not one step was trained"))

@@ -14,7 +14,7 @@ from lora_practice.machine import Machine, matmul_gflops
 from lora_practice.preflight import Estimate, lengths_of
 from lora_practice.record import about
 from lora_practice.trainer import PracticeTrainer
-from lora_practice.variants import STARTS, ranks_saved
+from lora_practice.variants import moves_base, ranks_saved
 
 
 def said(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> str:
@@ -97,8 +97,8 @@ def changes(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Ma
 
 
 def _bf16(machine: Machine, settings: Any) -> str:
-    if (start := settings.init_lora_weights) != STARTS[0]:
-        return text(f"不能和 {start} 一起用", f"not with {start}")
+    if moves_base(settings):
+        return text(f"不能和 {settings.init_lora_weights} 一起用", f"not with {settings.init_lora_weights}")
     if machine.precision == "bf16":
         return text("已经在用", "is used already")
     if not machine.facts.cpu_bf16 and (machine.facts.capability or (0, 0)) < (8, 0):

@@ -16,8 +16,13 @@ from typing import Any
 from lora_practice import versions
 from lora_practice.errors import UserError, reason_of, tell, text
 
-STARTS = ("default", "pissa", "pissa_niter_4", "olora")  # of init_lora_weights; the first leaves the base alone
+STARTS = ("default", "pissa", "pissa_niter_4", "olora")  # of init_lora_weights
 _WEIGHTS, _START = "adapter_model.safetensors", "_practice_start"
+
+
+def moves_base(settings: Any) -> bool:
+    """Whether the run begins by taking a part out of the base's weights: with every start but the default one."""
+    return settings.init_lora_weights != STARTS[0]
 
 
 def check(settings: Any) -> None:
@@ -27,7 +32,7 @@ def check(settings: Any) -> None:
         UserError: two settings that cannot be right together.
     """
     start = settings.init_lora_weights
-    if start != STARTS[0] and settings.use_dora:  # PEFT's conversion would leave DoRA's lengths out
+    if moves_base(settings) and settings.use_dora:  # PEFT's conversion would leave DoRA's lengths out
         raise UserError(
             text(
                 f"{start} 和 DoRA 不能一起用：存不成普通的 LoRA", f"{start} with DoRA cannot be saved as a plain LoRA"
@@ -35,7 +40,7 @@ def check(settings: Any) -> None:
             where="--use_dora",
             fix=text("两个去掉一个", "leave one of the two out"),
         )
-    if settings.load_in_4bit and start != STARTS[0]:
+    if settings.load_in_4bit and moves_base(settings):
         raise UserError(
             text(f"{start} 要 fp32 的权重", f"{start} needs weights in fp32"),
             where="--load_in_4bit",
@@ -96,7 +101,7 @@ def options(model: Any, settings: Any) -> dict[str, Any]:
             where=f"--target_modules {wanted}",
             fix=", ".join(known),
         )
-    if start != STARTS[0]:
+    if moves_base(settings):
         if any(name in names and isinstance(module, Conv1D) for name, module in linears):
             raise UserError(
                 text(f"{start} 不认这个模型的层（Conv1D）", f"{start} does not know this model's layers (Conv1D)"),
@@ -129,7 +134,7 @@ def options(model: Any, settings: Any) -> dict[str, Any]:
         "target_modules": wanted if wanted == "all-linear" else names,
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
-        "init_lora_weights": True if start == STARTS[0] else start,
+        "init_lora_weights": start if moves_base(settings) else True,
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lora_practice.data.conversations import Conversation, Outcome
 from lora_practice.data.rows import BadRow
-from lora_practice.errors import UserError, text
+from lora_practice.errors import UserError, counted, text
 
 SHOWN = 5  # bad rows shown in full, and remembered per cause
 
@@ -33,7 +33,7 @@ class Tally:
             origins = [bad.origin for bad in self.first if bad.cause == cause]
             more = "..." if count > len(origins) else ""
             parts.append(f"{cause} x{count}" + (f" ({', '.join(origins)}{more and ', ' + more})" if origins else ""))
-        return text(f"跳过 {self.bad} 行坏数据：", f"{self.bad} bad rows left out: ") + "; ".join(parts)
+        return text(f"跳过 {self.bad} 行坏数据：", f"{counted(self.bad, 'bad row')} left out: ") + "; ".join(parts)
 
 
 class GoodRows:
@@ -92,7 +92,7 @@ def _refusal(tally: Tally, where: str) -> UserError:
         shown.append(text(f"……还有 {more} 行", f"... and {more} more"))
     total = tally.good + tally.bad
     return UserError(
-        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{tally.bad} bad rows among the {total} read:"),
+        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{counted(tally.bad, 'bad row')} among the {total} read:"),
         where,
         text("改好它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
         if tally.good

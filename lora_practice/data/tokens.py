@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.template import answer_tail, end_of_turn, render
-from lora_practice.errors import UserError, text
+from lora_practice.errors import UserError, counted, text
 
 IGNORED = -100
 CHUNK = 512  # rows tokenised in one call: flat memory, and the tokenizer's own threads have work
@@ -53,15 +53,18 @@ class Lost:
         sentence = {
             "cut": text(
                 f"行超过 max_length={max_length}，结尾被截掉（学不到何时停）",
-                f"rows cut at max_length={max_length}: they lose their ending",
+                f"cut at max_length={max_length}: the ending is lost",
             ),
-            "nothing": text("行没有可学的内容，已跳过", "rows have nothing to train on and are left out"),
+            "nothing": text("行没有可学的内容，已跳过", "left out: nothing to train on"),
             "rewritten": text(
                 "行的前几轮没有训练：模板会改写历史",
-                "rows train on their last answer only: the template rewrites history",
+                "trained on the last answer only: the template rewrites history",
             ),
         }
-        return [f"{n} {sentence[kind]}: {', '.join(self.origins[kind][:3])}" for kind, n in self.counts.items()]
+        return [
+            f"{text(str(n), counted(n, 'row'))} {sentence[kind]}: {', '.join(self.origins[kind][:3])}"
+            for kind, n in self.counts.items()
+        ]
 
 
 class Encoder:

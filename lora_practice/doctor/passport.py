@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_practice.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigabytes
 from lora_practice.doctor.surroundings import Hub, Need, Place, Plan, Surroundings, survey
-from lora_practice.errors import EXIT_USER_ERROR, text, visible
+from lora_practice.errors import EXIT_USER_ERROR, counted, text, visible
 from lora_practice.helping import columns, wrap
 from lora_practice.machine import Machine, decide
 from lora_practice.probe import Facts, look
@@ -89,7 +89,7 @@ def _machine(facts: Facts, around: Surroundings) -> Iterator[Row]:
     sets = text("指令集不知道", "instruction sets unknown")
     if facts.instructions is not None:
         sets = " ".join(facts.instructions) or text("没有 AVX2", "no AVX2")
-    cores = text(f"{facts.cores} 核", f"{facts.cores} core{'s' * (facts.cores > 1)}")
+    cores = text(f"{facts.cores} 核", counted(facts.cores, "core"))
     yield "CPU", f"{facts.cpu or '?'}{text('，', ', ')}{cores}{text('；', '; ')}{sets}"
     left, total = gigabytes(facts.memory), gigabytes(facts.memory_total)
     limit = text("（容器的限制）", " (the container's limit)") if facts.memory_limit else ""

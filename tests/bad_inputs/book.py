@@ -148,7 +148,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "the data set holds no rows": data("rows.jsonl", b"\n\n"),
     "unknown kind of file …": data("rows.xlsx", b"PK"),
     "this is a folder, not a data file": (nothing, (*TRAIN, "--dataset_path", "base")),
-    "… bad rows among the … read": data("rows.jsonl", rows(GOOD, {"prompt": "Hi"})),
+    "… bad rows among the … read": data("rows.jsonl", rows(GOOD, *[{"prompt": "Hi"}] * 2)),
     "broken JSON: column …": data("rows.jsonl", b'{"text": "a",}'),
     "broken JSON, nothing after it can be read": data("rows.json", b'[{"text": "a"},\n{"text" "b"}]'),
     "no known shape of row": row({"Text": "a"}),

@@ -163,7 +163,7 @@ def test_cut_rows_are_counted_and_told() -> None:
             assert len(example.input_ids) == max_length
             assert encoder.lost.counts.get("cut", 0) == cut
     (line,) = encoder.lost.lines(length - 4)
-    assert line == f"1 rows cut at max_length={length - 4}: they lose their ending: data.jsonl:7"
+    assert line == f"1 row cut at max_length={length - 4}: the ending is lost: data.jsonl:7"
 
 
 def test_rows_with_nothing_to_train_on_are_counted_and_left_out() -> None:

@@ -109,6 +109,6 @@ def test_bad_rows_can_be_left_out_and_are_counted_on_screen_and_in_the_record(tm
     settings = dataclasses.replace(TrainSettings(), skip_bad_rows=True, max_length=128)
     rows = prepare(find_dataset(str(tmp_path / "rows.jsonl"), False), None, tokenizer, settings)
     told = capsys.readouterr().err
-    assert "1 bad rows left out" in told and "rows.jsonl:2" in told
-    assert "1 rows cut at max_length=128" in told and "rows.jsonl:3" in told
+    assert "1 bad row left out" in told and "rows.jsonl:2" in told
+    assert "1 row cut at max_length=128" in told and "rows.jsonl:3" in told
     assert rows.facts["rows_lost"] == {"cut": 1} and sum(rows.facts["bad_rows_skipped"].values()) == 1
