@@ -11,14 +11,13 @@ import json
 import os
 import re
 import shutil
-import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice import manifest, origin
-from lora_practice.disk import check_replaceable, check_writable, explained, staging, target
+from lora_practice import disk, manifest, origin
 from lora_practice.errors import UserError, tell, text, without_tokens
 from lora_practice.resuming import check_same_settings
 from lora_practice.stored import RECORD, read_record
@@ -36,7 +35,7 @@ class OutputFolder:
         self._record: dict[str, Any] = {}  # as last written
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
-        self._replaced = _kept_aside(path, self.resumed.get("replaces"))
+        self._replaced = disk.kept_aside(path, self.resumed.get("replaces"))
         # what happened up to the checkpoint that is resumed; what came later will come again, if it must
         at = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
         self.events: list[dict[str, Any]] = [one for one in self.resumed.get("events", []) if one["step"] <= at]
@@ -46,12 +45,13 @@ class OutputFolder:
         """Look before training.
 
         Raises:
-            UserError: it is a file, cannot be written, holds a run that is neither to be resumed nor to be
-                replaced, holds someone else's files, or resuming would change the run or read a stranger's checkpoint.
+            UserError: it is a file, cannot be written, holds a run that is going on, or one that is neither to be
+                resumed nor to be replaced, holds someone else's files, or resuming would change the run or read a
+                stranger's checkpoint.
         """
         try:
-            path = target(Path(output_dir).expanduser())
-            check_writable(path)
+            path = disk.target(Path(output_dir).expanduser())
+            disk.check_writable(path)
         except (OSError, RuntimeError, ValueError) as error:  # a name too long, the home of nobody
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(reason, where=f"--output_dir {output_dir}") from error
@@ -60,6 +60,8 @@ class OutputFolder:
                 text("--overwrite 和 --resume 只能选一个", "--overwrite and --resume contradict each other"),
                 fix=text("继续用 --resume，从头再来用 --overwrite", "--resume goes on, --overwrite begins anew"),
             )
+        if path.is_dir() and not settings.get("plan"):
+            disk.hold(path)()
         record = read_record(path)
         if record is not None and not (path / RECORD).is_file():
             raise UserError(
@@ -81,7 +83,7 @@ class OutputFolder:
                 fix=text("换一个 --output_dir", "choose another --output_dir"),
             )
         if overwrite:
-            check_replaceable(path)
+            disk.check_replaceable(path)
             return cls(path, replace=True)
         if record.get("status") == "finished":
             raise _already_finished(path, record)
@@ -98,9 +100,14 @@ class OutputFolder:
         return (self.resumed.get(thing) or {}).get("kind") == kind
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Make the folder (an earlier run that is replaced is kept aside until this one is finished)."""
+        """Make the folder (an earlier run that is replaced is kept aside until this one is finished).
+
+        Raises:
+            UserError: another run has begun here since `claim` looked.
+        """
         if self.replace:
-            self._replaced = self.path.with_name(f"{self.path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+            disk.hold(self.path)()
+            self._replaced = disk.aside(self.path)
             os.replace(self.path, self._replaced)
             tell(
                 text(
@@ -109,6 +116,9 @@ class OutputFolder:
                 )
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        weakref.finalize(self, disk.hold(self.path))
+        if (read_record(self.path) or {}) != ({} if self.replace else self.resumed):
+            raise disk.taken(self.path)
         for stale in self.path.glob(".writing-*"):  # of a run that was killed
             shutil.rmtree(stale)
         if self._replaced is not None:
@@ -126,7 +136,7 @@ class OutputFolder:
         self._record = record
         record = {**record, "events": self.events}
         content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
-        with explained(self.path, len(content), text("，再运行一次", ", then run it again")):
+        with disk.explained(self.path, len(content), text("，再运行一次", ", then run it again")):
             manifest.write_whole(self.path / RECORD, content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
@@ -165,7 +175,7 @@ class OutputFolder:
             UserError: fewer than `needed` bytes are free, or the disk refuses a write midway.
         """
         kept = text("，用 --resume 继续；已有的存盘点都在", ", go on with --resume; earlier checkpoints are kept")
-        with staging(self.path, needed, kept) as place:
+        with disk.staging(self.path, needed, kept) as place:
             yield place
 
 
@@ -206,13 +216,6 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
         )
     tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
     return None
-
-
-def _kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
-    """The earlier run that a record says is kept aside: beside `path` only, since it is deleted in the end."""
-    name = re.split(r"[\\/]", named or "")[-1]
-    is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
-    return path.with_name(name) if is_ours else None
 
 
 def _already_finished(path: Path, record: dict[str, Any]) -> UserError:

@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before a write, and explained when it ran out in the midst of one."""
+"""The disk: room asked for before a write, explained when it ran out in one; folders held, kept aside, refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 from lora_practice.errors import UserError, text
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_held: set[tuple[int, int]] = set()  # device and inode of the folders that this process holds
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -99,6 +106,44 @@ def target(path: Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
+def hold(folder: Path) -> Callable[[], None]:
+    """Keep other processes from a run's folder until this one ends, however it ends, or calls what is returned.
+
+    A lock on the folder itself, so no file is left behind. None where the system has no such lock (Windows, some
+    network disks), and none among the processes of one torchrun.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if fcntl is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return lambda: None
+    handle = os.open(folder, os.O_RDONLY)
+    key = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or key in _held:
+            return lambda: None
+        raise taken(folder) from error
+    _held.add(key)
+
+    def let_go() -> None:
+        _held.discard(key)
+        os.close(handle)
+
+    return let_go
+
+
+def taken(folder: Path) -> UserError:
+    """What to say of a folder that another run has been quicker to take."""
+    return UserError(
+        text("另一次训练正在往这里写", "another run is writing to this folder"),
+        where=str(folder),
+        fix=text("等它结束，或换一个 --output_dir", "wait for its end, or choose another --output_dir"),
+    )
+
+
 def check_replaceable(path: Path) -> None:
     """UserError for a folder that cannot be renamed and made anew: the current one, one above it, a mount point."""
     whole = path.resolve()
@@ -125,3 +170,20 @@ def check_writable(path: Path) -> None:
             where=str(place),
             fix=text("换一个 --output_dir，或改权限", "choose another --output_dir, or change its rights"),
         )
+
+
+def aside(path: Path) -> Path:
+    """A free name for an earlier run; on a machine without a clock of its own the same second comes again."""
+    moment = time.time()
+    while True:
+        name = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S', time.localtime(moment))}")
+        if not name.exists():
+            return name
+        moment += 1
+
+
+def kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
+    """The earlier run that a record says is kept aside: beside `path` only, since it is deleted in the end."""
+    name = re.split(r"[\\/]", named or "")[-1]
+    is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
+    return path.with_name(name) if is_ours else None

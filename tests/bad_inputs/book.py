@@ -76,6 +76,13 @@ def nothing(place: Place) -> None:
     """As it is."""
 
 
+def held(place: Place) -> None:
+    """The folder is locked as by another process, until the tests end."""
+    import fcntl
+
+    fcntl.flock(os.open(place.path / "out", os.O_RDONLY), fcntl.LOCK_EX)
+
+
 def full_disk(place: Place) -> None:
     """Ten bytes are left."""
     usage = shutil.disk_usage(place.path)
@@ -136,6 +143,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "this folder holds other files; nothing is written to it": (nothing, (*TRAIN, "--output_dir", "base")),
     "a finished run is here": (nothing, (*TRAIN, "--output_dir", "out")),
     "an unfinished run is here": (out(stop), (*TRAIN, "--output_dir", "out")),
+    "another run is writing to this folder": (held, (*TRAIN, "--output_dir", "out")),
     "there is no run to resume here": (nothing, (*TRAIN, "--resume")),
     "not the same run any more": (out(stop, edit(RECORD, settings={"lora_r": 8})), RESUME),
     "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), TRUSTED),

@@ -6,12 +6,15 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_practice import artifacts, manifest
+from lora_practice import artifacts, disk, manifest
 from lora_practice.artifacts import CHECKPOINT_MANIFEST, RECORD, OutputFolder
 from lora_practice.errors import UserError
 from lora_practice.resuming import FREE_ON_RESUME, check_same_settings
@@ -307,3 +310,57 @@ def test_a_card_that_is_rewritten_is_still_known_as_the_runs_own(tmp_path: Path)
     artifacts.rewrite_card(folder.path, "with a proof")
     known = json.loads((folder.path / RECORD).read_text("utf-8"))["files"]["README.md"]
     assert known == manifest.sha256(card) and card.read_text("utf-8") == "with a proof"
+
+
+@pytest.fixture
+def another_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """A process that has begun a run in tmp_path/run and goes on with it."""
+    pytest.importorskip("fcntl", reason="Windows has no such lock")
+    code = (
+        "import sys; from lora_practice.artifacts import OutputFolder\n"
+        "folder = OutputFolder.claim(sys.argv[1], False, False, {})\n"
+        "folder.begin({'settings': {}}); print('begun', flush=True); sys.stdin.read()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_that_another_run_is_writing_to_is_refused_until_that_run_ends_or_is_killed(
+    tmp_path: Path, another_run: subprocess.Popen
+) -> None:
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        line = refusal(tmp_path / "run", **options)
+        assert "another run is writing to this folder -> wait for its end" in line
+    claim(tmp_path / "run", overwrite=True, plan=True)  # a plan writes nothing
+    another_run.kill()
+    another_run.wait()
+    assert claim(tmp_path / "run", resume=True).resumed["status"] == "running"
+    claim(tmp_path / "run", overwrite=True).begin({"settings": SETTINGS})
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_that_looked_at_a_folder_at_once_only_one_begins(tmp_path: Path, resume: bool) -> None:
+    if resume:
+        start(tmp_path / "run")
+    first, second = (claim(tmp_path / "run", resume) for _ in range(2))
+    first.begin({"settings": SETTINGS, "started_at": "now"})
+    before = (tmp_path / "run" / RECORD).read_bytes()
+    with pytest.raises(UserError, match="another run is writing"):
+        second.begin({"settings": SETTINGS})
+    assert (tmp_path / "run" / RECORD).read_bytes() == before
+
+
+def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.time, "time", lambda: 1e9)  # without a clock of its own a board begins there each time
+    for word in ("first", "second", "third"):
+        folder = claim(tmp_path / "run", overwrite=word != "first")
+        folder.begin({"settings": SETTINGS})
+        (folder.path / "adapter_config.json").write_text(word)
+    kept = [one / "adapter_config.json" for one in tmp_path.glob("run.replaced-*")]
+    assert sorted(one.read_text() for one in kept) == ["first", "second"]
+    finish(folder)
+    assert [one.parent.name for one in kept if one.exists()] == [min(one.parent.name for one in kept)]
