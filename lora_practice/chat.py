@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from lora_practice.bare import without_adapter
 from lora_practice.embedded import cache_dir
 from lora_practice.errors import UserError, tell, text, visible
-from lora_practice.generate import Talker
 from lora_practice.helping import aligned
 from lora_practice.talk import opening, show
+from lora_practice.talker import Talker, without_adapter
 
 COMMANDS = (
     ("/help", "显示这些说明", "show these lines"),

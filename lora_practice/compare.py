@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import generate, held_out
 from lora_practice.artifacts import read_record
-from lora_practice.bare import without_adapter
 from lora_practice.errors import UserError, tell, text, visible
-from lora_practice.generate import Talker
 from lora_practice.machine import Machine
 from lora_practice.talk import SAMPLE_PROMPTS, opening, show
+from lora_practice.talker import Talker, without_adapter
 
 NARROW = 80  # columns; below, answers stand under each other
 
 
 def two_sides(folder: str, other: Optional[str], machine: Machine) -> dict[str, Talker]:
     """What is compared, by name: the base and the adapter in `folder`, or the adapters in both folders."""
-    talker = generate.load(folder, machine, keep_base=True)
+    shelf: dict[Path, Any] = {}  # of a base that both were trained on there is one copy
+    talker = generate.load(folder, machine, keep_base=True, shelf=None if other is None else shelf)
     if other is None:
         return {text("底座", "base"): without_adapter(talker), text("微调后", "fine-tuned"): talker}
     if Path(folder).resolve() == Path(other).resolve():
         raise UserError(text("两个文件夹是同一个", "both folders are the same one"), other)
-    return {folder: talker, other: generate.load(other, machine, keep_base=True)}
+    return {folder: talker, other: generate.load(other, machine, keep_base=True, shelf=shelf)}
 
 
 def answers(
@@ -44,11 +44,26 @@ def answers(
         if quiet:
             said = {name: talker.answer(messages, **options) for name, talker in sides.items()}
         elif sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
-            said = _in_columns(sides, prompt, messages, options)
+            said = _in_columns(prompt, in_turn({name: one.stream(messages, **options) for name, one in sides.items()}))
         else:
             said = _stacked(sides, prompt, messages, options)
         found.append({"prompt": prompt, "answers": said})
     return found
+
+
+def in_turn(streams: Mapping[str, Iterator[str]]) -> Iterator[dict[str, str]]:
+    """What each has said so far, by name, whenever one of them has said more: a piece of each, in turn."""
+    said = dict.fromkeys(streams, "")
+    left = dict(streams)
+    yield said
+    while left:
+        for name, stream in list(left.items()):
+            piece = next(stream, None)
+            if piece is None:
+                del left[name]
+                continue
+            said = {**said, name: said[name] + piece}
+            yield said
 
 
 def samples(folder: str, machine: Machine, max_new_tokens: int = 64) -> list[dict[str, str]]:
@@ -118,30 +133,21 @@ def _stacked(
     return said
 
 
-def _in_columns(
-    sides: Mapping[str, Talker], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
-) -> dict[str, str]:
+def _in_columns(prompt: str, steps: Iterator[dict[str, str]]) -> dict[str, str]:
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-    console, said = Console(highlight=False), dict.fromkeys(sides, "")
-
-    def table() -> Table:
+    def table(said: Mapping[str, str]) -> Table:
         shown = Table(title=Text(f"> {visible(prompt)}"), title_justify="left", expand=True, title_style="bold")
-        for name in sides:
+        for name in said:
             shown.add_column(Text(visible(name)), ratio=1, overflow="fold")
         shown.add_row(*(Text(visible(words)) for words in said.values()))
         return shown
 
-    with Live(console=console, refresh_per_second=12) as live:
-        for name, talker in sides.items():
-
-            def add(piece: str, name: str = name) -> None:
-                said[name] += piece
-                live.update(table())
-
-            said[name] = talker.answer(messages, on_text=add, **options)
-            live.update(table(), refresh=True)
+    said: dict[str, str] = {}
+    with Live(console=Console(highlight=False), refresh_per_second=12) as live:
+        for said in steps:
+            live.update(table(said))
     return said

@@ -15,10 +15,11 @@ from typing import Any
 from lora_practice import adapter, adapter_config, gguf_tokens, gguf_write, llama_cpp, proof, versions
 from lora_practice.disk import staging
 from lora_practice.errors import UserError, tell, text
-from lora_practice.generate import find_base, stop_ids, tokenizer_for, with_adapter
+from lora_practice.generate import find_base, tokenizer_for, with_adapter
 from lora_practice.model import load_base, load_tokenizer
 from lora_practice.modelfile import modelfile, read_turns
 from lora_practice.sources import Source
+from lora_practice.talker import stop_ids
 
 MERGED, GGUF = "merged", "gguf"
 

@@ -2,108 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import Any, Optional
 
 from lora_practice import adapter, adapter_config, embedded
 from lora_practice.adapter import WEIGHTS
 from lora_practice.artifacts import checkpoints
-from lora_practice.data.template import render
 from lora_practice.errors import UserError, at_home, reason_of, tell, text
 from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.model import check_vocabulary, load_base, load_tokenizer, stored_bytes
-from lora_practice.pieces import Pieces
 from lora_practice.sources import Source, fetch_repository, find_model
 from lora_practice.stored import read_record
-
-if TYPE_CHECKING:
-    from lora_practice.fast.decode import Decoder
+from lora_practice.talker import Talker, decoder_of, talker
 
 
-@dataclass
-class Talker:
-    """A model that answers chats; `stop_ids` are the tokens that end an answer.
-
-    `decoder` generates where it serves the model (several times faster, the same greedy tokens); without one it
-    is transformers' own `generate`.
-    """
-
-    model: Any
-    tokenizer: Any
-    stop_ids: list[int]
-    decoder: Optional[Decoder] = None
-
-    def answer(
-        self,
-        messages: Sequence[dict[str, str]],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        on_text: Optional[Callable[[str], None]] = None,
-    ) -> str:
-        """The model's next turn, as it wrote it; ends at the end-of-turn token, which is not part of it.
-
-        `temperature` 0 takes the likeliest token each time. `on_text` receives the answer piece by piece.
-
-        Raises:
-            UserError: the template refuses the messages, or they are longer than the model can take.
-        """
-        ids = self.tokenizer(self._rendered(list(messages)), add_special_tokens=False)["input_ids"]
-        longest = self.model.config.max_position_embeddings
-        if len(ids) >= longest:
-            raise UserError(
-                text(
-                    f"对话有 {len(ids)} 个 token，模型最多 {longest}", f"{len(ids)} tokens; the model takes {longest}"
-                ),
-                fix=text("缩短提问，或用 /reset 重来", "ask something shorter, or begin anew with /reset"),
-            )
-        pieces = Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
-        return self.tokenizer.decode(self.write(ids, max_new_tokens, temperature, top_p, pieces))
-
-    def write(
-        self, ids: list[int], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, pieces: Any = None
-    ) -> list[int]:
-        """The tokens after `ids`, shown by `pieces`; fewer than `max_new_tokens` when the answer ended by itself."""
-        if self.decoder is None:
-            return self._generate(ids, max_new_tokens, temperature, top_p, pieces)
-        add = pieces.add if pieces else None
-        written = self.decoder.generate(ids, max_new_tokens, self.stop_ids, temperature, top_p, on_token=add)
-        if pieces:
-            pieces.end()
-        return written
-
-    def _generate(
-        self, ids: list[int], max_new_tokens: int, temperature: float, top_p: float, pieces: Optional[Pieces]
-    ) -> list[int]:
-        import torch
-
-        prompt = torch.tensor([ids], device=self.model.device)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.tokenizer.pad_token_id,
-                streamer=pieces,
-            )
-        return [token for token in output[0, len(ids) :].tolist() if token not in self.stop_ids]
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        return render(self.tokenizer, messages, fix=text("去掉 --system 试试", "try without --system"), prompt=True)
-
-
-def load(model_dir: str, machine: Machine, base_model: Optional[str] = None, keep_base: bool = False) -> Talker:
+def load(
+    model_dir: str,
+    machine: Machine,
+    base_model: Optional[str] = None,
+    keep_base: bool = False,
+    shelf: Optional[dict[Path, Any]] = None,
+) -> Talker:
     """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
 
-    With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too.
+    With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too. What is loaded with
+    the same `shelf`, a dict that is empty at first, holds the weights of a common base once.
 
     Raises:
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
@@ -116,7 +41,7 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None, kee
     dtype = "stored" if on_cpu else machine.precision
     if dtype == "fp32" and not fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory):
         dtype = "fp16"
-    model = load_base(base, dtype)
+    model = load_base(base, dtype) if shelf is None else _from_shelf(shelf, base, dtype)
     if has_adapter:
         model = with_adapter(model, folder)
     tokenizer = tokenizer_for(model, here, base, base_model)
@@ -126,6 +51,16 @@ def load(model_dir: str, machine: Machine, base_model: Optional[str] = None, kee
         if has_adapter and not keep_base:  # merged in memory it answers the same, faster
             model = model.merge_and_unload()
     return talker(model.to(machine.device), tokenizer, decoder)
+
+
+def _from_shelf(shelf: dict[Path, Any], base: Source, dtype: str) -> Any:
+    """A model with modules of its own, for an adapter to change, around the weights on the shelf."""
+    assert base.path is not None
+    place = base.path.resolve()
+    if place not in shelf:
+        shelf[place] = load_base(base, dtype)
+    kept = shelf[place]
+    return copy.deepcopy(kept, {id(one): one for one in (*kept.parameters(), *kept.buffers())})
 
 
 def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[str] = None) -> Any:
@@ -145,30 +80,6 @@ def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[s
     tokenizer = load_tokenizer(tokens)
     check_vocabulary(model, tokenizer, tokens.name)
     return tokenizer
-
-
-def decoder_of(model: Any) -> Optional[Decoder]:
-    """The fast path of generation for this model as it is now (adapter on or off); None where it is not served."""
-    from lora_practice.fast import NotServed
-    from lora_practice.fast.decode import build_decoder
-
-    try:
-        return build_decoder(model)
-    except NotServed:
-        return None
-
-
-def talker(model: Any, tokenizer: Any, decoder: Optional[Decoder] = None) -> Talker:
-    """A Talker that stops at the tokenizer's end of turn and at the model's own ends of text."""
-    model.config.use_cache = True
-    return Talker(model.eval(), tokenizer, stop_ids(model, tokenizer), decoder)
-
-
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end of turn and the model's own ends of text, in order."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return sorted({tokenizer.eos_token_id, *(end for end in ends if isinstance(end, int))})
 
 
 def find_base(folder: Path, base_model: Optional[str] = None) -> Source:

@@ -15,9 +15,10 @@ from lora_practice import llama_cpp
 from lora_practice.artifacts import PROOF, rewrite_card
 from lora_practice.data.template import render
 from lora_practice.errors import UserError, tell, text
-from lora_practice.generate import decoder_of, find_base, talker, tokenizer_for, with_adapter
+from lora_practice.generate import find_base, tokenizer_for, with_adapter
 from lora_practice.model import load_base
 from lora_practice.sources import Source
+from lora_practice.talker import decoder_of, talker
 
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer must end
 # Largest difference of a log-probability, in nats, by what rounds it. Measured: docs/export.md.

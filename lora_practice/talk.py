@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from lora_practice.errors import text
-from lora_practice.generate import decoder_of, talker
+from lora_practice.talker import decoder_of, talker
 from lora_practice.variants import as_base
 
 SAMPLE_PROMPTS = (

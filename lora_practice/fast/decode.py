@@ -9,7 +9,7 @@ compiler; decode.cpp is all layers of it in one call.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Callable, Optional
 
 import torch
@@ -52,7 +52,6 @@ class Decoder:
         self.ids: list[int] = []  # whose keys and values the cache holds
         self.cache = torch.empty(len(weights.layers), 2, self.heads.shared, 0, self.heads.size)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Sequence[int],
@@ -67,10 +66,29 @@ class Decoder:
 
         Temperature 0 takes the likeliest token. Otherwise draws from softmax(logits / temperature), cut to the
         smallest set of likeliest tokens whose probabilities reach top_p. `on_token` sees each token as it comes.
-        A context that begins like the last one is not computed again.
 
         Raises:
             ValueError: no input, or more of it than the model has positions.
+        """
+        written: list[int] = []
+        for token in self.tokens(input_ids, max_new_tokens, stop_ids, temperature, top_p, generator):
+            written.append(token)
+            if on_token is not None:
+                on_token(token)
+        return written
+
+    def tokens(
+        self,
+        input_ids: Sequence[int],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: Optional[torch.Generator] = None,
+    ) -> Iterator[int]:
+        """What `generate` returns, each token computed when it is asked for.
+
+        A context that begins like the last one is not computed again.
         """
         if not input_ids or len(input_ids) > self.weights.positions:
             raise ValueError(f"{len(input_ids)} tokens of context; this model takes 1 to {self.weights.positions}")
@@ -82,9 +100,7 @@ class Decoder:
             if token in stop_ids:
                 break
             written.append(token)
-            if on_token is not None:
-                on_token(token)
-        return written
+            yield token
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:

@@ -12,9 +12,9 @@ from bad_inputs.folders import make_base, make_output
 from lora_practice import chat as chats
 from lora_practice import generate
 from lora_practice.chat import Chat, guide
-from lora_practice.generate import Talker
 from lora_practice.helping import columns
 from lora_practice.machine import Facts, decide
+from lora_practice.talker import Talker
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ LAYERS = [
         ),
     ],
     ["model"],
-    ["curve", "figures", "pieces", "generate", "bare", "talk", "chat", "held_out", "compare", "record", "check"],
+    ["curve", "figures", "pieces", "talker", "generate", "talk", "chat", "held_out", "compare", "record", "check"],
     [
         *("doctor.surroundings", "doctor.diagnosis", "doctor.passport"),
         *("report", "gguf_tokens", "gguf_write", "modelfile", "llama_cpp", "proof", "export"),

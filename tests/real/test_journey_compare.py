@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,7 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from bad_inputs.folders import edit, tensors
 from journey_harness import environment, refused, run, succeeded
+
+from lora_practice import compare
+from lora_practice.machine import Facts, decide
 
 CLI = ("-m", "lora_practice.cli")
 QUESTION = "My printer is not printing."
@@ -44,6 +49,30 @@ def test_two_folders_are_compared_and_data_that_changed_is_said(trained, copied,
     done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
     assert "not compared: copy: this run held no rows out" in done.stderr
     refused(run(tmp_path, *CLI, "compare", "copy", "copy"), "both folders are the same one")
+
+
+@pytest.mark.parametrize("path", ["fast path", "transformers"])
+def test_both_columns_are_written_in_turn_and_say_what_each_says_alone(trained, copied, path):
+    tensors(lambda found: {name: value * (3 if "lora_B" in name else 1) for name, value in found.items()})(copied)
+    edit("run_record.json", files={})(copied)
+    for other in (None, str(copied)):
+        sides = compare.two_sides(str(trained.folder), other, decide(Facts(memory=8 << 30)))
+        assert all(one.decoder is not None for one in sides.values())
+        if path == "transformers":
+            sides = {
+                name: dataclasses.replace(one, model=one.model.float(), decoder=None) for name, one in sides.items()
+            }
+        asked = [{"role": "user", "content": "Do you have feelings?"}]
+        said = list(compare.in_turn({name: one.stream(asked, 12) for name, one in sides.items()}))
+        wrote = [
+            next(name for name in sides if old[name] != new[name]) for old, new in zip(said, said[1:]) if old != new
+        ]
+        both = wrote[: 2 * min(map(wrote.count, sides))]
+        assert len(both) > 6 and both == [*sides] * (len(both) // 2)
+        assert said[-1] == {name: one.answer(asked, max_new_tokens=12) for name, one in sides.items()}
+        assert len({*said[-1].values()}) == 2
+        first, second = (one.model.get_base_model().get_input_embeddings().weight for one in sides.values())
+        assert first.data_ptr() == second.data_ptr()  # one base in memory
 
 
 def test_a_piped_chat_answers_each_line_and_hears_the_base(trained, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from journey_harness import succeeded, train
 
-from lora_practice import export, generate
+from lora_practice import export, generate, llama_cpp, proof
 from lora_practice.judging import judge
 from lora_practice.machine import Facts, decide
 from lora_practice.model import load_base
@@ -68,3 +68,16 @@ def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(varia
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
     _, difference = export.merge(Path(shutil.copytree(folder, tmp_path / "copy")))
     assert difference < 0.25
+
+
+@pytest.mark.skipif(bool(llama_cpp.missing()), reason="xllamacpp (llama.cpp) is not installed")
+def test_every_file_exported_from_a_variant_answers_as_its_adapter(variant, tmp_path, monkeypatch):
+    name, folder, _ = variant
+    monkeypatch.setattr(proof, "PROMPTS", proof.PROMPTS[2:3])
+    monkeypatch.setattr(proof, "LONGEST", proof.GREEDY)  # after two steps an answer need not end
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    lines = export.to_gguf(copy, ("f16",))
+    passed = {line.form for line in lines if line.verdict == "PASS"} - {lines[0].form}
+    files = {"merged-f16.gguf"} if name == "dora" else {"merged-f16.gguf", "adapter.gguf"}
+    assert passed == {"merged/", *files}, proof.show(lines)
+    assert {one.name for one in (copy / "gguf").glob("*.gguf")} == files
