@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
+from lora_practice import versions
 from lora_practice.data.template import render
 from lora_practice.errors import UserError, text
 from lora_practice.pieces import Pieces
@@ -83,10 +84,10 @@ class Talker:
         if self.decoder is not None:
             yield from self.decoder.tokens(ids, max_new_tokens, self.stop_ids)
             return
-        known = None  # keys and values of all tokens but the last
+        cache, known = versions.generation_cache(), None  # keys and values of all tokens but the last
         for _ in range(max_new_tokens):
-            step = self._generate(ids, max_new_tokens=1, do_sample=False, past_key_values=known)
-            known, ids = step.past_key_values, step.sequences[0].tolist()
+            step = self._generate(ids, max_new_tokens=1, do_sample=False, **{cache: known})
+            known, ids = step.get(cache), step.sequences[0].tolist()
             if ids[-1] in self.stop_ids:
                 return
             yield ids[-1]

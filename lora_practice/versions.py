@@ -112,6 +112,16 @@ def limit_silence(seconds: float) -> None:
     huggingface_hub.configure_http_backend(Session)
 
 
+def generation_cache() -> str:
+    """The name under which `generate` takes and returns keys and values.
+
+    transformers 5 has renamed `past_key_values` to `cache` on the way, and warns of the old name at each token.
+    """
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    return "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
+
+
 def installed() -> dict[str, str]:
     """Versions of the libraries that a run depends on."""
     import platform

@@ -51,6 +51,7 @@ def test_two_folders_are_compared_and_data_that_changed_is_said(trained, copied,
     refused(run(tmp_path, *CLI, "compare", "copy", "copy"), "both folders are the same one")
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")
 @pytest.mark.parametrize("path", ["fast path", "transformers"])
 def test_both_columns_are_written_in_turn_and_say_what_each_says_alone(trained, copied, path):
     tensors(lambda found: {name: value * (3 if "lora_B" in name else 1) for name, value in found.items()})(copied)
