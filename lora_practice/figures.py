@@ -74,7 +74,7 @@ def small_figures(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
 
 
 def layers_figure(layers: Sequence[Layer]) -> dict[str, Any]:
-    """A map of the model: a row for each kind of matrix, a column for each layer, darker where it was moved more."""
+    """A map of the model: a row for each kind of matrix, a column for each layer, stronger where it was moved more."""
     kinds = list(dict.fromkeys(layer.kind for layer in layers))[::-1]
     depths = sorted({layer.depth or 0 for layer in layers})
     moved = {(layer.kind, layer.depth or 0): number(layer.rms) for layer in layers}
@@ -83,7 +83,7 @@ def layers_figure(layers: Sequence[Layer]) -> dict[str, Any]:
         "x": depths,
         "y": kinds,
         "z": [[moved.get((kind, depth)) for depth in depths] for kind in kinds],
-        "colorscale": [[0, "rgba(59,130,196,0.06)"], [0.5, "rgba(59,130,196,0.55)"], [1, "rgba(20,70,130,1)"]],
+        "colorscale": [[0, "rgba(59,130,196,0.06)"], [1, "rgba(59,130,196,1)"]],  # stronger on light and on dark paper
         "xgap": 1,
         "ygap": 1,
         "showscale": False,

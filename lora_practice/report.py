@@ -22,7 +22,10 @@ from lora_practice.figures import MARK
 from lora_practice.judging import USES, Verdict, judge
 
 PAGE, PICTURE, CARD = "report.html", "curves.png", "README.md"
-HIDDEN = ("output_dir", "overwrite", "resume", "run_inference", "merge_adapter", "skip_login", "report_to")
+HIDDEN = (  # what makes the run no other than it is
+    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json"),
+    *("run_inference", "merge_adapter", "skip_login", "report_to"),
+)
 
 
 def write(

@@ -23,10 +23,16 @@ const look = setInterval(() => {
   clearInterval(look);
   const root = page.documentElement, style = frame.contentWindow.getComputedStyle(page.body);
   const wide = [...page.querySelectorAll("main *")].filter(one => one.getBoundingClientRect().right > 390.5);
+  const drawings = [...page.querySelectorAll(".main-svg")];
+  const tell = what => frame.contentWindow.dispatchEvent(new Event(what));
+  tell("beforeprint");
+  const scaled = drawings.map(one => one.viewBox.baseVal?.width === one.width.baseVal.value);
+  tell("afterprint");
   document.body.textContent = "<<<" + JSON.stringify({
     drawn: page.body.dataset.drawn, scroll: root.scrollWidth, wide: wide.map(one => one.tagName),
     charts: [...page.querySelectorAll(".figure")].map(one => one.querySelectorAll("path.js-line, .hm image").length),
     asked: frame.contentWindow.performance.getEntriesByType("resource").map(one => one.name),
+    scaled, restored: drawings.every(one => !one.hasAttribute("viewBox")),
     paper: style.backgroundColor, fallback: page.getElementById("fallback").hidden,
   }) + ">>>";
 }, 50);
@@ -78,6 +84,7 @@ def test_the_page_is_drawn_quiet_asks_nobody_and_fits_a_phone(copied, language, 
     assert seen["scroll"] <= 390 and seen["wide"] == []
     assert len(seen["charts"]) == 6 and all(seen["charts"]), seen["charts"]
     assert seen["charts"][0] >= 3  # training, smoothed, held out
+    assert seen["scaled"] and all(seen["scaled"]) and seen["restored"]  # to the width of the paper, while it prints
     assert seen["paper"] == ("rgb(255, 255, 255)" if theme else "rgb(20, 24, 29)")
 
 
