@@ -69,7 +69,7 @@ class OutputFolder:
                 where=str(path),
                 fix=f"--output_dir {path.parent}",
             )
-        if not path.exists() or not any(path.iterdir()):
+        if not path.exists() or not any(one for one in path.iterdir() if one not in disk.scraps(path, RECORD)):
             if resume:
                 raise UserError(text("这里没有可以继续的训练", "there is no run to resume here"), where=str(path))
             return cls(path)
@@ -119,8 +119,8 @@ class OutputFolder:
         weakref.finalize(self, disk.hold(self.path))
         if (read_record(self.path) or {}) != ({} if self.replace else self.resumed):
             raise disk.taken(self.path)
-        for stale in self.path.glob(".writing-*"):  # of a run that was killed
-            shutil.rmtree(stale)
+        for stale in disk.scraps(self.path, RECORD):  # of a run that was killed
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if self._replaced is not None:
             record["replaces"] = str(self._replaced)
         self.write_record({**record, "status": "running"})

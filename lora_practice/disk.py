@@ -75,6 +75,11 @@ def staging(folder: Path, needed: int, kept: str = "") -> Iterator[Path]:
         yield Path(name)
 
 
+def scraps(folder: Path, name: str) -> list[Path]:
+    """What a kill in the midst of a write leaves: of `staging`, and of `write_whole` of the file `name`."""
+    return [*folder.glob(".writing-*"), *folder.glob(f".{name}.[0-9]*")]
+
+
 def _free(path: Path) -> int:
     """Bytes free for this user where `path` is or will be."""
     return shutil.disk_usage(next(one for one in [path, *path.absolute().parents] if one.exists())).free

@@ -139,6 +139,9 @@ def take_best(trainer: PracticeTrainer) -> Optional[int]:
     """
     path = trainer.folder.path / BEST
     if not path.exists():
+        lost = text(f"{path} 不见了：用最后一步的适配器", f"{path} is gone: the adapter of the last step is taken")
+        if evaluations(trainer.state.log_history):
+            tell(lost)
         return None
     with torch.no_grad(), safe_open(path, "pt") as kept:
         step = int(kept.metadata()["step"])

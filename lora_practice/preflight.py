@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from lora_practice import embedded, variants
+from lora_practice.artifacts import OutputFolder
 from lora_practice.data.examples import Examples
+from lora_practice.errors import text
 from lora_practice.machine import peak_memory
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
@@ -57,6 +60,16 @@ def estimate(
     seconds = taken * (rows + measured) / window * left
     disk = _disk(trainer, base, steps, settings.merge_adapter)
     return Estimate(steps, taken, seconds, round(_peak(arguments.device) / 1e6), round(disk / 1e6), round(download_mb))
+
+
+def short_of_disk(plan: Estimate, folder: OutputFolder) -> str:
+    """A line for a run that will fill the disk, "" for any other; a resumed one has written a part of it already."""
+    there = next(one for one in [folder.path, *folder.path.absolute().parents] if one.exists())
+    free = round(shutil.disk_usage(there).free / 1e6)
+    if folder.resumed or plan.disk_mb <= free:
+        return ""
+    zh, en = f"磁盘只剩 {free} MB，存盘会停在半路", f"only {free} MB of disk are free: a save will stop the run"
+    return text(f"{zh}：腾出空间，或 --save_total_limit 1", f"{en}; free some, or --save_total_limit 1")
 
 
 def probe(trainer: PracticeTrainer, rows: Sequence[int]) -> float:
@@ -129,6 +142,6 @@ def _disk(trainer: PracticeTrainer, base: Source, steps: int, merge: bool) -> in
     tokenizer = sum(one.stat().st_size for one in files)
     kept = {"no": 0, "epoch": math.ceil(arguments.num_train_epochs), "steps": steps // arguments.save_steps + 1}
     number = kept[str(getattr(arguments.save_strategy, "value", arguments.save_strategy))]
-    number = min(number, trainer.keep_checkpoints or number)
+    number = min(number, (trainer.keep_checkpoints or number) + 1)  # the oldest goes when the newest is whole
     merged = sum(one.stat().st_size for one in Path(base.path or "").glob("*.safetensors")) if merge else 0
     return adapter + tokenizer + number * (adapter + 2 * trained + tokenizer) + merged

@@ -24,7 +24,7 @@ from lora_practice.guard import Guard
 from lora_practice.ladder import Load, Regime, TooLong, bytes_per_token
 from lora_practice.machine import Machine, peak_memory
 from lora_practice.model import keep_trained_in_fp32
-from lora_practice.preflight import Estimate
+from lora_practice.preflight import Estimate, short_of_disk
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
 from lora_practice.variants import ranks_saved
@@ -149,6 +149,7 @@ def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: 
             f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
         )
     )
+    lines.append(short_of_disk(plan, trainer.folder))
     return "\n".join(line for line in lines if line)
 
 

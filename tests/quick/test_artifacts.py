@@ -101,6 +101,19 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
 
 
+def test_what_a_killed_write_left_in_an_empty_folder_is_nobodys(tmp_path: Path) -> None:
+    """The kill came after the folder was made and before its record was in place."""
+    run = tmp_path / "run"
+    (run / ".writing-abc" / "checkpoint-1").mkdir(parents=True)
+    (run / f".{RECORD}.4711").write_text("{")
+    assert "there is no run to resume here" in refusal(run, resume=True)
+    start(run)
+    assert names(run) == [RECORD]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / f".{RECORD}.mine").touch()
+    assert "holds other files" in refusal(tmp_path / "other")
+
+
 def test_someone_elses_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.doc").write_text("mine")

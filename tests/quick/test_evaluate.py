@@ -16,7 +16,7 @@ from lora_practice import train
 from lora_practice.artifacts import read_record
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.prepare import hold_out
-from lora_practice.evaluate import BEST, held_out_loss
+from lora_practice.evaluate import BEST, held_out_loss, take_best
 
 HELD_OUT = rows(6, seed=1)
 # a rate at which the held-out loss falls at first and then climbs
@@ -75,6 +75,17 @@ def test_the_run_ends_with_the_adapter_whose_held_out_loss_was_the_lowest(is_fas
     assert notes["held_out_loss"]["after"] == round(measured[best], 4)
     assert notes["steps"] == 12 and not notes["interrupted"]
     assert (tmp_path / "a" / BEST).exists()  # until the finished adapter is written
+
+
+def test_a_best_adapter_that_was_lost_is_told_and_the_last_one_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trainer, _ = go(tmp_path / "a", True, **WILD)
+    (tmp_path / "a" / BEST).unlink()  # as where checkpoints and record alone were copied
+    before = weights(trainer)
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    assert take_best(trainer) is None and same(before, weights(trainer))
+    assert "best.safetensors is gone: the adapter of the last step is taken" in capsys.readouterr().err
 
 
 def test_patience_ends_the_run_early_and_it_counts_as_finished(

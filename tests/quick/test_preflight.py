@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from limited_disk import small_disk
 from tiny_run import MACHINE, rows, trainer_for
 
 from lora_practice import planning, preflight, train
+from lora_practice.artifacts import OutputFolder
 from lora_practice.data.examples import Examples
 from lora_practice.helping import columns
 from lora_practice.sources import Source
@@ -41,6 +43,28 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_them(is_fast: bool, pack
     assert logged == logged_2
     assert all(torch.equal(weights[name], weights_2[name]) for name in weights)
     assert torch.equal(state, state_2)
+
+
+def test_the_disk_of_a_plan_holds_one_checkpoint_more_than_are_kept_while_it_is_written(tmp_path: Path) -> None:
+    told = {}
+    for kept in (None, 1, 2, 9):
+        changed = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": kept, "max_steps": 8}
+        trainer, _ = trainer_for(tmp_path / "out", True, **changed)
+        told[kept] = preflight._disk(trainer, Source("folder", "x", tmp_path), 8, False)
+    size = sum(4 * one.numel() for one in trainer.model.parameters() if one.requires_grad)
+    checkpoint = told[2] - told[1]
+    assert checkpoint == 3 * size and told[1] == size + 2 * checkpoint
+    assert told[None] == told[9] == size + 9 * checkpoint
+
+
+def test_a_disk_that_the_run_will_fill_is_pointed_out_before_it_begins(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", megabytes=2) as place:
+        folder = OutputFolder(place / "new" / "out")
+        for needed, told in ((1, False), (5, True)):
+            line = preflight.short_of_disk(preflight.Estimate(8, 1.0, 8.0, 1500, needed, 0), folder)
+            assert ("only 2 MB of disk are free" in line and "--save_total_limit 1" in line) == told == bool(line)
+        resumed = OutputFolder(place / "out", resumed={"status": "running"})  # has written a part of it already
+        assert not preflight.short_of_disk(preflight.Estimate(8, 1.0, 8.0, 1500, 5, 0), resumed)
 
 
 def test_the_plan_counts_what_a_shorter_length_would_cut(
