@@ -85,7 +85,7 @@ def infer(place: Path, *flags: str, **variables: Any) -> subprocess.CompletedPro
 
 def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     """Exit code 0."""
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, (done.args, done.returncode, done.stderr)  # -9: its time was over
     return done
 
 
@@ -123,13 +123,15 @@ class Running:
 
     def wait_for(self, wanted: str, seconds: float = 600) -> None:
         """Until `wanted` stands on stderr."""
-        self.wait_until(lambda: wanted in self.words, seconds)
+        self.wait_until(lambda: wanted in self.words, seconds, repr(wanted))
 
-    def wait_until(self, true: Callable[[], bool], seconds: float = 600) -> None:
-        """Until `true()`; fails when the process ends before."""
+    def wait_until(self, true: Callable[[], bool], seconds: float = 600, what: str = "a change on the disk") -> None:
+        """Until `true()`; fails, naming `what` was waited for, when the process ends before or the time is over."""
         deadline = time.monotonic() + seconds
         while not true():
-            assert time.monotonic() < deadline and self.process.poll() is None, self.words
+            ended = self.process.poll()
+            assert ended is None, f"waited for {what}, but it ended with {ended}:\n{self.words}"
+            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what} in vain:\n{self.words}"
             time.sleep(0.01)
 
     def interrupt(self) -> None:
@@ -140,6 +142,8 @@ class Running:
         """Wait for the end; the exit code."""
         try:
             code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired as late:
+            raise AssertionError(f"waited {seconds:.0f} s for its end in vain:\n{self.words}") from late
         finally:
             self.process.kill()
         self.reader.join(10)

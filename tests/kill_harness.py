@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from journey_harness import ROOT, Running, environment
+from journey_harness import ROOT, environment, run
 
 DOOR = str(ROOT / "tests" / "killed_door.py")
 
@@ -52,11 +52,10 @@ def random_kill(random: Random, kind: int, seconds: float) -> Kill:
 
 
 def run_into(kill: Kill, place: Path, out: str, *flags: str) -> tuple[bool, str]:
-    """Door 1 in its own new process; whether the kill came before the end, and what was said."""
-    run = Running(place, DOOR, *_moment(kill, place / out), "--output_dir", out, *flags)
-    code = run.end(1800)
-    assert code in (0, -signal.SIGKILL), (code, run.words)
-    return code != 0, run.words
+    """Door 1 in its own process; whether the kill came before the end, and what was said."""
+    done = run(place, DOOR, *_moment(kill, place / out), "--output_dir", out, *flags)
+    assert done.returncode in (0, -signal.SIGKILL), (done.returncode, done.stderr)
+    return done.returncode != 0, done.stderr
 
 
 class Server:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+import signal
 from pathlib import Path
 
 import pytest
 from journey_harness import SMALL
-from kill_harness import NEVER, Kill, Server, differences, steps_safe
+from kill_harness import NEVER, Kill, differences, run_into, steps_safe
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 STOP, BEST = 3, 1  # at this rate the held-out loss falls once and then climbs
 WILD = (*SMALL, "--learning_rate", "0.02", "--eval_subset_size", "4", "--eval_steps", "1")
 FLAGS = (*WILD, "--early_stopping_patience", "2", "--save_strategy", "steps", "--save_steps")
@@ -21,18 +20,12 @@ MOVING = Kill("while the results are moved", "os.rename", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, embedded_rows: Path) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("early"))
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
-def whole(server: Server) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, embedded_rows: Path) -> Path:
     """The run that nothing disturbed."""
-    killed, words = server.run_into(NEVER, "whole", *FLAGS, "1")
+    place = tmp_path_factory.mktemp("early")
+    killed, words = run_into(NEVER, place, "whole", *FLAGS, "1")
     assert not killed and "stopping early" in words
-    return server.place / "whole"
+    return place / "whole"
 
 
 def record(folder: Path) -> dict:
@@ -49,13 +42,13 @@ def record(folder: Path) -> dict:
     ],
 )
 def test_a_run_killed_at_its_early_stop_ends_bit_for_bit_as_the_undisturbed_one(
-    server: Server, whole: Path, name: str, kill: Kill, save_steps: str, safe: int
+    whole: Path, name: str, kill: Kill, save_steps: str, safe: int
 ) -> None:
-    out = server.place / name
-    killed, words = server.run_into(kill, out.name, *FLAGS, save_steps)
+    out = whole.parent / name
+    killed, words = run_into(kill, out.parent, out.name, *FLAGS, save_steps)
     assert killed and "stopping early" in words and record(out)["status"] == "running"
     assert steps_safe(out) == safe
-    killed, words = server.run_into(NEVER, out.name, *FLAGS, save_steps, "--resume")
+    killed, words = run_into(NEVER, out.parent, out.name, *FLAGS, save_steps, "--resume")
     assert not killed and f"going on from {out.name}/checkpoint-{safe}\n" in words
     trained = [line for line in words.splitlines() if line.startswith("step ")]
     assert {line.split("/")[0] for line in trained} == ({f"step {STOP}"} if safe < STOP else set()), words
