@@ -105,6 +105,10 @@ class Interrupt(TrainerCallback):
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asked in the midst of a save: what was to be saved is, and another step may take minutes."""
+        control.should_training_stop |= self.asked
+
     def _ask(self, number: int, frame: Any) -> None:
         if number == getattr(signal, "SIGHUP", None):
             _leave_the_terminal()

@@ -1,11 +1,13 @@
-"""What a person sees while it trains, on a terminal that says little about itself."""
+"""What a person sees while it trains, on a terminal that says little about itself; and a stop asked for in a save."""
 
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,3 +39,23 @@ def test_the_progress_line_shows_on_a_terminal_of_any_size_it_reports(size, monk
             shown += os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert "step 3/3 |" in shown and "loss 2.500" in shown and "tok/s" in shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="raises SIGTERM")
+def test_asked_in_the_midst_of_a_save_the_run_stops_with_it_and_not_a_step_later(tmp_path: Path) -> None:
+    from tiny_run import trainer_for
+
+    from lora_practice import train
+
+    trainer, settings = trainer_for(tmp_path / "run", True, save_strategy="steps", save_steps=2)
+    trainer.folder.begin({})
+    save = trainer._save_checkpoint
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        save(*args)
+
+    trainer._save_checkpoint = interrupted
+    notes = train.run(trainer, [], settings)
+    assert notes["interrupted"] and notes["steps"] == 2
+    assert (tmp_path / "run" / "checkpoint-2" / "checkpoint.json").is_file()
