@@ -174,6 +174,10 @@ class OutputFolder:
         Raises:
             UserError: fewer than `needed` bytes are free, or the disk refuses a write midway.
         """
+        if self._record and not self.path.is_dir():  # deleted or moved away during the run, which is not lost by that
+            tell(text(f"{self.path} 不见了，重新建一个", f"{self.path} is gone: made anew"))
+            self.path.mkdir(parents=True)
+            self.write_record(self._record)
         kept = text("，用 --resume 继续；已有的存盘点都在", ", go on with --resume; earlier checkpoints are kept")
         with disk.staging(self.path, needed, kept) as place:
             yield place

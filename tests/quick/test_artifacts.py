@@ -85,6 +85,16 @@ def test_from_beginning_to_end(tmp_path: Path) -> None:
     assert names(folder.path) == ["adapter_config.json", "adapter_model.safetensors", "checkpoint-5", RECORD]
 
 
+def test_a_folder_that_is_deleted_during_the_run_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = start(tmp_path / "run")
+    shutil.rmtree(folder.path)
+    checkpoint = add_checkpoint(folder, 5)
+    assert f"{folder.path} is gone: made anew" in capsys.readouterr().err
+    assert claim(tmp_path / "run", resume=True).checkpoint == checkpoint
+    finish(folder)
+    assert status(folder) == "finished"
+
+
 def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     assert "this is a file, not a folder" in refusal(tmp_path / "run")
