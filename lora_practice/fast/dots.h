@@ -22,16 +22,8 @@ inline float wide(Binary16 x) {
     return sign ? -value : value;
 }
 
-// Vectors as wide as the machine's registers: wider ones would pass through memory here.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, TILE = 5;  // TILE x TILE sums stay in registers
-#elif defined(__F16C__)
-constexpr int WIDTH = 8, TILE = 3;
-#else
-constexpr int WIDTH = 4, TILE = 3;
-#endif
+constexpr int TILE = WIDTH == 16 ? 5 : 3;  // TILE x TILE sums stay in registers
 
-typedef float Vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2)));
 

@@ -195,7 +195,7 @@ class Native(Plain):
     @staticmethod
     def _runs(plan: Plan) -> tuple:
         starts, paths, keys = plan.flat_runs()
-        return _int(len(plan.runs)), _flat(starts), _flat(paths), _flat(keys)
+        return _int(len(paths)), _flat(starts), _flat(paths), _flat(keys)
 
 
 def _shape(heads: Heads, window: Optional[int]) -> tuple:

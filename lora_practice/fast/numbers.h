@@ -13,6 +13,16 @@ struct Half {
 constexpr int LANES = 16;
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));  // compilers cut it to what the machine has
 
+// Vectors as wide as the machine's registers, for loops that keep many: wider ones would pass through memory.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
 // One LoRA site: its rank rows in the stacked A and the two key words of its dropout mask.
 struct Site {
     int64_t rank_begin, rank_end;

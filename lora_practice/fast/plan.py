@@ -67,13 +67,22 @@ class Plan:
         return self.windows[window]
 
     def flat_runs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(starts (runs + 1,), path lengths (runs,), key rows): the runs as arrays, for compiled kernels."""
+        """(starts (runs + 1,), path lengths (runs,), key rows): the runs as arrays, for compiled kernels.
+
+        A long run is cut into even pieces, each with what comes before it as its path, the longest first: a core that
+        waits for another one's 500 rows is lost.
+        """
         if self.flat is None:
-            keys = [[*path, *range(first, last)] for path, first, last in self.runs]
-            starts = torch.zeros(len(keys) + 1, dtype=torch.int64)
-            torch.cumsum(torch.tensor([len(run) for run in keys]), 0, out=starts[1:])
-            paths = torch.tensor([len(run.path) for run in self.runs])
-            self.flat = (starts, paths, torch.tensor([row for run in keys for row in run]))
+            pieces = []
+            for path, first, last in self.runs:
+                parts = -(-(last - first) // BLOCK_ROWS)
+                ends = [first + (last - first) * part // parts for part in range(parts + 1)]
+                pieces += [(len(path) + start - first, [*path, *range(first, end)]) for start, end in zip(ends, ends[1:])]
+            pieces.sort(key=lambda piece: (len(piece[1]) - piece[0]) * len(piece[1]), reverse=True)
+            starts = torch.zeros(len(pieces) + 1, dtype=torch.int64)
+            torch.cumsum(torch.tensor([len(keys) for _, keys in pieces]), 0, out=starts[1:])
+            paths = torch.tensor([path for path, _ in pieces])
+            self.flat = (starts, paths, torch.tensor([row for _, keys in pieces for row in keys]))
         return self.flat
 
     def padded(self, step: int) -> Plan:
@@ -88,8 +97,8 @@ class Plan:
             return self
         return Plan(
             ids=torch.cat([self.ids, self.ids.new_zeros(more)]),
-            positions=torch.cat([self.positions, self.positions.new_zeros(more)]),
-            runs=[*self.runs, *(Run([], row, row + 1) for row in range(n, n + more))],
+            positions=torch.cat([self.positions, torch.arange(more)]),
+            runs=[*self.runs, Run([], n, n + more)],
             label_rows=torch.cat([self.label_rows, self.label_rows.new_full((more_labelled,), n)]),
             label_counts=torch.cat([self.label_counts, self.label_counts.new_zeros(more_labelled)]),
             pair_slots=self.pair_slots,

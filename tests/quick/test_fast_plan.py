@@ -99,7 +99,7 @@ def test_padding_adds_rows_that_belong_to_no_example():
     padded = plan.padded(8)
     assert padded.rows % 8 == 0 and padded.label_rows.numel() % 8 == 0
     assert padded.ids[: plan.rows].equal(plan.ids) and padded.runs[: len(plan.runs)] == plan.runs
-    assert all(run.path == [] and run.last == run.first + 1 for run in padded.runs[len(plan.runs) :])
+    assert padded.runs[len(plan.runs) :] == [([], plan.rows, padded.rows)]
     added = padded.label_rows[plan.label_rows.numel() :]
     assert (added >= plan.rows).all() and padded.label_counts.sum() == plan.label_counts.sum()
     assert padded.padded(8) is padded
