@@ -27,69 +27,81 @@ void keep_row(float* low, float* high, uint32_t counter, const Site& s, uint32_t
     }
 }
 
-// One site, `count` columns of one row: d_down += d_u x (one row per rank, ldd apart), total += keep * (d_u down).
-// x comes masked. Vectors of LANES columns stay in registers over the ranks.
-void lora_site(const float* x, const float* keep, const float* d_u, int64_t ranks, const float* down, int64_t K,
-               float* d_down, int64_t ldd, float* total, int64_t count) {
-    int64_t j = 0;
-    for (; j + LANES <= count; j += LANES) {
-        const Lanes input = *(const Lanes*)(x + j);
-        Lanes back = {};
-        for (int64_t k = 0; k < ranks; ++k) {
-            *(Lanes*)(d_down + k * ldd + j) += d_u[k] * input;
-            back += d_u[k] * *(const Lanes*)(down + k * K + j);
-        }
-        *(Lanes*)(total + j) += back * *(const Lanes*)(keep + j);
-    }
-    for (; j < count; ++j) {
-        float back = 0;
-        for (int64_t k = 0; k < ranks; ++k) {
-            d_down[k * ldd + j] += d_u[k] * x[j];
-            back += d_u[k] * down[k * K + j];
-        }
-        total[j] += back * keep[j];
-    }
-}
+constexpr int BACK_ROWS = 4;
+constexpr int64_t BACK_COLUMNS = 192;  // of each half: what is summed stays in the nearest cache
 
 // Columns [begin, begin + count) and the same shifted by K / 2: d_down += d_u^T (x * keep), d_x += (d_u A) * keep.
-// d_down is summed in memory of this thread's own: beside another thread's columns, each core's prefetcher would
-// take the other's lines away for every row (measured: 8 times slower on two cores than on one).
-void lora_columns(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, int64_t K, const float* down,
-                  const Site* sites, int64_t site_count, uint32_t threshold, int64_t row0, T* d_x, int64_t lddx,
-                  float* d_down, int64_t begin, int64_t count) {
-    const int64_t half = K / 2;
-    std::vector<float> keep(2 * count, 1.0f), masked(2 * count), total(2 * count), g(sites[site_count - 1].rank_end);
-    std::vector<float> mine(g.size() * 2 * count);
-    for (int64_t i = 0; i < n; ++i) {
-        std::fill(total.begin(), total.end(), 0.0f);
-        for (size_t k = 0; k < g.size(); ++k) g[k] = wide(d_u[i * ldu + int64_t(k)]);
-        for (int64_t s = 0; s < site_count; ++s) {
-            const int64_t rank = sites[s].rank_begin, ranks = sites[s].rank_end - rank;
-            if (threshold)
-                keep_row(keep.data(), keep.data() + count, uint32_t((row0 + i) * half + begin), sites[s], threshold,
-                         count);
-            for (int side = 0; side < 2; ++side) {
-                const int64_t from = begin + side * half, at = side * count;
-                float *m = masked.data() + at, *kept = keep.data() + at;
-                const T* xi = x + i * ldx + from;
-#pragma omp simd
-                for (int64_t j = 0; j < count; ++j) m[j] = wide(xi[j]) * kept[j];
-                lora_site(m, kept, g.data() + rank, ranks, down + rank * K + from, K,
-                          mine.data() + rank * 2 * count + at, 2 * count, total.data() + at, count);
+// BACK_ROWS rows at a time for one pass over A and the sums. d_down is summed in memory of this thread's own: beside
+// another thread's columns, each core's prefetcher would take the other's lines away for every row (measured: 8 times
+// slower on two cores than on one).
+struct LoraColumns {
+    const int64_t K, half, begin, count, width, ranks;  // width: both sides, each filled up to whole vectors
+    std::vector<float> x, keep, total, a, sums, g;
+
+    LoraColumns(int64_t K, int64_t begin, int64_t count, int64_t ranks, const float* down)
+        : K(K), half(K / 2), begin(begin), count(count), width(2 * side()), ranks(ranks), x(BACK_ROWS * width),
+          keep(BACK_ROWS * width, 1.0f), total(BACK_ROWS * width), a(ranks * width), sums(ranks * width),
+          g(ranks * BACK_ROWS) {
+        for (int64_t k = 0; k < ranks; ++k)
+            for (int64_t high = 0; high < 2; ++high)
+                std::copy_n(down + k * K + begin + high * half, count, &a[k * width + high * side()]);
+    }
+    int64_t side() const { return (count + WIDTH - 1) / WIDTH * WIDTH; }
+
+    void site(int64_t rank, int64_t end) {
+        for (int64_t j = 0; j < width; j += WIDTH) {
+            Vec input[BACK_ROWS], back[BACK_ROWS] = {};
+            for (int r = 0; r < BACK_ROWS; ++r)
+                input[r] = *(const Vec*)&x[r * width + j] * *(const Vec*)&keep[r * width + j];
+            for (int64_t k = rank; k < end; ++k) {
+                const Vec factor = *(const Vec*)&a[k * width + j];
+                Vec sum = *(const Vec*)&sums[k * width + j];
+                for (int r = 0; r < BACK_ROWS; ++r) {
+                    sum += g[k * BACK_ROWS + r] * input[r];
+                    back[r] += g[k * BACK_ROWS + r] * factor;
+                }
+                *(Vec*)&sums[k * width + j] = sum;
             }
-        }
-        for (int side = 0; side < 2 && d_x; ++side) {
-            T* dx = d_x + i * lddx + begin + side * half;
-            const float* sum = total.data() + side * count;
-#pragma omp simd
-            for (int64_t j = 0; j < count; ++j) dx[j] = narrow(wide(dx[j]) + sum[j]);
+            for (int r = 0; r < BACK_ROWS; ++r)
+                *(Vec*)&total[r * width + j] += back[r] * *(const Vec*)&keep[r * width + j];
         }
     }
-    for (size_t k = 0; k < g.size(); ++k)
-        for (int side = 0; side < 2; ++side)
-            for (int64_t j = 0; j < count; ++j)
-                d_down[int64_t(k) * K + begin + side * half + j] += mine[(k * 2 + side) * count + j];
-}
+
+    void run(const T* rows, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, const Site* sites, int64_t site_count,
+             uint32_t threshold, int64_t row0, T* d_x, int64_t lddx, float* d_down) {
+        for (int64_t i = 0; i < n; i += BACK_ROWS) {
+            const int64_t there = std::min<int64_t>(BACK_ROWS, n - i);
+            for (int64_t r = 0; r < BACK_ROWS; ++r)
+                for (int64_t k = 0; k < ranks; ++k)
+                    g[k * BACK_ROWS + r] = r < there ? wide(d_u[(i + r) * ldu + k]) : 0.0f;
+            for (int64_t r = 0; r < there; ++r)
+                for (int64_t high = 0; high < 2; ++high) {
+                    const T* from = rows + (i + r) * ldx + begin + high * half;
+                    float* to = &x[r * width + high * side()];
+#pragma omp simd
+                    for (int64_t j = 0; j < count; ++j) to[j] = wide(from[j]);
+                }
+            std::fill(total.begin(), total.end(), 0.0f);
+            for (int64_t s = 0; s < site_count; ++s) {
+                for (int64_t r = 0; r < there && threshold; ++r) {
+                    float* low = &keep[r * width];
+                    keep_row(low, low + side(), uint32_t((row0 + i + r) * half + begin), sites[s], threshold, count);
+                }
+                site(sites[s].rank_begin, sites[s].rank_end);
+            }
+            for (int64_t r = 0; r < there && d_x; ++r)
+                for (int64_t high = 0; high < 2; ++high) {
+                    T* to = d_x + (i + r) * lddx + begin + high * half;
+                    const float* sum = &total[r * width + high * side()];
+#pragma omp simd
+                    for (int64_t j = 0; j < count; ++j) to[j] = narrow(wide(to[j]) + sum[j]);
+                }
+        }
+        for (int64_t k = 0; k < ranks; ++k)
+            for (int64_t high = 0; high < 2; ++high)
+                std::copy_n(&sums[k * width + high * side()], count, d_down + k * K + begin + high * half);
+    }
+};
 
 constexpr int UP_ROWS = 8;
 constexpr int64_t UP_COLUMNS = 8 * LANES;
@@ -122,19 +134,29 @@ void lora_up_columns(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_t
     for (int64_t k = 0; k < ranks; ++k) std::copy_n(&sums[k * UP_COLUMNS], count, d_up + k * N);
 }
 
-// u[k] = input . row k of a, for MANY rows in one pass: a single chain of additions would wait for itself.
+// u[r, k] = (x_r * keep_r) . row k of A, for MANY rows of A and DOWN_ROWS of x in one pass: a single chain of additions
+// would wait for itself.
+constexpr int DOWN_ROWS = 2;
+
 template <int MANY>
-void dots(const float* input, const float* a, int64_t K, T* u) {
-    Lanes sums[MANY] = {};
+void dots(const float* x, const float* keep, int64_t K, const float* a, float* u, int64_t ldu) {
+    Vec sums[DOWN_ROWS][MANY] = {};
     int64_t j = 0;
-    for (; j + LANES <= K; j += LANES)
-        for (int k = 0; k < MANY; ++k) sums[k] += *(const Lanes*)(input + j) * *(const Lanes*)(a + k * K + j);
-    for (int k = 0; k < MANY; ++k) {
-        float sum = 0;
-        for (int lane = 0; lane < LANES; ++lane) sum += sums[k][lane];
-        for (int64_t rest = j; rest < K; ++rest) sum += input[rest] * a[k * K + rest];
-        u[k] = narrow(sum);
+    for (; j + WIDTH <= K; j += WIDTH) {
+        Vec input[DOWN_ROWS];
+        for (int r = 0; r < DOWN_ROWS; ++r) input[r] = *(const Vec*)(x + r * K + j) * *(const Vec*)(keep + r * K + j);
+        for (int k = 0; k < MANY; ++k) {
+            const Vec factor = *(const Vec*)(a + k * K + j);
+            for (int r = 0; r < DOWN_ROWS; ++r) sums[r][k] += input[r] * factor;
+        }
     }
+    for (int r = 0; r < DOWN_ROWS; ++r)
+        for (int k = 0; k < MANY; ++k) {
+            float sum = 0;
+            for (int lane = 0; lane < WIDTH; ++lane) sum += sums[r][k][lane];
+            for (int64_t rest = j; rest < K; ++rest) sum += x[r * K + rest] * keep[r * K + rest] * a[k * K + rest];
+            u[r * ldu + k] = sum;
+        }
 }
 
 }  // namespace
@@ -207,42 +229,44 @@ void gate_backward(const T* d_out, int64_t ldd, const T* gate_up, int64_t ldg, i
 
 void lora_down(const T* x, int64_t ldx, int64_t n, int64_t K, const float* down, const Site* sites, int64_t count,
                uint32_t threshold, int64_t row0, T* u, int64_t ldu, int threads) {
-    const int64_t half = K / 2;
+    const int64_t half = K / 2, ranks = sites[count - 1].rank_end;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> row(K), keep(K), masked(K);
+        std::vector<float> rows(DOWN_ROWS * K), keep(DOWN_ROWS * K, 1.0f), sums(DOWN_ROWS * ranks);
 #pragma omp for
-        for (int64_t i = 0; i < n; ++i) {
-            #pragma omp simd
-            for (int64_t j = 0; j < K; ++j) row[j] = wide(x[i * ldx + j]);
+        for (int64_t i = 0; i < n; i += DOWN_ROWS) {
+            const int64_t there = std::min<int64_t>(DOWN_ROWS, n - i);
+            for (int64_t r = 0; r < there; ++r)
+#pragma omp simd
+                for (int64_t j = 0; j < K; ++j) rows[r * K + j] = wide(x[(i + r) * ldx + j]);
             for (int64_t s = 0; s < count; ++s) {
-                const float* input = row.data();
-                if (threshold) {
-                    keep_row(keep.data(), keep.data() + half, uint32_t((row0 + i) * half), sites[s], threshold, half);
-                    #pragma omp simd
-                    for (int64_t j = 0; j < K; ++j) masked[j] = row[j] * keep[j];
-                    input = masked.data();
-                }
+                for (int64_t r = 0; r < there && threshold; ++r)
+                    keep_row(&keep[r * K], &keep[r * K + half], uint32_t((row0 + i + r) * half), sites[s], threshold,
+                             half);
                 const int64_t last = sites[s].rank_end;
                 int64_t k = sites[s].rank_begin;
-                for (; k + 6 <= last; k += 6) dots<6>(input, down + k * K, K, u + i * ldu + k);
-                for (; k + 2 <= last; k += 2) dots<2>(input, down + k * K, K, u + i * ldu + k);
-                if (k < last) dots<1>(input, down + k * K, K, u + i * ldu + k);
+                for (; k + 6 <= last; k += 6) dots<6>(rows.data(), keep.data(), K, down + k * K, &sums[k], ranks);
+                for (; k + 2 <= last; k += 2) dots<2>(rows.data(), keep.data(), K, down + k * K, &sums[k], ranks);
+                if (k < last) dots<1>(rows.data(), keep.data(), K, down + k * K, &sums[k], ranks);
             }
+            for (int64_t r = 0; r < there; ++r)
+                for (int64_t k = 0; k < ranks; ++k) u[(i + r) * ldu + k] = narrow(sums[r * ranks + k]);
         }
     }
 }
 
+// Every element of d_down is written.
 void lora_down_backward(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, int64_t K, const float* down,
                         const Site* sites, int64_t count, uint32_t threshold, int64_t row0, T* d_x, int64_t lddx,
                         float* d_down, int threads) {
     const int64_t half = K / 2;
-    const int64_t width = ((half + threads - 1) / threads + 15) / 16 * 16;
+    const int64_t share = (half + threads - 1) / threads, cuts = (share + BACK_COLUMNS - 1) / BACK_COLUMNS;
+    const int64_t width = ((share + cuts - 1) / cuts + WIDTH - 1) / WIDTH * WIDTH;
     const int64_t parts = (half + width - 1) / width;
 #pragma omp parallel for num_threads(threads)
     for (int64_t p = 0; p < parts; ++p)
-        lora_columns(x, ldx, d_u, ldu, n, K, down, sites, count, threshold, row0, d_x, lddx, d_down, p * width,
-                     std::min(width, half - p * width));
+        LoraColumns(K, p * width, std::min(width, half - p * width), sites[count - 1].rank_end, down)
+            .run(x, ldx, d_u, ldu, n, sites, count, threshold, row0, d_x, lddx, d_down);
 }
 
 // d_up (R x N) = u^T d_y at each site's own ranks and outputs; blocks: four numbers a site. The rest is not written.

@@ -134,7 +134,7 @@ class Native(Plain):
 
     def lora_down_backward(self, x, d_u, down, sites, noise, d_x):
         n, width = map(_int, x.shape)
-        d_down = torch.zeros_like(down)
+        d_down = torch.empty_like(down)
         target = (_flat(None), _int(0)) if d_x is None else _at(d_x)
         self.library.lora_down_backward(
             *_at(x),
