@@ -69,7 +69,7 @@ class Engine:
         self.seed, self.step = seed, 0
         self.share_prefix = share_prefix
         self.bound(token_budget)
-        self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups])
+        self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups], ops)
 
     def bound(self, token_budget: int, checkpointing: bool = False) -> None:
         """Between steps: rows computed at once; with `checkpointing` layers keep a tenth and compute forward twice."""

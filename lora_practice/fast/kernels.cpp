@@ -282,6 +282,29 @@ void lora_up_backward(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_
     }
 }
 
+// targets[i] = factors[i] * sources[i], or += with `add`. places: eight numbers for each pair: address of the source
+// (float), of the target, rows, columns, the source's pitches of rows and columns, the target's pitch of rows, and
+// whether the target is float (else T).
+void move(const int64_t* places, const float* factors, int64_t count, int add, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 8)
+    for (int64_t p = 0; p < count; ++p) {
+        const int64_t* place = places + 8 * p;
+        const float* from = (const float*)place[0];
+        const int64_t columns = place[3], across = place[5];
+        for (int64_t i = 0; i < place[2]; ++i, from += place[4]) {
+            if (place[7]) {
+                float* to = (float*)place[1] + i * place[6];
+                for (int64_t j = 0; j < columns; ++j)
+                    to[j] = factors[p] * from[j * across] + (add ? to[j] : 0.0f);
+            } else {
+                T* to = (T*)place[1] + i * place[6];
+                for (int64_t j = 0; j < columns; ++j)
+                    to[j] = narrow(factors[p] * from[j * across] + (add ? wide(to[j]) : 0.0f));
+            }
+        }
+    }
+}
+
 // Loss of each row, logits -> gradient in place when scale is not 0. Labels of row i: labels[first[i], first[i + 1]).
 void cross_entropy(T* logits, int64_t ld, int64_t n, int64_t V, const int64_t* first, const int64_t* labels,
                    float scale, double* loss, int threads) {

@@ -93,7 +93,9 @@ class Layer:
         xu = self._input(self.gate_up, now)
         rstd2 = now.ops.norm(h2, self.norm2, self.eps, xu[:, : self.gate_up.width])
         gate_up = self._kept("gate_up", self.gate_up.matrix.shape[0], xu.dtype, now)
-        gate_up, u_gate_up = self.gate_up.forward(xu, now.noise, now.ops, gate_up)
+        y, u_gate_up = self.gate_up.forward(xu, now.noise, now.ops, gate_up)
+        if y is not gate_up:
+            gate_up.copy_(y)
         au = self._input(self.down, now)
         now.ops.gate(gate_up, self.activation, au[:, : self.down.width])
         h3, u_down = self._add_product("h3", h2, self.down, au, now)
@@ -114,11 +116,18 @@ class Layer:
         """(n, K + R) to be filled: x in the first K columns."""
         return self._passing("xu", group.width + group.rank, group.matrix.dtype, now)
 
+    def _back(
+        self, group: LinearGroup, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, now: Pass
+    ) -> torch.Tensor:
+        """d_x (n, K), good until the next group of this width goes back."""
+        out = self._passing("d_xu", group.width + group.rank, d_y.dtype, now)
+        return group.backward(d_y, x, u, now.noise, now.ops, out)
+
     def _add_product(
         self, name: str, h: torch.Tensor, group: LinearGroup, xu: torch.Tensor, now: Pass
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(h + group(x), u): the residual sum is wide."""
-        y, u = group.forward(xu, now.noise, now.ops)
+        y, u = group.forward(xu, now.noise, now.ops, self._passing("y", h.shape[1], xu.dtype, now))
         return torch.add(h, y, out=self._kept(name, h.shape[1], h.dtype, now)), u
 
     def _project(self, xu: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
@@ -127,7 +136,7 @@ class Layer:
         qkv = self._kept("qkv", self.qkv.matrix.shape[0], wide_of(xu.dtype), now, more=1)
         qkv[n] = 0
         rows = qkv[:n]
-        y, u = self.qkv.forward(xu, now.noise, now.ops)
+        y, u = self.qkv.forward(xu, now.noise, now.ops, self._passing("y", rows.shape[1], xu.dtype, now))
         rows.copy_(y)
         raw_qk = None
         if self.head_norm is not None:
@@ -162,19 +171,19 @@ class Layer:
         narrow = gate_up.dtype
         a = self._input(self.down, now)[:, : self.down.width]
         ops.gate(gate_up, self.activation, a)
-        d_a = self.down.backward(d_h.to(narrow), a, saved.u_down, noise, ops)
+        d_a = self._back(self.down, d_h.to(narrow), a, saved.u_down, now)
         d_gate_up = self._passing("d_gate_up", gate_up.shape[1], narrow, now)
         ops.gate_backward(d_a, gate_up, self.activation, d_gate_up)
         x2 = self._input(self.gate_up, now)[:, : self.gate_up.width]
         ops.norm_again(saved.h2, self.norm2, saved.rstd2, x2)
-        d_x2 = self.gate_up.backward(d_gate_up, x2, saved.u_gate_up, noise, ops)
+        d_x2 = self._back(self.gate_up, d_gate_up, x2, saved.u_gate_up, now)
         ops.norm_backward(d_x2, saved.h2, self.norm2, saved.rstd2, d_h)
         return d_h
 
     def _attention_backward(self, d_h: torch.Tensor, saved: Saved, now: Pass, need_d_h: bool) -> torch.Tensor:
         ops, noise = now.ops, now.noise
         n, narrow = saved.o.shape[0], saved.o.dtype
-        d_o = self.out.backward(d_h.to(narrow), saved.o, saved.u_o, noise, ops)
+        d_o = self._back(self.out, d_h.to(narrow), saved.o, saved.u_o, now)
         d_qkv = ops.attend_backward(d_o, saved.o, saved.qkv, now.plan, self.window, self.heads)[:n]
         ops.rotate(d_qkv, self.heads.query + self.heads.shared, now.cos, now.sin, -1)
         if saved.raw_qk is not None:
@@ -182,7 +191,7 @@ class Layer:
         x1 = self._input(self.qkv, now)[:, : self.qkv.width]
         ops.norm_again(saved.h, self.norm1, saved.rstd1, x1)
         if need_d_h:
-            d_x1 = self.qkv.backward(d_qkv.to(narrow), x1, saved.u_qkv, noise, ops)
+            d_x1 = self._back(self.qkv, d_qkv.to(narrow), x1, saved.u_qkv, now)
             ops.norm_backward(d_x1, saved.h, self.norm1, saved.rstd1, d_h)
         else:
             self.qkv.backward_last(d_qkv.to(narrow), x1, saved.u_qkv, noise, ops)

@@ -64,7 +64,10 @@ class LinearGroup:
     def forward(
         self, xu: torch.Tensor, noise: Optional[Noise], ops: Plain, out: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """xu (n, K + R) with x in place; u is filled in. Returns y (n, N) and a copy of u (n, R) for the backward."""
+        """xu (n, K + R) with x in place; u is filled in. Returns y (n, N) and a copy of u (n, R) for the backward.
+
+        y may lie in `out`: see `product`.
+        """
         x, u = xu[:, : self.width], xu[:, self.width :]
         if self.sites:
             ops.lora_down(x, self.down, self.sites, noise, u)
@@ -74,10 +77,16 @@ class LinearGroup:
         return y, u.clone()
 
     def backward(
-        self, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, noise: Optional[Noise], ops: Plain
+        self,
+        d_y: torch.Tensor,
+        x: torch.Tensor,
+        u: torch.Tensor,
+        noise: Optional[Noise],
+        ops: Plain,
+        out: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """d_y (n, N) -> d_x (n, K); the LoRA gradients are gathered in `gradients`."""
-        d_xu = product_back(d_y, self.matrix)
+        """d_y (n, N) -> d_x (n, K), which may lie in `out` (n, K + R); LoRA's gradients are gathered in `gradients`."""
+        d_xu = product_back(d_y, self.matrix, out)
         d_x = d_xu[:, : self.width]
         self._gather(d_y, x, u, d_xu[:, self.width :], noise, ops, d_x)
         return d_x
@@ -112,38 +121,34 @@ class LinearGroup:
 class LoraWeights:
     """All LoRA parameters of a model, moved to and from the merged groups a few calls at a time."""
 
-    def __init__(self, groups: list[LinearGroup]) -> None:
+    def __init__(self, groups: list[LinearGroup], ops: Plain) -> None:
         self.pairs = [(group, site) for group in groups for site in group.sites]
-        self.groups = groups
+        self.groups, self.ops = groups, ops
+        self.places = [g.down[s.ranks] for g, s in self.pairs] + [g.up(s) for g, s in self.pairs]
 
     def take(self, keep_rate: float) -> None:
         """Copy the present A and c B of PEFT's parameters into the groups; keep_rate = 1 - p of this step."""
         for group in self.groups:
             group.gradients = None  # of a step that was broken off
-        torch._foreach_copy_([g.down[s.ranks] for g, s in self.pairs], [s.a.detach() for _, s in self.pairs])
-        scaled = torch._foreach_mul([s.b.detach() for _, s in self.pairs], self._factors(keep_rate))
-        torch._foreach_copy_([g.up(s) for g, s in self.pairs], scaled)
+        parameters = [s.a.detach() for _, s in self.pairs] + [s.b.detach() for _, s in self.pairs]
+        self.ops.move(parameters, self.places, self._factors(keep_rate), add=False)
 
     def give(self, keep_rate: float) -> None:
         """Add the gathered gradients to .grad of PEFT's parameters and forget them."""
-        a_grads: list[torch.Tensor] = []
-        b_grads: list[torch.Tensor] = []
-        d_a: list[torch.Tensor] = []
-        d_b: list[torch.Tensor] = []
-        for group, site in self.pairs:
-            if group.gradients is None:
-                continue
-            for parameter, grads in ((site.a, a_grads), (site.b, b_grads)):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grads.append(parameter.grad)
-            d_down, d_up = group.gradients
-            d_a.append(d_down[site.ranks])
-            d_b.append(d_up[site.ranks, site.outputs].t() * (site.scale / keep_rate))
-        if d_a:
-            torch._foreach_add_([*a_grads, *b_grads], [*d_a, *d_b])  # type: ignore[arg-type]
+        gathered = [(site, group.gradients) for group, site in self.pairs if group.gradients is not None]
+        if not gathered:
+            return  # nothing was trained
+        parameters = [site.a for _, site in self.pairs] + [site.b for _, site in self.pairs]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        d_a = [d_down[site.ranks] for site, (d_down, _) in gathered]
+        d_b = [d_up[site.ranks, site.outputs].t() for site, (_, d_up) in gathered]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.ops.move(d_a + d_b, grads, self._factors(keep_rate), add=True)
         for group in self.groups:
             group.gradients = None
 
     def _factors(self, keep_rate: float) -> list[float]:
-        return [site.scale / keep_rate for _, site in self.pairs]
+        """Of all A, then of all B, whose matrix holds c B: the same on the way there and back."""
+        return [1.0] * len(self.pairs) + [site.scale / keep_rate for _, site in self.pairs]

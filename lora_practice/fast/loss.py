@@ -17,7 +17,7 @@ from .ops import Plain
 from .plan import Plan
 from .products import ROW_STEP, product, product_back
 
-CHUNK_ROWS = 160  # x 49152 float32 logits = 31 MB
+CHUNK_BYTES = 32 << 20  # of logits: 170 rows of 49152 in float32; 16-bit products ask for more rows, and get them
 
 
 def head_loss(
@@ -29,7 +29,8 @@ def head_loss(
     """
     total = 0.0
     d_x = torch.empty_like(x) if scale is not None else None
-    chunks = -(-x.shape[0] // CHUNK_ROWS)  # even ones: each reads the whole head, a small one for little
+    most = max(CHUNK_BYTES // (weight.shape[0] * weight.element_size()), ROW_STEP)
+    chunks = -(-x.shape[0] // most)  # even ones: each reads the whole head, a small one for little
     rows = -(-x.shape[0] // (chunks * ROW_STEP)) * ROW_STEP if chunks else 1
     for first in range(0, x.shape[0], rows):
         last = min(first + rows, x.shape[0])

@@ -161,6 +161,14 @@ class Native(Plain):
         )
         return d_up
 
+    def move(self, sources, targets, factors, add):
+        places = [
+            (x.data_ptr(), y.data_ptr(), *x.shape, *x.stride(), y.stride(0), y.dtype == torch.float32)
+            for x, y in zip(sources, targets)
+        ]
+        table, scales = torch.tensor(places, dtype=torch.int64), torch.tensor(factors, dtype=torch.float32)
+        self.library.move(_flat(table), _flat(scales), _int(len(places)), int(add), torch.get_num_threads())
+
     def cross_entropy(self, logits, counts, slots, labels, scale):
         n, width = map(_int, logits.shape)
         first = torch.zeros(logits.shape[0] + 1, dtype=torch.int64)

@@ -167,6 +167,16 @@ class Plain:
         # the blocks between two sites are computed too: cheaper than many small products
         return (u.t() @ d_y).to(wide_of(u.dtype))
 
+    def move(
+        self, sources: list[torch.Tensor], targets: list[torch.Tensor], factors: list[float], add: bool
+    ) -> None:
+        """targets[i] = factors[i] * sources[i], or += with `add`: matrices of equal shapes, sources wide, any strides."""
+        scaled = torch._foreach_mul(sources, factors)
+        if add:
+            torch._foreach_add_(targets, scaled)
+        else:
+            torch._foreach_copy_(targets, scaled)
+
     def cross_entropy(
         self,
         logits: torch.Tensor,

@@ -44,20 +44,20 @@ def rows_buffer(n: int, width: int, dtype: torch.dtype, device: torch.device | N
 
 
 def product(x: torch.Tensor, matrix: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """x (n, K) times matrix (N, K) transposed: (n, N), in `out` if one is given."""
+    """x (n, K) times matrix (N, K) transposed: (n, N). In `out` where the library can write there, else new."""
     if by_onednn(matrix.dtype, matrix.device.type):
-        y = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
-        return y if out is None else out.copy_(y)
+        return torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
     if out is None:
         out = rows_buffer(x.shape[0], matrix.shape[0], x.dtype, x.device)
     return torch.mm(x, matrix.t(), out=out)
 
 
-def product_back(d_y: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """d_y (n, N) times matrix (N, K): (n, K)."""
+def product_back(d_y: torch.Tensor, matrix: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """d_y (n, N) times matrix (N, K): (n, K). In `out` where the library can write there, else new."""
     if by_onednn(matrix.dtype, matrix.device.type):
         return torch.ops.mkldnn._linear_pointwise(d_y, matrix.t(), None, "none", [], "")
-    out = rows_buffer(d_y.shape[0], matrix.shape[1], d_y.dtype, d_y.device)
+    if out is None:
+        out = rows_buffer(d_y.shape[0], matrix.shape[1], d_y.dtype, d_y.device)
     return torch.mm(d_y, matrix, out=out)
 
 

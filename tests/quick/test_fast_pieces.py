@@ -93,7 +93,7 @@ def test_linear_group(noise):
     x = random(n, width, seed=6).requires_grad_()
     sites = [Site(a[0], b[0], 1.5, slice(0, 6), slice(0, 3), 1), Site(a[1], b[1], 0.5, slice(6, 10), slice(3, 5), 2)]
     group = LinearGroup(matrix, width, bias, sites)
-    lora, keep_rate = LoraWeights([group]), 1.0 if noise is None else noise.keep_rate
+    lora, keep_rate = LoraWeights([group], Plain()), 1.0 if noise is None else noise.keep_rate
     lora.take(keep_rate)
     parts = []
     for site in sites:
@@ -201,6 +201,17 @@ def test_compiled_lora_up_has_each_sites_own_block(dtype):
     mine, theirs = (piece.lora_up_backward(u, d_y, sites) for piece in (compiled(dtype), Plain()))
     for site in sites:
         same(mine[site.ranks, site.outputs], theirs[site.ranks, site.outputs], dtype)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", KERNEL_TYPES)
+def test_compiled_moves_of_many_matrices(dtype, add):
+    sources = [random(7, 5, dtype=torch.float32), random(3, 9, dtype=torch.float32, seed=1).t()]
+    places = [[torch.ones(7, 5), torch.ones(9, 8, dtype=dtype)[:, 2:5]] for _ in range(2)]
+    for piece, targets in zip((compiled(dtype), Plain()), places):
+        piece.move(sources, targets, [2.0, -0.5], add)
+    for mine, theirs in zip(*places):
+        same(mine, theirs, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 5])
