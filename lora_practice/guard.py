@@ -25,6 +25,7 @@ from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, ju
 WEIGHTS_HELD = 10
 LOOP = 80_000_000  # bytes: what TRL's loop, its data loader and our callbacks load when they start
 KEEP_EVERY = 10  # steps between copies of the good state; a copy takes about 10 ms
+KEPT_FIRST = (1, 2, 4)
 
 
 class Guard:
@@ -101,7 +102,7 @@ class Guard:
                 self._stop_for_numbers(now, window)
         self.zeros = [*self.zeros, now] if now.loss == 0.0 else []
         done = trainer.state.global_step
-        if done and (done < KEEP_EVERY or done % KEEP_EVERY == 0):
+        if done in KEPT_FIRST or (done and done % KEEP_EVERY == 0):
             self._remember(self.random or start.random)
         self.random = random_state()
         return loss

@@ -1,7 +1,7 @@
 """Causal attention of packed rows: each query sees its path (shared prefix) and its own run, nothing else.
 
 Specification (`attend_plainly`): full n x n scores with a mask. Here the same over padded tiles of similar
-blocks (see plan.py), so that no score between strangers is computed. G query heads share a key/value head:
+blocks (see tiles.py), so that no score between strangers is computed. G query heads share a key/value head:
 they are stacked as G * m query rows, which avoids repeating keys.
 
     S = c Q K^T,  P = softmax(S),  O = P V
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import Tile
+from .tiles import Tile
 
 
 class Heads(NamedTuple):

@@ -20,7 +20,7 @@ from .weights import Weights, read
 
 # A processor is busy with 300 rows, and in fp32 takes about plain TRL's memory with them; 16-bit rows take two thirds,
 # and each more micro-batch reads all weights once more. A card waits for work: more at once.
-WIDE_ROWS, NARROW_ROWS, CARD_ROWS = 320, 512, 2048
+WIDE_ROWS, NARROW_ROWS, CARD_ROWS = 288, 512, 2048
 
 
 def build(
@@ -150,7 +150,7 @@ class Engine:
         labelled = h[rows]
         x = torch.empty(labelled.shape, dtype=self.dtype, device=h.device)
         rstd = now.ops.norm(labelled, weights.final_norm, weights.eps, x)
-        total, d_x = head_loss(x, weights.head, now.plan, scale, now.ops)
+        total, d_x = head_loss(x, weights.head, now.plan, scale, now.ops, now.space)
         if d_x is None:
             return total, None
         d_labelled = torch.zeros_like(labelled)

@@ -116,9 +116,7 @@ class Layer:
         """(n, K + R) to be filled: x in the first K columns."""
         return self._passing("xu", group.width + group.rank, group.matrix.dtype, now)
 
-    def _back(
-        self, group: LinearGroup, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, now: Pass
-    ) -> torch.Tensor:
+    def _back(self, group: LinearGroup, d_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor, now: Pass) -> torch.Tensor:
         """d_x (n, K), good until the next group of this width goes back."""
         out = self._passing("d_xu", group.width + group.rank, d_y.dtype, now)
         return group.backward(d_y, x, u, now.noise, now.ops, out)
@@ -167,7 +165,7 @@ class Layer:
         return self._attention_backward(d_h2, saved, now, need_d_h)
 
     def _mlp_backward(self, d_h: torch.Tensor, saved: Saved, now: Pass) -> torch.Tensor:
-        ops, noise, gate_up = now.ops, now.noise, saved.gate_up
+        ops, gate_up = now.ops, saved.gate_up
         narrow = gate_up.dtype
         a = self._input(self.down, now)[:, : self.down.width]
         ops.gate(gate_up, self.activation, a)

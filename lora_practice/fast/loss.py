@@ -16,12 +16,14 @@ import torch
 from .ops import Plain
 from .plan import Plan
 from .products import ROW_STEP, product, product_back
+from .space import Space
 
-CHUNK_BYTES = 32 << 20  # of logits: 170 rows of 49152 in float32; 16-bit products ask for more rows, and get them
+# Of logits: 128 rows of 49152 in float32. In 16 bits, whose products gain from more rows, twice as many.
+CHUNK_BYTES = 24 << 20
 
 
 def head_loss(
-    x: torch.Tensor, weight: torch.Tensor, plan: Plan, scale: Optional[float], ops: Plain
+    x: torch.Tensor, weight: torch.Tensor, plan: Plan, scale: Optional[float], ops: Plain, space: Space
 ) -> tuple[float, Optional[torch.Tensor]]:
     """Summed loss in nats, and d_x (None without scale).
 
@@ -29,12 +31,11 @@ def head_loss(
     """
     total = 0.0
     d_x = torch.empty_like(x) if scale is not None else None
-    most = max(CHUNK_BYTES // (weight.shape[0] * weight.element_size()), ROW_STEP)
-    chunks = -(-x.shape[0] // most)  # even ones: each reads the whole head, a small one for little
-    rows = -(-x.shape[0] // (chunks * ROW_STEP)) * ROW_STEP if chunks else 1
-    for first in range(0, x.shape[0], rows):
-        last = min(first + rows, x.shape[0])
-        logits = product(x[first:last], weight)
+    size = weight.element_size() if ops.logits_in_place else 4
+    most = max(CHUNK_BYTES // (weight.shape[0] * size), ROW_STEP)
+    for first, last in chunks(x.shape[0], most):
+        out = space.rows(("logits",), last - first, weight.shape[0], weight.dtype, weight.device, most + ROW_STEP)
+        logits = product(x[first:last], weight, out)
         mine = (plan.pair_slots >= first) & (plan.pair_slots < last)
         slots, labels = plan.pair_slots[mine] - first, plan.pair_labels[mine]
         total += ops.cross_entropy(logits, plan.label_counts[first:last], slots, labels, scale)
@@ -42,6 +43,18 @@ def head_loss(
             d_x[first:last] = product_back(logits, weight)
         del logits  # before the next ones are made
     return total, d_x
+
+
+def chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """Rows in chunks of about `most`, multiples of ROW_STEP but for the last.
+
+    Even ones: each reads the whole head, a small one for little. But the first is the largest: the C library finds no
+    place for logits in a freed block of just their size, and would hold both.
+    """
+    count = max(-(-rows // most), 1)
+    even = max(-(-(rows - ROW_STEP) // (count * ROW_STEP)), 1) * ROW_STEP
+    firsts = [0, *range(even + ROW_STEP, rows, even)]
+    return list(zip(firsts, [*firsts[1:], rows]))
 
 
 def loss_plainly(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,8 @@ _int, _float = ctypes.c_int64, ctypes.c_float
 class Native(Plain):
     """ops.Plain with compiled pieces; shapes and meanings are documented there."""
 
+    logits_in_place = True
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.name = "compiled kernels"

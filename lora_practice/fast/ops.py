@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .attention import Heads, attend, attend_backward
 from .noise import Noise, keep_mask
 from .plan import Plan
+from .tiles import tiles
 
 
 class Activation(NamedTuple):
@@ -50,6 +51,7 @@ class Plain:
     """Torch spelling of every piece."""
 
     name = "torch"
+    logits_in_place = False  # cross_entropy makes wide copies of 16-bit logits
 
     def norm(self, h: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
         """RMSNorm: out = h * rstd * weight, rstd = 1 / sqrt(mean(h^2) + eps).
@@ -92,7 +94,7 @@ class Plain:
 
     def attend(self, qkv: torch.Tensor, plan: Plan, window: Optional[int], heads: Heads, out: torch.Tensor) -> None:
         """See attention.attend."""
-        attend(qkv, plan.tiles(window), heads, out)
+        attend(qkv, tiles(plan, window), heads, out)
 
     def attend_backward(
         self,
@@ -104,7 +106,7 @@ class Plain:
         heads: Heads,
     ) -> torch.Tensor:
         """See attention.attend_backward."""
-        return attend_backward(d_out, out, qkv, plan.tiles(window), heads)
+        return attend_backward(d_out, out, qkv, tiles(plan, window), heads)
 
     def gate(self, gate_up: torch.Tensor, activation: Activation, out: torch.Tensor) -> None:
         """out = act(gate) * up; gate_up (n, 2F) narrow, out (n, F) narrow, computed wide."""
@@ -167,10 +169,8 @@ class Plain:
         # the blocks between two sites are computed too: cheaper than many small products
         return (u.t() @ d_y).to(wide_of(u.dtype))
 
-    def move(
-        self, sources: list[torch.Tensor], targets: list[torch.Tensor], factors: list[float], add: bool
-    ) -> None:
-        """targets[i] = factors[i] * sources[i], or += with `add`: matrices of equal shapes, sources wide, any strides."""
+    def move(self, sources: list[torch.Tensor], targets: list[torch.Tensor], factors: list[float], add: bool) -> None:
+        """targets[i] = factors[i] * sources[i], or += with `add`: matrices of equal shapes; wide, strided sources."""
         scaled = torch._foreach_mul(sources, factors)
         if add:
             torch._foreach_add_(targets, scaled)

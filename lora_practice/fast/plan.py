@@ -34,15 +34,6 @@ class Run(NamedTuple):
 
 
 @dataclass
-class Tile:
-    """Attention blocks of similar shape, padded to (B, m) queries and (B, k) keys; padding points at row n."""
-
-    query_rows: torch.Tensor  # (B, m) int64
-    key_rows: torch.Tensor  # (B, k) int64
-    hidden: torch.Tensor  # (B, m, k) bool: True where the query may not look
-
-
-@dataclass
 class Plan:
     """The rows of one micro-batch."""
 
@@ -53,18 +44,12 @@ class Plan:
     label_counts: torch.Tensor  # (L,) float32
     pair_slots: torch.Tensor  # (number of labels,) int64
     pair_labels: torch.Tensor  # (number of labels,) int64
-    windows: dict[Optional[int], list[Tile]] = field(default_factory=dict)
+    tiles: dict[Optional[int], list] = field(default_factory=dict)  # of tiles.py, by window
     flat: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
 
     @property
     def rows(self) -> int:
         return int(self.ids.numel())
-
-    def tiles(self, window: int | None = None) -> list[Tile]:
-        """Attention tiles for a sliding `window` (None: full attention), made once per plan."""
-        if window not in self.windows:
-            self.windows[window] = attention_tiles(self, window)
-        return self.windows[window]
 
     def flat_runs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(starts (runs + 1,), path lengths (runs,), key rows): the runs as arrays, for compiled kernels.
@@ -77,7 +62,9 @@ class Plan:
             for path, first, last in self.runs:
                 parts = -(-(last - first) // BLOCK_ROWS)
                 ends = [first + (last - first) * part // parts for part in range(parts + 1)]
-                pieces += [(len(path) + start - first, [*path, *range(first, end)]) for start, end in zip(ends, ends[1:])]
+                pieces += [
+                    (len(path) + start - first, [*path, *range(first, end)]) for start, end in zip(ends, ends[1:])
+                ]
             pieces.sort(key=lambda piece: (len(piece[1]) - piece[0]) * len(piece[1]), reverse=True)
             starts = torch.zeros(len(pieces) + 1, dtype=torch.int64)
             torch.cumsum(torch.tensor([len(keys) for _, keys in pieces]), 0, out=starts[1:])
@@ -214,46 +201,3 @@ def _cut(examples: Sequence[Example], token_budget: int | None, share: bool) -> 
     if trie.ids:
         plans.append(trie.plan())
     return plans
-
-
-def attention_tiles(plan: Plan, window: int | None) -> list[Tile]:
-    """Cut each run into blocks of BLOCK_ROWS queries and pad blocks of similar size together.
-
-    Keys of a block: its path, then its run up to the block's end. Blocks join a tile, from long to short,
-    while the padded area stays below 1.3 times the true one (or 32 x 64 a block, where calls cost more).
-    """
-    blocks = []
-    for path, first, last in plan.runs:
-        for start in range(first, last, BLOCK_ROWS):
-            end = min(start + BLOCK_ROWS, last)
-            blocks.append((list(range(start, end)), path + list(range(first, end))))
-    blocks.sort(key=lambda block: (len(block[1]), len(block[0])), reverse=True)
-    groups: list[list] = []
-    area = 0
-    for block in blocks:
-        size = len(block[0]) * len(block[1])
-        if groups:
-            many = [*groups[-1], block]
-            padded = len(many) * max(len(b[0]) for b in many) * max(len(b[1]) for b in many)
-            if padded <= max(1.3 * (area + size), 32 * 64 * len(many)):
-                groups[-1].append(block)
-                area += size
-                continue
-        groups.append([block])
-        area = size
-    return [_tile(group, plan, window) for group in groups]
-
-
-def _tile(blocks: list, plan: Plan, window: int | None) -> Tile:
-    n, device = plan.rows, plan.ids.device
-    m, k = max(len(b[0]) for b in blocks), max(len(b[1]) for b in blocks)
-    queries = torch.tensor([b[0] + [n] * (m - len(b[0])) for b in blocks], device=device)
-    keys = torch.tensor([b[1] + [n] * (k - len(b[1])) for b in blocks], device=device)
-    # A padded query sits at position 0 and a padded key beyond every position: no key but the first is seen.
-    position_q = torch.cat([plan.positions, plan.positions.new_zeros(1)])[queries]
-    position_k = torch.cat([plan.positions, plan.positions.new_full((1,), 1 << 40)])[keys]
-    distance = position_q[:, :, None] - position_k[:, None, :]
-    hidden = distance < 0
-    if window is not None:
-        hidden |= distance >= window
-    return Tile(queries, keys, hidden)

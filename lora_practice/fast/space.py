@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from typing import Optional
 
 import torch
 
@@ -21,11 +22,16 @@ class Space:
         self.capacity = capacity  # rows
         self._held: dict[tuple, torch.Tensor] = {}
 
-    def rows(self, name: tuple, n: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """(n, width), contents undefined, laid out as `rows_buffer` does; good until the name is asked for again."""
+    def rows(
+        self, name: tuple, n: int, width: int, dtype: torch.dtype, device: torch.device, most: Optional[int] = None
+    ) -> torch.Tensor:
+        """(n, width), contents undefined, laid out as `rows_buffer` does; good until the name is asked for again.
+
+        most: rows that this name will ever want, if fewer than a micro-batch has.
+        """
         held = self._held.get(name)
         if held is None or held.shape[0] < n:
-            held = self._held[name] = rows_buffer(max(n, self.capacity), width, dtype, device)
+            held = self._held[name] = rows_buffer(max(n, most or self.capacity), width, dtype, device)
         return held[:n]
 
 

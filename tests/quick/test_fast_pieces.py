@@ -8,10 +8,12 @@ import torch
 from lora_practice.fast import native, products
 from lora_practice.fast.attention import Heads, attend, attend_backward, attend_plainly
 from lora_practice.fast.linear import LinearGroup, LoraWeights, Site
-from lora_practice.fast.loss import head_loss, loss_plainly
+from lora_practice.fast.loss import chunks, head_loss, loss_plainly
 from lora_practice.fast.noise import Noise, keep_mask
 from lora_practice.fast.ops import ACTIVATIONS, Plain
 from lora_practice.fast.plan import plan_step
+from lora_practice.fast.space import Space
+from lora_practice.fast.tiles import tiles
 
 DOUBLE = torch.float64
 HEADS = Heads(query=6, shared=2, size=32, scale=0.2)
@@ -77,9 +79,9 @@ def test_attention(window):
     rows = qkv[:-1].clone().requires_grad_()
     value = attend_plainly(rows, visible(plan, window), HEADS)
     out, d_out = torch.empty_like(value), random(*value.shape, seed=2)
-    attend(qkv, plan.tiles(window), HEADS, out)
+    attend(qkv, tiles(plan, window), HEADS, out)
     torch.testing.assert_close(out, value.detach())
-    mine = attend_backward(d_out, out, qkv, plan.tiles(window), HEADS)[:-1]
+    mine = attend_backward(d_out, out, qkv, tiles(plan, window), HEADS)[:-1]
     torch.testing.assert_close(mine, gradients(value, rows, d_out)[0])
 
 
@@ -121,7 +123,7 @@ def test_head_loss_with_several_labels_on_a_row():
     weight, x = random(12, 6), random(plan.label_rows.numel(), 6, seed=1).requires_grad_()
     logits = x @ weight.t()
     value = torch.nn.functional.cross_entropy(logits[plan.pair_slots], plan.pair_labels, reduction="sum")
-    loss, d_x = head_loss(x.detach(), weight, plan, 0.25, Plain())
+    loss, d_x = head_loss(x.detach(), weight, plan, 0.25, Plain(), Space(8))
     assert loss == pytest.approx(value.item())
     torch.testing.assert_close(d_x, gradients(value, x, torch.tensor(0.25))[0])
 
@@ -130,9 +132,18 @@ def test_loss_of_one_example_is_the_plain_one():
     ids = [3, 1, 4, 1, 5]
     plan = plan_step([(ids, [-100, -100, 4, 1, -100])])[0]
     x, weight = random(5, 6), random(12, 6, seed=1)
-    loss, _ = head_loss(x[plan.label_rows], weight, plan, None, Plain())
+    loss, _ = head_loss(x[plan.label_rows], weight, plan, None, Plain(), Space(8))
     plain = loss_plainly(x @ weight.t(), torch.tensor([-100, -100, 4, 1, -100]))
     assert loss == pytest.approx(plain.item())
+
+
+@pytest.mark.parametrize("rows", [0, 3, 8, 120, 128, 136, 232, 240, 480, 1000])
+def test_logits_come_in_even_chunks_of_which_the_first_is_the_largest(rows):
+    cut = chunks(rows, 128)
+    sizes = [last - first for first, last in cut]
+    assert [last for _, last in cut] == [*(first for first, _ in cut[1:]), rows] and cut[0][0] == 0
+    assert max(sizes[1:], default=-8) + 8 <= sizes[0] <= 128 + 8 and all(size % 8 == 0 for size in sizes[:-1])
+    assert len(sizes) == max(-(-rows // 128), 1)
 
 
 def compiled(dtype):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_practice.fast.noise import Noise, keep_mask, threshold_of
-from lora_practice.fast.plan import attention_tiles, count_labels, plan_step
+from lora_practice.fast.plan import count_labels, plan_step
+from lora_practice.fast.tiles import tiles
 
 EXAMPLE = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=12)
 
@@ -59,7 +60,7 @@ def test_micro_batches_are_few_and_then_even():
 def test_tiles_hold_each_row_once():
     examples = [(list(range(i, i + length)), list(range(i, i + length))) for i, length in enumerate((300, 20, 140, 9))]
     plan = plan_step(examples)[0]
-    rows = torch.cat([tile.query_rows.flatten() for tile in attention_tiles(plan, None)])
+    rows = torch.cat([tile.query_rows.flatten() for tile in tiles(plan, None)])
     assert sorted(rows[rows < plan.rows].tolist()) == list(range(plan.rows))
 
 
