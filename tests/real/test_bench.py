@@ -21,3 +21,13 @@ def test_the_benchmark_compares_plain_trl_with_ours_and_writes_json(tmp_path: Pa
     assert abs(plain["losses"][0] - ours["losses"][0]) < 0.005 * plain["losses"][0]
     assert ours["tokens"] == plain["tokens"] and ours["gflops"] > 0
     assert all(name in done.stdout for name in results)
+
+
+def test_the_pieces_of_a_step_sum_up_to_it() -> None:
+    words = [sys.executable, "-m", "bench.pieces", "--steps", "1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
+    whole = int(rows.pop("all"))
+    assert abs(sum(map(int, rows.values())) - whole) <= len(rows)  # each is rounded
+    assert int(rows["matrix products of the layers"]) > whole / 4 and "attention, backward" in rows
