@@ -24,8 +24,7 @@ from lora_practice.verdict import AGAIN, BACKOFF, FINE, STOP, WIDEN, Reading, ju
 # steps that are tried beforehand hold a copy with moments of its own
 WEIGHTS_HELD = 10
 LOOP = 80_000_000  # bytes: what TRL's loop, its data loader and our callbacks load when they start
-KEEP_EVERY = 10  # steps between copies of the good state; a copy takes about 10 ms
-KEPT_FIRST = (1, 2, 4)
+KEPT_FIRST, KEEP_EVERY = (1, 2, 4), 10  # steps after which the good state is copied; a copy takes about 10 ms
 
 
 class Guard:
@@ -102,7 +101,7 @@ class Guard:
                 self._stop_for_numbers(now, window)
         self.zeros = [*self.zeros, now] if now.loss == 0.0 else []
         done = trainer.state.global_step
-        if done in KEPT_FIRST or (done and done % KEEP_EVERY == 0):
+        if done and (self.good is None or done in KEPT_FIRST or done % KEEP_EVERY == 0):
             self._remember(self.random or start.random)
         self.random = random_state()
         return loss
@@ -220,7 +219,8 @@ class Guard:
     def _go_back(self) -> None:
         trainer, good = self.trainer, self.good
         if good is None:
-            trainer.state.global_step = 0  # nothing was learnt that is worth keeping
+            resumed = trainer.folder.checkpoint  # nothing was learnt since that is worth keeping
+            trainer.state.global_step = int(resumed.name.rpartition("-")[2]) if resumed else 0
             return
         with torch.no_grad():
             for parameter, value in zip(trainer.trainable, good.weights):

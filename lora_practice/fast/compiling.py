@@ -21,7 +21,7 @@ from typing import Optional
 
 import torch
 
-SOURCES = ("kernels.cpp", "attention.cpp", "decode.cpp", "dots.h", "numbers.h")
+SOURCES = ("kernels.cpp", "lora.cpp", "attention.cpp", "decode.cpp", "blocks.h", "dots.h", "numbers.h")
 FLAGS = [
     "-O3",
     "-march=native",

@@ -109,7 +109,7 @@ class Layer:
 
     @staticmethod
     def _passing(name: str, width: int, dtype: torch.dtype, now: Pass) -> torch.Tensor:
-        """(n, width) that the next layer uses again."""
+        """(n, width), good until this name and width are asked for again, in this layer or the next."""
         return now.space.rows((name, width), now.plan.rows, width, dtype, now.cos.device)
 
     def _input(self, group: LinearGroup, now: Pass) -> torch.Tensor:

@@ -138,7 +138,8 @@ class LoraWeights:
         gathered = [(site, group.gradients) for group, site in self.pairs if group.gradients is not None]
         if not gathered:
             return  # nothing was trained
-        parameters = [site.a for _, site in self.pairs] + [site.b for _, site in self.pairs]
+        assert len(gathered) == len(self.pairs)  # a pass goes through every layer
+        parameters = [site.a for site, _ in gathered] + [site.b for site, _ in gathered]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

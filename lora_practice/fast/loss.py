@@ -18,8 +18,8 @@ from .plan import Plan
 from .products import ROW_STEP, product, product_back
 from .space import Space
 
-# Of logits: 128 rows of 49152 in float32. In 16 bits, whose products gain from more rows, twice as many.
-CHUNK_BYTES = 24 << 20
+# Of logits: 128 rows of 49152 in float32. In 16 bits, whose products gain from more rows, twice as many. A card waits.
+CHUNK_BYTES, CARD_CHUNK_BYTES = 24 << 20, 96 << 20
 
 
 def head_loss(
@@ -32,7 +32,8 @@ def head_loss(
     total = 0.0
     d_x = torch.empty_like(x) if scale is not None else None
     size = weight.element_size() if ops.logits_in_place else 4
-    most = max(CHUNK_BYTES // (weight.shape[0] * size), ROW_STEP)
+    held = CHUNK_BYTES if weight.device.type == "cpu" else CARD_CHUNK_BYTES
+    most = max(held // (weight.shape[0] * size * ROW_STEP), 1) * ROW_STEP
     for first, last in chunks(x.shape[0], most):
         out = space.rows(("logits",), last - first, weight.shape[0], weight.dtype, weight.device, most + ROW_STEP)
         logits = product(x[first:last], weight, out)
@@ -46,7 +47,7 @@ def head_loss(
 
 
 def chunks(rows: int, most: int) -> list[tuple[int, int]]:
-    """Rows in chunks of about `most`, multiples of ROW_STEP but for the last.
+    """Rows in chunks of `most` + ROW_STEP at most, multiples of ROW_STEP, as `most` is, but for the last.
 
     Even ones: each reads the whole head, a small one for little. But the first is the largest: the C library finds no
     place for logits in a freed block of just their size, and would hold both.

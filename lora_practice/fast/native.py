@@ -25,7 +25,7 @@ def load(dtype: torch.dtype, device: torch.device) -> Plain:
     if device.type != "cpu" or dtype not in TYPES:
         return _plain(f"{dtype} on {device.type}".replace("torch.", ""))
     try:
-        return Native(library(TYPES[dtype]))
+        return Native(library(TYPES[dtype]), dtype)
     except (OSError, subprocess.SubprocessError) as error:
         return _plain(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
 
@@ -63,8 +63,8 @@ class Native(Plain):
 
     logits_in_place = True
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.library, self.dtype = library, dtype
         self.name = "compiled kernels"
         self._site_arrays: dict[int, tuple] = {}
         self._blocks: dict[int, tuple] = {}  # both hold their list of sites, so that its id stays its own
@@ -164,6 +164,9 @@ class Native(Plain):
         return d_up
 
     def move(self, sources, targets, factors, add):
+        known = all(y.dtype in (torch.float32, self.dtype) and y.stride(1) == 1 for y in targets)
+        if not known or any(x.dtype != torch.float32 for x in sources):
+            return super().move(sources, targets, factors, add)
         places = [
             (x.data_ptr(), y.data_ptr(), *x.shape, *x.stride(), y.stride(0), y.dtype == torch.float32)
             for x, y in zip(sources, targets)

@@ -23,6 +23,7 @@ import torch
 Example = tuple[Sequence[int], Sequence[int]]
 IGNORED = -100
 BLOCK_ROWS = 128  # query rows of one attention block
+MOST_PIECES = 8
 
 
 class Run(NamedTuple):
@@ -55,12 +56,12 @@ class Plan:
         """(starts (runs + 1,), path lengths (runs,), key rows): the runs as arrays, for compiled kernels.
 
         A long run is cut into even pieces, each with what comes before it as its path, the longest first: a core that
-        waits for another one's 500 rows is lost.
+        waits for another one's 500 rows is lost. Of MOST_PIECES at most: each sums a gradient of all its keys.
         """
         if self.flat is None:
             pieces = []
             for path, first, last in self.runs:
-                parts = -(-(last - first) // BLOCK_ROWS)
+                parts = min(-(-(last - first) // BLOCK_ROWS), MOST_PIECES)
                 ends = [first + (last - first) * part // parts for part in range(parts + 1)]
                 pieces += [
                     (len(path) + start - first, [*path, *range(first, end)]) for start, end in zip(ends, ends[1:])

@@ -137,13 +137,14 @@ def test_loss_of_one_example_is_the_plain_one():
     assert loss == pytest.approx(plain.item())
 
 
+@pytest.mark.parametrize("most", [8, 40, 128])
 @pytest.mark.parametrize("rows", [0, 3, 8, 120, 128, 136, 232, 240, 480, 1000])
-def test_logits_come_in_even_chunks_of_which_the_first_is_the_largest(rows):
-    cut = chunks(rows, 128)
+def test_logits_come_in_even_chunks_of_which_the_first_is_the_largest(rows, most):
+    cut = chunks(rows, most)
     sizes = [last - first for first, last in cut]
     assert [last for _, last in cut] == [*(first for first, _ in cut[1:]), rows] and cut[0][0] == 0
-    assert max(sizes[1:], default=-8) + 8 <= sizes[0] <= 128 + 8 and all(size % 8 == 0 for size in sizes[:-1])
-    assert len(sizes) == max(-(-rows // 128), 1)
+    assert max(sizes[1:], default=-8) + 8 <= sizes[0] <= most + 8 and all(size % 8 == 0 for size in sizes[:-1])
+    assert len(sizes) <= max(-(-rows // most), 1)
 
 
 def compiled(dtype):
@@ -186,9 +187,10 @@ def test_compiled_rowwise(dtype):
 
 
 @pytest.mark.parametrize("noise", [None, Noise(seed=1, step=2, threshold=6000, row0=7)])
+@pytest.mark.parametrize(("n", "width"), [(37, 64), (1, 2), (3, 10), (5, 390), (2, 1536)])
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
-def test_compiled_lora(dtype, noise):
-    ops, plain, n, width = compiled(dtype), Plain(), 37, 64
+def test_compiled_lora(dtype, noise, n, width):
+    ops, plain = compiled(dtype), Plain()
     sites = [Site(None, None, 1.0, slice(0, 9), slice(0, 3), 5), Site(None, None, 1.0, slice(9, 19), slice(3, 7), 6)]
     x, d_u = random(n, width).to(dtype), random(n, 7, seed=1).to(dtype)
     down = random(7, width, dtype=torch.float32, seed=2)
@@ -225,18 +227,29 @@ def test_compiled_moves_of_many_matrices(dtype, add):
         same(mine, theirs, dtype)
 
 
+def test_compiled_moves_leave_what_they_do_not_know_to_torch():
+    source = random(6, 4, dtype=torch.float32)
+    places = [source.to(torch.bfloat16), torch.ones(4, 6).t(), torch.ones(6, 4, dtype=torch.bfloat16)]
+    compiled(torch.float32).move([source.to(torch.bfloat16)] + [source] * 2, places, [1.0, 2.0, 3.0], add=False)
+    for place, factor in zip(places, (1.0, 2.0, 3.0)):
+        same(place.float(), factor * source, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "heads", [HEADS, Heads(2, 2, 64, 0.1), Heads(9, 3, 96, 0.1), Heads(7, 1, 128, 0.1)], ids="{0.query}:{0.size}".format
+)
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
-def test_compiled_attention(dtype, window):
-    ops, plain, plan = compiled(dtype), Plain(), shared_plan()
-    qkv = random(plan.rows + 1, HEADS.q_width + 2 * HEADS.kv_width, dtype=torch.float32)
+def test_compiled_attention(dtype, window, heads):
+    ops, plain, plan = compiled(dtype), Plain(), shared_plan((9, 3, 300, 1)).padded(8)
+    qkv = random(plan.rows + 1, heads.q_width + 2 * heads.kv_width, dtype=torch.float32)
     qkv[-1] = 0
-    outs = [torch.empty(plan.rows, HEADS.q_width, dtype=dtype) for _ in range(2)]
-    ops.attend(qkv, plan, window, HEADS, outs[0])
-    plain.attend(qkv, plan, window, HEADS, outs[1])
+    outs = [torch.empty(plan.rows, heads.q_width, dtype=dtype) for _ in range(2)]
+    ops.attend(qkv, plan, window, heads, outs[0])
+    plain.attend(qkv, plan, window, heads, outs[1])
     same(*outs, dtype)
     d_out = random(*outs[0].shape, seed=2).to(dtype)
-    mine, theirs = (piece.attend_backward(d_out, outs[1], qkv, plan, window, HEADS)[:-1] for piece in (ops, plain))
+    mine, theirs = (piece.attend_backward(d_out, outs[1], qkv, plan, window, heads)[:-1] for piece in (ops, plain))
     same(mine, theirs, torch.float32)
 
 

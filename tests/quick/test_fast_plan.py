@@ -64,6 +64,20 @@ def test_tiles_hold_each_row_once():
     assert sorted(rows[rows < plan.rows].tolist()) == list(range(plan.rows))
 
 
+@pytest.mark.parametrize("length", [1, 128, 129, 500, 5000])
+def test_pieces_of_a_run_hold_each_query_once_and_their_keys_grow_with_its_length(length):
+    first, second = list(range(length + 1)), [0, 1, *range(9000, 9000 + length)]
+    plan = plan_step([(first, first), (second, second)])[0]
+    starts, paths, keys = plan.flat_runs()
+    queries = []
+    for start, end, path in zip(starts.tolist(), starts[1:].tolist(), paths.tolist()):
+        run = keys[start:end].tolist()
+        assert plan.positions[run].tolist() == list(range(len(run)))  # all that comes before, in order
+        queries += run[path:]
+    assert sorted(queries) == list(range(plan.rows))
+    assert len(keys) <= 5 * (plan.rows + 2) and len(paths) <= 2 * 8
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="3 tokens, labels has 2"):
         plan_step([([1, 2, 3], [1, 2])])

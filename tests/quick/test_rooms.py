@@ -159,3 +159,8 @@ def test_a_room_fits_on_a_few_screens(path: Path) -> None:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "fast").glob("*.[ch]*")), ids=lambda path: path.name)
+def test_a_file_of_kernels_does_so_too(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= LONGEST_FILE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,6 @@ def test_a_run_that_went_over_to_fp32_is_resumed_in_fp32_bit_for_bit(tmp_path: P
     whole = run(trainer)
     record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
     (tmp_path / "a" / "run_record.json").write_text(json.dumps({**record, "status": "interrupted"}))
-    import shutil
-
     shutil.rmtree(tmp_path / "a" / "checkpoint-6")
     again = trainer_of(tmp_path / "a", "bf16", fast=path, resume=True)
     assert again.folder.checkpoint.name == "checkpoint-4"
@@ -115,6 +114,23 @@ def test_what_is_not_finite_in_fp32_stops_in_one_line_and_the_last_good_state_is
     clean = trainer_of(tmp_path / "b", fast=path, max_steps=3)
     run(clean)
     assert same(weights_of(trainer), weights_of(clean))
+
+
+@pytest.mark.parametrize(("bad", "kept"), [(5, 4), (6, 5)])
+def test_a_resumed_run_that_stops_keeps_what_it_learnt_or_names_what_it_began_with(
+    tmp_path: Path, bad: int, kept: int
+) -> None:
+    trainer = trainer_of(tmp_path / "a")
+    run(trainer)
+    record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
+    (tmp_path / "a" / "run_record.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    shutil.rmtree(tmp_path / "a" / "checkpoint-6")
+    again = trainer_of(tmp_path / "a", resume=True)
+    assert again.folder.checkpoint.name == "checkpoint-4"
+    Poison(again, bad, float("nan"))
+    with pytest.raises(UserError, match=f"the state after step {kept} is in .*checkpoint-{kept}"):
+        run(again)
+    assert (tmp_path / "a" / f"checkpoint-{kept}" / "checkpoint.json").is_file()
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
