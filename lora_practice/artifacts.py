@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from lora_practice import disk, manifest, origin
 from lora_practice.errors import UserError, tell, text, without_tokens
@@ -32,7 +32,10 @@ class OutputFolder:
 
     def __init__(self, path: Path, replace: bool = False, resumed: Optional[dict[str, Any]] = None) -> None:
         self.path, self.replace = path, replace
-        self._record: dict[str, Any] = {}  # as last written
+        self._record: dict[str, Any] = {}  # as last written; below: as it is read
+        self._written: dict[str, Any] = {}
+        self._held: Optional[tuple[int, int]] = None  # the folder that is ours since `begin`: see disk.identity
+        self._let_go: Callable[[], Any] = lambda: None
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
         self._replaced = disk.kept_aside(path, self.resumed.get("replaces"))
@@ -86,7 +89,7 @@ class OutputFolder:
             disk.check_replaceable(path)
             return cls(path, replace=True)
         if record.get("status") == "finished":
-            raise _already_finished(path, record)
+            raise disk.finished(path, record)
         if not resume:
             raise _unfinished(path, record)
         check_same_settings(path, record, settings)
@@ -106,9 +109,7 @@ class OutputFolder:
             UserError: another run has begun here since `claim` looked.
         """
         if self.replace:
-            disk.hold(self.path)()
-            self._replaced = disk.aside(self.path)
-            os.replace(self.path, self._replaced)
+            self._replaced = disk.move_aside(self.path)
             tell(
                 text(
                     f"原来的结果先留在 {self._replaced}，这次完成后才删",
@@ -116,9 +117,7 @@ class OutputFolder:
                 )
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        weakref.finalize(self, disk.hold(self.path))
-        if (read_record(self.path) or {}) != ({} if self.replace else self.resumed):
-            raise disk.taken(self.path)
+        self._hold({} if self.replace else self.resumed)
         for stale in disk.scraps(self.path, RECORD):  # of a run that was killed
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if self._replaced is not None:
@@ -133,11 +132,13 @@ class OutputFolder:
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run_record.json whole, with the events so far, without a token that stands in a command or the data."""
+        self._stay()
         self._record = record
         record = {**record, "events": self.events}
         content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
         with disk.explained(self.path, len(content), text("，再运行一次", ", then run it again")):
             manifest.write_whole(self.path / RECORD, content)
+        self._written = json.loads(content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
         """Move the finished files in place, the record last: "finished" means that everything is there."""
@@ -172,15 +173,31 @@ class OutputFolder:
         """A hidden folder beside the files, on the same disk; gone afterwards, whatever happened.
 
         Raises:
-            UserError: fewer than `needed` bytes are free, or the disk refuses a write midway.
+            UserError: fewer than `needed` bytes are free, the disk refuses a write midway, or another run is here.
         """
-        if self._record and not self.path.is_dir():  # deleted or moved away during the run, which is not lost by that
-            tell(text(f"{self.path} 不见了，重新建一个", f"{self.path} is gone: made anew"))
-            self.path.mkdir(parents=True)
-            self.write_record(self._record)
+        self._stay()
         kept = text("，用 --resume 继续；已有的存盘点都在", ", go on with --resume; earlier checkpoints are kept")
         with disk.staging(self.path, needed, kept) as place:
             yield place
+
+    def _hold(self, *known: dict[str, Any]) -> None:
+        """Take the folder that is at `path` now; UserError if another run has it, or its record is none of these."""
+        self._let_go()
+        self._let_go = weakref.finalize(self, disk.hold(self.path))
+        if (read_record(self.path) or {}) not in known:
+            raise disk.taken(self.path)
+        self._held = disk.identity(self.path)
+
+    def _stay(self) -> None:
+        """Once begun: a folder deleted or moved away is made anew, and one that came in its place is taken first."""
+        found = disk.identity(self.path)
+        if self._held in (None, found):
+            return
+        if found is None:
+            tell(text(f"{self.path} 不见了，重新建一个", f"{self.path} is gone: made anew"))
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._hold({}, self._written)
+        self.write_record(self._record)
 
 
 def rewrite_card(folder: Path, content: str) -> None:
@@ -220,18 +237,6 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
         )
     tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
     return None
-
-
-def _already_finished(path: Path, record: dict[str, Any]) -> UserError:
-    when, steps = record.get("finished_at", "?"), record.get("steps", "?")
-    return UserError(
-        text(f"这里已有训练完成的结果（{when}，{steps} 步）", f"a finished run is here ({when}, {steps} steps)"),
-        where=str(path),
-        fix=text(
-            "要留着它：换一个 --output_dir；要换掉它：--overwrite",
-            "to keep it, choose another --output_dir; to replace it, --overwrite",
-        ),
-    )
 
 
 def _unfinished(path: Path, record: dict[str, Any]) -> UserError:

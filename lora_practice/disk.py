@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from lora_practice.errors import UserError, text
 
@@ -26,7 +26,7 @@ _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def free_disk_check(path: Path, needed: int, cure: str) -> None:
     """UserError if fewer than `needed` bytes are free where `path` is or will be; `cure` is what helps besides room."""
-    free = _free(path)
+    free = free_bytes(path)
     if free < needed:
         raise UserError(
             text(
@@ -47,7 +47,7 @@ def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
     Raises:
         UserError: the disk is full, the quota is used up, a file may not be so large, or the medium fails.
     """
-    free = _free(path)
+    free = free_bytes(path)
     try:
         yield
     except Exception as error:
@@ -80,7 +80,7 @@ def scraps(folder: Path, name: str) -> list[Path]:
     return [*folder.glob(".writing-*"), *folder.glob(f".{name}.[0-9]*")]
 
 
-def _free(path: Path) -> int:
+def free_bytes(path: Path) -> int:
     """Bytes free for this user where `path` is or will be."""
     return shutil.disk_usage(next(one for one in [path, *path.absolute().parents] if one.exists())).free
 
@@ -122,7 +122,10 @@ def hold(folder: Path) -> Callable[[], None]:
     """
     if fcntl is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return lambda: None
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError as error:  # moved away by a run that replaces it
+        raise taken(folder) from error
     key = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,6 +134,9 @@ def hold(folder: Path) -> Callable[[], None]:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or key in _held:
             return lambda: None
         raise taken(folder) from error
+    if identity(folder) != key:  # moved away before the lock was ours
+        os.close(handle)
+        raise taken(folder)
     _held.add(key)
 
     def let_go() -> None:
@@ -140,12 +146,34 @@ def hold(folder: Path) -> Callable[[], None]:
     return let_go
 
 
+def identity(folder: Path) -> Optional[tuple[int, int]]:
+    """Device and inode of what is there now; None if nothing is."""
+    try:
+        found = os.stat(folder)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def taken(folder: Path) -> UserError:
     """What to say of a folder that another run has been quicker to take."""
     return UserError(
         text("另一次训练正在往这里写", "another run is writing to this folder"),
         where=str(folder),
         fix=text("等它结束，或换一个 --output_dir", "wait for its end, or choose another --output_dir"),
+    )
+
+
+def finished(path: Path, record: dict[str, Any]) -> UserError:
+    """What to say of a folder with a result that nobody asked to replace."""
+    when, steps = record.get("finished_at", "?"), record.get("steps", "?")
+    return UserError(
+        text(f"这里已有训练完成的结果（{when}，{steps} 步）", f"a finished run is here ({when}, {steps} steps)"),
+        where=str(path),
+        fix=text(
+            "要留着它：换一个 --output_dir；要换掉它：--overwrite",
+            "to keep it, choose another --output_dir; to replace it, --overwrite",
+        ),
     )
 
 
@@ -185,6 +213,23 @@ def aside(path: Path) -> Path:
         if not name.exists():
             return name
         moment += 1
+
+
+def move_aside(path: Path) -> Path:
+    """Give an earlier run a name beside its own, which is returned; nobody else may have it meanwhile.
+
+    Raises:
+        UserError: another run has been quicker.
+    """
+    let_go = hold(path)
+    try:
+        place = aside(path)
+        os.replace(path, place)
+    except FileNotFoundError as error:
+        raise taken(path) from error
+    finally:
+        let_go()
+    return place
 
 
 def kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_practice import embedded, variants
+from lora_practice import disk, embedded, variants
 from lora_practice.artifacts import OutputFolder
 from lora_practice.data.examples import Examples
 from lora_practice.errors import text
@@ -31,10 +30,11 @@ class Estimate:
     peak_memory_mb: int
     disk_mb: int
     download_mb: int
+    keeps_many: bool = False  # checkpoints; --save_total_limit 1 would take less disk
 
     def record(self) -> dict[str, Any]:
         """For run_record.json, where `seconds` and `peak_memory_mb` of the run itself stand beside it."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
+        return {name: round(value, 3) for name, value in asdict(self).items() if name != "keeps_many"}
 
 
 def estimate(
@@ -58,18 +58,20 @@ def estimate(
     # measuring the held-out rows is the forward half of training on as many tokens
     measured = _measurements(settings, steps) * held_out.tokens / (sum(lengths) / len(lengths)) / 2
     seconds = taken * (rows + measured) / window * left
-    disk = _disk(trainer, base, steps, settings.merge_adapter)
-    return Estimate(steps, taken, seconds, round(_peak(arguments.device) / 1e6), round(disk / 1e6), round(download_mb))
+    peak_mb = round(_peak(arguments.device) / 1e6)
+    disk_mb = round(_disk(trainer, base, steps, settings.merge_adapter) / 1e6)
+    many = _checkpoints(trainer, steps) > 2
+    return Estimate(steps, taken, seconds, peak_mb, disk_mb, round(download_mb), many)
 
 
 def short_of_disk(plan: Estimate, folder: OutputFolder) -> str:
     """A line for a run that will fill the disk, "" for any other; a resumed one has written a part of it already."""
-    there = next(one for one in [folder.path, *folder.path.absolute().parents] if one.exists())
-    free = round(shutil.disk_usage(there).free / 1e6)
+    free = round(disk.free_bytes(folder.path) / 1e6)
     if folder.resumed or plan.disk_mb <= free:
         return ""
     zh, en = f"磁盘只剩 {free} MB，存盘会停在半路", f"only {free} MB of disk are free: a save will stop the run"
-    return text(f"{zh}：腾出空间，或 --save_total_limit 1", f"{en}; free some, or --save_total_limit 1")
+    or_fewer = text("，或 --save_total_limit 1", ", or --save_total_limit 1") if plan.keeps_many else ""
+    return text(f"{zh}：腾出空间", f"{en}; free some") + or_fewer
 
 
 def probe(trainer: PracticeTrainer, rows: Sequence[int]) -> float:
@@ -135,13 +137,19 @@ def _peak(device: Any) -> int:
 
 def _disk(trainer: PracticeTrainer, base: Source, steps: int, merge: bool) -> int:
     """Bytes: the adapter, its checkpoints (with two moments for each weight), the tokenizers, the merged model."""
-    arguments, model = trainer.args, trainer.model
+    model = trainer.model
     trained = sum(one.numel() * 4 for one in model.parameters() if one.requires_grad)
     adapter = trained * variants.ranks_saved(model)
     files = [one for one in Path(base.path or "").glob("*.json") if one.is_file()]
     tokenizer = sum(one.stat().st_size for one in files)
+    merged = sum(one.stat().st_size for one in Path(base.path or "").glob("*.safetensors")) if merge else 0
+    number = _checkpoints(trainer, steps)
+    return adapter + tokenizer + number * (adapter + 2 * trained + tokenizer) + merged
+
+
+def _checkpoints(trainer: PracticeTrainer, steps: int) -> int:
+    """How many lie on the disk at most: the oldest goes when the newest is whole."""
+    arguments = trainer.args
     kept = {"no": 0, "epoch": math.ceil(arguments.num_train_epochs), "steps": steps // arguments.save_steps + 1}
     number = kept[str(getattr(arguments.save_strategy, "value", arguments.save_strategy))]
-    number = min(number, (trainer.keep_checkpoints or number) + 1)  # the oldest goes when the newest is whole
-    merged = sum(one.stat().st_size for one in Path(base.path or "").glob("*.safetensors")) if merge else 0
-    return adapter + tokenizer + number * (adapter + 2 * trained + tokenizer) + merged
+    return int(min(number, (trainer.keep_checkpoints or number) + 1))

@@ -3,8 +3,9 @@
     python tests/ready_python.py
 
 Reads a line of JSON for each command, {"command", "cwd", "env", "out", "err", "timeout"}, on stdin, and answers with
-its exit code, negative for a signal, when it has ended. What the libraries read when they are imported (HF_*, and
-HOME for the Hub's cache) is that of this process; so whoever needs another value starts a fresh Python.
+its exit code, negative for a signal, when it has ended; "late" if it had to be killed after the timeout. What the
+libraries read when they are imported (HF_*, and HOME for the Hub's cache) is that of this process; so whoever needs
+another value starts a fresh Python.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
+LATE = "late"
 SERVED = sys.platform == "linux"  # where forking after these imports is safe
 
 
@@ -39,27 +41,31 @@ class ReadyPython:
         return changed <= self.AT_RUN_TIME
 
     def run(self, command: list[str], cwd: Path, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-        """As subprocess.run with captured text."""
+        """As subprocess.run with captured text and this timeout."""
         files = {name: str(cwd / "home" / f".{name}") for name in ("out", "err")}
         request = {"command": command, "cwd": str(cwd), "env": env, "timeout": timeout, **files}
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        code = int(self.process.stdout.readline())
+        answer = self.process.stdout.readline().strip()
         said = {name: Path(file).read_text("utf-8") for name, file in files.items()}
         for file in files.values():
             os.remove(file)
-        return subprocess.CompletedProcess(command, code, said["out"], said["err"])
+        if answer == LATE:
+            raise subprocess.TimeoutExpired(command, timeout, said["out"], said["err"])
+        return subprocess.CompletedProcess(command, int(answer), said["out"], said["err"])
 
     def close(self) -> None:
         """End it."""
         self.process.communicate()
 
 
-def wait(pid: int, seconds: float) -> int:
-    """The exit code of a process, which is killed after `seconds`."""
+def wait(pid: int, seconds: float) -> int | str:
+    """The exit code of a process; LATE for one that had to be killed after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
+        if done and deadline == float("inf"):
+            return LATE
         if done:
             return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         if time.monotonic() > deadline:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+import pytest
 from hub_server import FINE_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 from tiny import MISTRAL
 
@@ -78,8 +79,7 @@ def nothing(place: Place) -> None:
 
 def held(place: Place) -> None:
     """The folder is locked as by another process, until the tests end."""
-    import fcntl
-
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such lock")
     fcntl.flock(os.open(place.path / "out", os.O_RDONLY), fcntl.LOCK_EX)
 
 

@@ -377,6 +377,61 @@ def test_of_two_runs_that_looked_at_a_folder_at_once_only_one_begins(tmp_path: P
     assert (tmp_path / "run" / RECORD).read_bytes() == before
 
 
+def test_a_run_whose_folder_another_run_has_by_now_writes_nothing_into_it(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = start(tmp_path / "run")
+    shutil.rmtree(folder.path)
+    another = request.getfixturevalue("another_run")
+    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    writes = (lambda: add_checkpoint(folder, 5), lambda: folder.note("memory", 1, "less", {}), lambda: finish(folder))
+    for ended in (False, True):  # the record of a run that has ended is not ours either
+        if ended:
+            another.kill()
+            another.wait()
+        for write in writes:
+            with pytest.raises(UserError, match="another run is writing"):
+                write()
+        assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_a_folder_that_is_made_anew_is_held_like_the_one_before(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="Windows has no such lock")
+    folder = start(tmp_path / "run")
+    look = "import sys; from lora_practice.artifacts import OutputFolder; OutputFolder.claim(sys.argv[1], 0, 1, {})"
+    for step in (5, 6):
+        add_checkpoint(folder, step)
+        done = subprocess.run([sys.executable, "-c", look, str(folder.path)], capture_output=True, text=True)
+        assert "another run is writing to this folder" in done.stderr
+        shutil.rmtree(folder.path)
+        folder.path.mkdir()  # by hand, or by a tool that brings it back
+
+
+def test_a_folder_that_was_moved_away_meanwhile_is_taken_and_the_one_in_its_place_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs with --overwrite: the slower has opened the folder when the quicker moves it and makes its own."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such lock")
+    finish(start(tmp_path / "run"))
+    slow, late = (claim(tmp_path / "run", overwrite=True) for _ in range(2))
+    lock = fcntl.flock
+
+    def quicker(handle: int, how: int) -> None:
+        (tmp_path / "run").rename(tmp_path / "run.replaced")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "new").touch()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", quicker)
+    with pytest.raises(UserError, match="another run is writing"):
+        slow.begin({"settings": SETTINGS})
+    monkeypatch.setattr(fcntl, "flock", lock)
+    assert names(tmp_path / "run") == ["new"] and names(tmp_path) == ["run", "run.replaced"]
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="another run is writing"):
+        late.begin({"settings": SETTINGS})
+
+
 def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.time, "time", lambda: 1e9)  # without a clock of its own a board begins there each time
     for word in ("first", "second", "third"):

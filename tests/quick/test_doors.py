@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ready_python
 
 from lora_practice.helping import columns
 
@@ -203,3 +204,10 @@ def test_other_mistakes_end_early(door: tuple[str, ...], flags: tuple[str, ...],
     assert done.code == 2
     assert word in done.out + done.err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux only")
+def test_a_door_that_hangs_is_not_taken_for_one_that_was_killed() -> None:
+    for seconds, expected in ((0.1, ready_python.LATE), (60, -9)):
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 1; kill -9 $$"], {"PATH": os.environ["PATH"]})
+        assert ready_python.wait(pid, seconds) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,10 +62,25 @@ def test_a_disk_that_the_run_will_fill_is_pointed_out_before_it_begins(tmp_path:
     with small_disk(tmp_path / "small", megabytes=2) as place:
         folder = OutputFolder(place / "new" / "out")
         for needed, told in ((1, False), (5, True)):
-            line = preflight.short_of_disk(preflight.Estimate(8, 1.0, 8.0, 1500, needed, 0), folder)
-            assert ("only 2 MB of disk are free" in line and "--save_total_limit 1" in line) == told == bool(line)
+            for many in (False, True):
+                line = preflight.short_of_disk(preflight.Estimate(8, 1.0, 8.0, 1500, needed, 0, many), folder)
+                assert ("only 2 MB of disk are free" in line) == told == bool(line)
+                assert ("--save_total_limit 1" in line) == (told and many)
         resumed = OutputFolder(place / "out", resumed={"status": "running"})  # has written a part of it already
         assert not preflight.short_of_disk(preflight.Estimate(8, 1.0, 8.0, 1500, 5, 0), resumed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "many"),
+    [({"save_strategy": "no"}, False), ({"save_total_limit": 1}, False), ({"save_total_limit": 2}, True), ({}, True)],
+)
+def test_fewer_checkpoints_are_advised_only_where_more_than_that_would_be_kept(
+    tmp_path: Path, changed: dict[str, Any], many: bool
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, **changed}
+    trainer, settings = trainer_for(tmp_path / "out", True, **saving)
+    plan = preflight.estimate(trainer, Source("folder", "x", tmp_path), 4, settings, Examples(), 0)
+    assert plan.keeps_many == many and "keeps_many" not in plan.record()
 
 
 def test_the_plan_counts_what_a_shorter_length_would_cut(
