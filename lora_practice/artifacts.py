@@ -164,9 +164,7 @@ class OutputFolder:
             shutil.rmtree(target)
         os.replace(staged, target)
         found = checkpoints(self.path)
-        until_here = found[: found.index(target) + 1]
-        for old in until_here[: -keep if keep else 0]:
-            shutil.rmtree(old)
+        disk.drop_older(found[: found.index(target) + 1], keep)
 
     @contextmanager
     def staging(self, needed: int) -> Iterator[Path]:

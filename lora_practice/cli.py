@@ -171,7 +171,12 @@ def export(
     kinds = KINDS if only is None else (only,)
     lines = room.prove_gguf(folder) if check else room.to_gguf(folder, kinds, overwrite)
     print(proof.show(lines))
-    return int(proof.verdict(lines) == "FAIL")
+    if proof.verdict(lines) == "FAIL":
+        return 1
+    if (folder / room.GGUF / "Modelfile").is_file():
+        command = f"cd {folder / room.GGUF} && ollama create my-model -f Modelfile"
+        print(text("用 Ollama：", "with Ollama:") + f"\n  {command}")
+    return 0
 
 
 @verb(

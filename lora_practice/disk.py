@@ -237,3 +237,9 @@ def kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
     name = re.split(r"[\\/]", named or "")[-1]
     is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
     return path.with_name(name) if is_ours else None
+
+
+def drop_older(folders: list[Path], keep: Optional[int]) -> None:
+    """Remove the first of these, oldest first, so that `keep` are left (None: all)."""
+    for old in folders[: -keep if keep else 0]:
+        shutil.rmtree(old)

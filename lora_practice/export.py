@@ -100,6 +100,7 @@ def to_gguf(folder: Path, kinds: Sequence[str] = gguf_write.KINDS, replace: bool
     gguf_tokens.split_name(folder if (folder / "tokenizer.json").is_file() else base.path)
     if not (folder / MERGED).exists():
         tell(said(*merge(folder)))
+    tell(text("正在写 GGUF……", "writing GGUF ..."))
     with staging(folder, 3 * _weights(folder / MERGED)) as scratch:
         whole, old = scratch / GGUF, scratch / "old"
         whole.mkdir()
@@ -121,6 +122,9 @@ def prove_gguf(folder: Path) -> list[proof.Line]:
         raise UserError(text("还没有导出", "nothing is exported here"), where=str(folder), fix=fix)
     base, done = find_base(folder), versions.installed()
     assert base.path is not None
+    tell(
+        text("用同样的问题检查每一种形式，约半分钟……", "asking every form the same questions, about half a minute ...")
+    )
     on_base = (folder / GGUF / "adapter.gguf").is_file() and not llama_cpp.missing()
     with staging(folder, _weights(base.path) if on_base else 0) as scratch:
         base_gguf = scratch / "base.gguf"  # adapter.gguf is proved on top of it

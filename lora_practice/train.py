@@ -12,8 +12,8 @@ from typing import Any, Optional
 import torch
 from transformers import PrinterCallback
 
-from lora_practice import fast, record, versions
-from lora_practice.artifacts import OutputFolder
+from lora_practice import disk, fast, record, versions
+from lora_practice.artifacts import OutputFolder, checkpoints
 from lora_practice.data.batches import Collator, packed_dataset
 from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
@@ -209,7 +209,11 @@ def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float
 
 
 def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
-    """Write the adapter, the tokenizer, the card and the record into the output folder."""
+    """Write the adapter, the tokenizer, the card and the record into the output folder.
+
+    Kills before an old checkpoint was removed may have left more of them than were to be kept.
+    """
+    disk.drop_older(checkpoints(trainer.folder.path), trainer.keep_checkpoints)
     notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
     with trainer.folder.staging(30_000_000) as staging:
         trainer.save_model(str(staging))

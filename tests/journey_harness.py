@@ -85,7 +85,7 @@ def infer(place: Path, *flags: str, **variables: Any) -> subprocess.CompletedPro
 
 def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     """Exit code 0."""
-    assert done.returncode == 0, (done.args, done.returncode, done.stderr)  # -9: its time was over
+    assert done.returncode == 0, (done.args, done.returncode, done.stderr)
     return done
 
 

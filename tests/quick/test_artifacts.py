@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lora_practice import artifacts, disk, manifest
-from lora_practice.artifacts import CHECKPOINT_MANIFEST, RECORD, OutputFolder
+from lora_practice.artifacts import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints
 from lora_practice.errors import UserError
 from lora_practice.resuming import FREE_ON_RESUME, check_same_settings
 
@@ -442,3 +442,11 @@ def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, mo
     assert sorted(one.read_text() for one in kept) == ["first", "second"]
     finish(folder)
     assert [one.parent.name for one in kept if one.exists()] == [min(one.parent.name for one in kept)]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, 5), (2, 2), (9, 5)])
+def test_the_newest_checkpoints_are_left_of_those_that_kills_had_spared(tmp_path, keep, left):
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    disk.drop_older(checkpoints(tmp_path), keep)
+    assert [one.name for one in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 4, 6, 8, 10)[-left:]]
