@@ -181,9 +181,10 @@ def _walk(folder: Path, excluded: Sequence[str], notes: list[str]) -> Iterator[P
 
 def _leads_inside(link: Path, folder: Path) -> bool:
     try:
-        return folder in link.resolve().parents
+        target = link.resolve()
     except (OSError, RuntimeError):  # a loop
         return False
+    return folder in target.parents and not target.is_symlink()  # Python 3.13 resolves a loop to a link of it
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
