@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from lora_practice import disk, manifest, origin
+from lora_practice import disk, holding, manifest, origin
 from lora_practice.errors import UserError, tell, text, without_tokens
 from lora_practice.resuming import check_same_settings
 from lora_practice.stored import RECORD, read_record
@@ -34,13 +34,13 @@ class OutputFolder:
         self.path, self.replace = path, replace
         self._record: dict[str, Any] = {}  # as last written; below: as it is read
         self._written: dict[str, Any] = {}
-        self._held: Optional[tuple[int, int]] = None  # the folder that is ours since `begin`: see disk.identity
+        self._held: Optional[tuple[int, int]] = None  # the folder that is ours since `begin`: see holding.identity
         self._let_go: Callable[[], Any] = lambda: None
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
-        self._replaced = disk.kept_aside(path, self.resumed.get("replaces"))
+        self._replaced = holding.kept_aside(path, self.resumed.get("replaces"))
         # what happened up to the checkpoint that is resumed; what came later will come again, if it must
-        at = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+        at = step_of(self.checkpoint)
         self.events: list[dict[str, Any]] = [one for one in self.resumed.get("events", []) if one["step"] <= at]
 
     @classmethod
@@ -53,8 +53,8 @@ class OutputFolder:
                 stranger's checkpoint.
         """
         try:
-            path = disk.target(Path(output_dir).expanduser())
-            disk.check_writable(path)
+            path = holding.target(Path(output_dir).expanduser())
+            holding.check_writable(path)
         except (OSError, RuntimeError, ValueError) as error:  # a name too long, the home of nobody
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(reason, where=f"--output_dir {output_dir}") from error
@@ -64,7 +64,7 @@ class OutputFolder:
                 fix=text("继续用 --resume，从头再来用 --overwrite", "--resume goes on, --overwrite begins anew"),
             )
         if path.is_dir() and not settings.get("plan"):
-            disk.hold(path)()
+            holding.hold(path)()
         record = read_record(path)
         if record is not None and not (path / RECORD).is_file():
             raise UserError(
@@ -86,12 +86,12 @@ class OutputFolder:
                 fix=text("换一个 --output_dir", "choose another --output_dir"),
             )
         if overwrite:
-            disk.check_replaceable(path)
+            holding.check_replaceable(path)
             return cls(path, replace=True)
         if record.get("status") == "finished":
-            raise disk.finished(path, record)
+            raise holding.finished(path, record)
         if not resume:
-            raise _unfinished(path, record)
+            raise holding.unfinished(path, checkpoints(path))
         check_same_settings(path, record, settings)
         claimed = cls(path, resumed=record)
         if claimed.checkpoint:
@@ -109,7 +109,7 @@ class OutputFolder:
             UserError: another run has begun here since `claim` looked.
         """
         if self.replace:
-            self._replaced = disk.move_aside(self.path)
+            self._replaced = holding.move_aside(self.path)
             tell(
                 text(
                     f"原来的结果先留在 {self._replaced}，这次完成后才删",
@@ -181,14 +181,14 @@ class OutputFolder:
     def _hold(self, *known: dict[str, Any]) -> None:
         """Take the folder that is at `path` now; UserError if another run has it, or its record is none of these."""
         self._let_go()
-        self._let_go = weakref.finalize(self, disk.hold(self.path))
+        self._let_go = weakref.finalize(self, holding.hold(self.path))
         if (read_record(self.path) or {}) not in known:
-            raise disk.taken(self.path)
-        self._held = disk.identity(self.path)
+            raise holding.taken(self.path)
+        self._held = holding.identity(self.path)
 
     def _stay(self) -> None:
         """Once begun: a folder deleted or moved away is made anew, and one that came in its place is taken first."""
-        found = disk.identity(self.path)
+        found = holding.identity(self.path)
         if self._held in (None, found):
             return
         if found is None:
@@ -212,7 +212,12 @@ def rewrite_card(folder: Path, content: str) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders, by N."""
     found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Optional[Path]) -> int:
+    """The N of checkpoint-N; 0 for none."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
@@ -235,13 +240,3 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
         )
     tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
     return None
-
-
-def _unfinished(path: Path, record: dict[str, Any]) -> UserError:
-    found = checkpoints(path)
-    at = found[-1].name if found else text("还没有存盘点", "no checkpoint yet")
-    return UserError(
-        text(f"这里有一次没完成的训练（{at}）", f"an unfinished run is here ({at})"),
-        where=str(path),
-        fix=text("继续：--resume；从头再来：--overwrite", "go on: --resume; begin anew: --overwrite"),
-    )

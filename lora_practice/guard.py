@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Optional
 
 import torch
 
+from lora_practice.artifacts import step_of
 from lora_practice.errors import UserError, out_of_memory, tell, text
 from lora_practice.ladder import Load, Regime, described, fit
 from lora_practice.memory import available_memory, held_memory
@@ -219,8 +220,7 @@ class Guard:
     def _go_back(self) -> None:
         trainer, good = self.trainer, self.good
         if good is None:
-            resumed = trainer.folder.checkpoint  # nothing was learnt since that is worth keeping
-            trainer.state.global_step = int(resumed.name.rpartition("-")[2]) if resumed else 0
+            trainer.state.global_step = step_of(trainer.folder.checkpoint)  # nothing learnt since is worth keeping
             return
         with torch.no_grad():
             for parameter, value in zip(trainer.trainable, good.weights):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_practice import disk, embedded, variants
-from lora_practice.artifacts import OutputFolder
+from lora_practice.artifacts import step_of
 from lora_practice.data.examples import Examples
 from lora_practice.errors import text
 from lora_practice.machine import peak_memory
@@ -30,11 +30,10 @@ class Estimate:
     peak_memory_mb: int
     disk_mb: int
     download_mb: int
-    keeps_many: bool = False  # checkpoints; --save_total_limit 1 would take less disk
 
     def record(self) -> dict[str, Any]:
         """For run_record.json, where `seconds` and `peak_memory_mb` of the run itself stand beside it."""
-        return {name: round(value, 3) for name, value in asdict(self).items() if name != "keeps_many"}
+        return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
 def estimate(
@@ -54,23 +53,23 @@ def estimate(
     typical = [by_length[int((i + 0.5) * len(lengths) / tried)] for i in range(tried)]
     taken = probe(trainer, typical) * window * (sum(lengths) / len(lengths)) / sum(lengths[i] for i in typical)
     rows = steps * window if arguments.max_steps > 0 else len(lengths) * arguments.num_train_epochs
-    left = 1.0 - _steps_done(trainer) / max(1, steps)
+    left = 1.0 - step_of(trainer.folder.checkpoint) / max(1, steps)
     # measuring the held-out rows is the forward half of training on as many tokens
     measured = _measurements(settings, steps) * held_out.tokens / (sum(lengths) / len(lengths)) / 2
     seconds = taken * (rows + measured) / window * left
     peak_mb = round(_peak(arguments.device) / 1e6)
     disk_mb = round(_disk(trainer, base, steps, settings.merge_adapter) / 1e6)
-    many = _checkpoints(trainer, steps) > 2
-    return Estimate(steps, taken, seconds, peak_mb, disk_mb, round(download_mb), many)
+    return Estimate(steps, taken, seconds, peak_mb, disk_mb, round(download_mb))
 
 
-def short_of_disk(plan: Estimate, folder: OutputFolder) -> str:
+def short_of_disk(plan: Estimate, trainer: PracticeTrainer) -> str:
     """A line for a run that will fill the disk, "" for any other; a resumed one has written a part of it already."""
-    free = round(disk.free_bytes(folder.path) / 1e6)
-    if folder.resumed or plan.disk_mb <= free:
+    free = round(disk.free_bytes(trainer.folder.path) / 1e6)
+    if trainer.folder.resumed or plan.disk_mb <= free:
         return ""
     zh, en = f"磁盘只剩 {free} MB，存盘会停在半路", f"only {free} MB of disk are free: a save will stop the run"
-    or_fewer = text("，或 --save_total_limit 1", ", or --save_total_limit 1") if plan.keeps_many else ""
+    fewer_would_do = _checkpoints(trainer, plan.steps) > 2  # with --save_total_limit 1 there are two for a moment
+    or_fewer = text("，或 --save_total_limit 1", ", or --save_total_limit 1") if fewer_would_do else ""
     return text(f"{zh}：腾出空间", f"{en}; free some") + or_fewer
 
 
@@ -118,11 +117,6 @@ def lengths_of(trainer: PracticeTrainer) -> list[int]:
 
     dataset: Any = trainer.train_dataset
     return pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_pylist()
-
-
-def _steps_done(trainer: PracticeTrainer) -> int:
-    checkpoint = trainer.folder.checkpoint
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _measurements(settings: Any, steps: int) -> int:

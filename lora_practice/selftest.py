@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_practice import embedded
-from lora_practice.artifacts import RECORD
+from lora_practice.artifacts import RECORD, checkpoints, step_of
 from lora_practice.disk import free_disk_check
 from lora_practice.errors import UserError, tell, text
 
@@ -121,7 +121,7 @@ def _kill_midway(folder: Path) -> int:
     if process.wait() == 0 or not awaited.is_dir():
         _end(process, folder)  # tells what went wrong
         raise UserError(text("训练在被杀掉之前就结束了", "the training ended before it could be killed"))
-    return max(int(one.name.rpartition("-")[2]) for one in folder.glob("checkpoint-*"))
+    return step_of(checkpoints(folder)[-1])
 
 
 def _differences(one: Path, other: Path) -> list[str]:

@@ -73,8 +73,11 @@ class Talker:
                 sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
             written = self._generate(ids, max_new_tokens=max_new_tokens, streamer=pieces, **sampling).sequences[0]
             return [token for token in written[len(ids) :].tolist() if token not in self.stop_ids]
-        add = pieces.add if pieces else None
-        told = self.decoder.generate(ids, max_new_tokens, self.stop_ids, temperature, top_p, on_token=add)
+        told = []
+        for token in self.decoder.tokens(ids, max_new_tokens, self.stop_ids, temperature, top_p):
+            told.append(token)
+            if pieces:
+                pieces.add(token)
         if pieces:
             pieces.end()
         return told

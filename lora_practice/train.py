@@ -149,7 +149,7 @@ def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: 
             f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
         )
     )
-    lines.append(short_of_disk(plan, trainer.folder))
+    lines.append(short_of_disk(plan, trainer))
     return "\n".join(line for line in lines if line)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -52,30 +52,9 @@ class Decoder:
         self.ids: list[int] = []  # whose keys and values the cache holds
         self.cache = torch.empty(len(weights.layers), 2, self.heads.shared, 0, self.heads.size)
 
-    def generate(
-        self,
-        input_ids: Sequence[int],
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generator: Optional[torch.Generator] = None,
-        on_token: Optional[Callable[[int], None]] = None,
-    ) -> list[int]:
-        """New tokens, without the stop token; fewer when the model's positions end.
-
-        Temperature 0 takes the likeliest token. Otherwise draws from softmax(logits / temperature), cut to the
-        smallest set of likeliest tokens whose probabilities reach top_p. `on_token` sees each token as it comes.
-
-        Raises:
-            ValueError: no input, or more of it than the model has positions.
-        """
-        written: list[int] = []
-        for token in self.tokens(input_ids, max_new_tokens, stop_ids, temperature, top_p, generator):
-            written.append(token)
-            if on_token is not None:
-                on_token(token)
-        return written
+    def generate(self, *args: Any, **options: Any) -> list[int]:
+        """All of `tokens`, with the same arguments."""
+        return list(self.tokens(*args, **options))
 
     def tokens(
         self,
@@ -86,9 +65,14 @@ class Decoder:
         top_p: float = 1.0,
         generator: Optional[torch.Generator] = None,
     ) -> Iterator[int]:
-        """What `generate` returns, each token computed when it is asked for.
+        """New tokens, without the stop token, each computed when it is asked for; fewer when the positions end.
 
-        A context that begins like the last one is not computed again.
+        Temperature 0 takes the likeliest token. Otherwise draws from softmax(logits / temperature), cut to the
+        smallest set of likeliest tokens whose probabilities reach top_p. A context that begins like the last one is
+        not computed again.
+
+        Raises:
+            ValueError: no input, or more of it than the model has positions.
         """
         if not input_ids or len(input_ids) > self.weights.positions:
             raise ValueError(f"{len(input_ids)} tokens of context; this model takes 1 to {self.weights.positions}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lora_practice import artifacts, disk, manifest
+from lora_practice import artifacts, disk, holding, manifest
 from lora_practice.artifacts import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints
 from lora_practice.errors import UserError
 from lora_practice.resuming import FREE_ON_RESUME, check_same_settings
@@ -433,7 +433,7 @@ def test_a_folder_that_was_moved_away_meanwhile_is_taken_and_the_one_in_its_plac
 
 
 def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk.time, "time", lambda: 1e9)  # without a clock of its own a board begins there each time
+    monkeypatch.setattr(holding.time, "time", lambda: 1e9)  # without a clock of its own a board begins there each time
     for word in ("first", "second", "third"):
         folder = claim(tmp_path / "run", overwrite=word != "first")
         folder.begin({"settings": SETTINGS})

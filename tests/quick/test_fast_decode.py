@@ -87,13 +87,16 @@ def test_a_history_is_computed_once():
     assert decoder.generate(other, 9, ()) == build_decoder(model).generate(other, 9, ())
 
 
-def test_stop_tokens_and_the_listener():
+def test_tokens_come_one_by_one_until_a_stop_token():
     model = served()
     decoder = build_decoder(model)
     whole = theirs(model, PROMPT, 20)
+    wanted = whole[: whole.index(whole[7])]
     heard = []
-    stopped = decoder.generate(PROMPT, 20, {whole[7]}, on_token=heard.append)
-    assert stopped == heard == whole[: whole.index(whole[7])]
+    for token in decoder.tokens(PROMPT, 20, {whole[7]}):
+        heard.append(token)
+        assert len(decoder.ids) == len(PROMPT) + len(heard) - 1  # nothing is computed before it is asked for
+    assert heard == decoder.generate(PROMPT, 20, {whole[7]}) == wanted
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0.7, 0.8), (1.5, 1.0)])
