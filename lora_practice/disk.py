@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-from lora_practice.errors import UserError, text
+from lora_practice.errors import FULL, UserError, text
 
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_REFUSED = (*FULL, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def free_disk_check(path: Path, needed: int, cure: str) -> None:

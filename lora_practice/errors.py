@@ -21,7 +21,7 @@ EXIT_USER_ERROR = 2
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_([a-z]{3,6}_)?|api_org_)[A-Za-z0-9]{20,}")
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def language() -> str:
@@ -97,7 +97,7 @@ def _users_error(error: BaseException) -> UserError | None:
         return UserError(text("内存不够", "out of memory"), fix=text("关掉别的程序", "close other programs"))
     if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
         return UserError(error.strerror or "", str(error.filename)[:200])
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         again = text("腾出空间，再运行一次", "free some space, then run it again")
         return UserError(error.strerror or "", str(error.filename or "")[:200], again)
     return None

@@ -117,7 +117,7 @@ def compare(form: str, bound: float, wanted: Answers, got: Answers, effect: floa
 
 
 def show(lines: Sequence[Line]) -> str:
-    """The proof for a terminal: one line for each form, then PASS or FAIL."""
+    """The proof for a terminal: one line for each form, then PASS or FAIL, and how many were not checked."""
     count = lines[0].same_tokens
     rows = []
     for line in lines:
@@ -131,12 +131,18 @@ def show(lines: Sequence[Line]) -> str:
         f"proof ({count} prompts): same first {GREEDY} tokens, largest logit difference,\n"
         f"answers that end within {LONGEST} tokens",
     )
-    return "\n".join([head, *rows, verdict(lines)])
+    left = _unchecked(lines)
+    but = text(f"（{left} 种没有检查）", f" ({left} not checked)") if left else ""
+    return "\n".join([head, *rows, verdict(lines) + but])
 
 
 def verdict(lines: Sequence[Line]) -> str:
     """FAIL if any form failed, PASS if not; those not checked are left out."""
     return "FAIL" if any(line.faults for line in lines) else "PASS"
+
+
+def _unchecked(lines: Sequence[Line]) -> int:
+    return sum(bool(line.skipped) for line in lines)
 
 
 def write_card(folder: Path, lines: Sequence[Line], versions: str) -> None:
@@ -149,9 +155,10 @@ def write_card(folder: Path, lines: Sequence[Line], versions: str) -> None:
         f"{line.skipped or line.verdict}{': ' if line.faults else ''}{'; '.join(line.faults)} |"
         for line in lines
     ]
+    but = f" ({_unchecked(lines)} not checked)" if _unchecked(lines) else ""
     words = "\n".join(
         [
-            f"{BEGIN}\n## Exported forms: {verdict(lines)}\n",
+            f"{BEGIN}\n## Exported forms: {verdict(lines)}{but}\n",
             f"{lines[0].same_tokens} prompts through each form, compared with base + adapter ({versions}): the same "
             f"template token ids, the same first {GREEDY} greedy tokens, the largest difference of a log-probability "
             f"of the first token, and answers that end within {LONGEST} tokens.\n",

@@ -164,6 +164,16 @@ def test_a_merge_that_lost_the_adapter_fails(run, monkeypatch):
     assert results(lines)["merged/"] == proof.verdict(lines) == "FAIL"
 
 
+@pytest.mark.parametrize(("skipped", "said"), [("", "PASS"), ("not here", "PASS (1 not checked)")])
+def test_a_pass_says_how_many_forms_were_not_checked(tmp_path, skipped, said):
+    lines = [proof.Line("adapter (PEFT)", 0.0, stopped=4, same_tokens=4)]
+    lines.append(proof.Line("merged-f16.gguf", 0.3, stopped=4, same_tokens=4, skipped=skipped))
+    assert proof.show(lines).splitlines()[-1] == said
+    (tmp_path / "README.md").write_text("# out\n", "utf-8")
+    proof.write_card(tmp_path, lines, "peft 1")
+    assert f"## Exported forms: {said}\n" in (tmp_path / "README.md").read_text("utf-8")
+
+
 def _wrong_template(monkeypatch) -> None:
     right = gguf_tokens.token_fields
     other = {"tokenizer.chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"}
