@@ -54,7 +54,8 @@ def words_in(reader, key: str):
 def test_every_form_passes_and_the_card_says_so(exported):
     succeeded(exported.done)
     assert verdicts(exported.done.stdout) == dict.fromkeys(["adapter", *FORMS], "PASS"), exported.done.stdout
-    assert exported.done.stdout.splitlines()[-1] == "PASS" and "the merged model is in" in exported.done.stderr
+    next_step = ["PASS", "with Ollama:", "  cd out/gguf && ollama create my-model -f Modelfile"]
+    assert exported.done.stdout.splitlines()[-3:] == next_step and "the merged model is in" in exported.done.stderr
     assert {one.name for one in (exported.folder / "gguf").iterdir()} == {*FORMS[1:], "Modelfile"}
     card = (exported.folder / "README.md").read_text("utf-8")
     assert "## Exported forms: PASS" in card and all(f"\n| {form} | 4 | " in card for form in FORMS)
