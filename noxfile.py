@@ -5,7 +5,8 @@ Two stacks, five Pythons: `nox` installs and tests each; a Python that is not he
     nox -s lowest                     一个 / one
     nox -s lowest -- tests/quick -x   横线后的参数传给 pytest / what follows goes to pytest
 
-Environments are kept in .nox and used again: on Linux each holds a CUDA build of torch, several GB.
+Environments are kept in .nox and used again. torch follows the machine as in scripts/environment.sh: where the
+CPU build cannot be had, each environment on Linux holds a CUDA build, several GB.
 """
 
 from __future__ import annotations
@@ -29,9 +30,18 @@ if PYENV.is_dir():
     os.environ["PYENV_ROOT"] = str(PYENV.parent)
 
 
+def install(session: nox.Session, stack: str, extras: str, *others: str) -> None:
+    """This project with the versions of `requirements/<stack>.txt`, its torch built for what this machine has."""
+    versions = f"requirements/{stack}.txt"
+    if platform.system() == "Linux":
+        torch = f". scripts/environment.sh; PYTHON=python install_torch {versions}"
+        session.run_install("bash", "-euc", torch, external=True)
+    session.install("-c", versions, "-e", f".[{extras}]", *others)
+
+
 def install_and_test(session: nox.Session, stack: str, *tests: str) -> None:
-    """This project with the versions of `requirements/<stack>.txt`; then `tests`, or what was asked for."""
-    session.install("-c", f"requirements/{stack}.txt", "-e", ".[test]")
+    """A stack installed; then `tests`, or what was asked for."""
+    install(session, stack, "test")
     # two files at a time, each on one core, in the given order: the long ones first
     side_by_side = () if "-s" in tests else ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *side_by_side, *(session.posargs or tests))
@@ -70,7 +80,7 @@ def kills(session: nox.Session) -> None:
 @nox.session(python="3.11", default=False)
 def four_bits(session: nox.Session) -> None:
     """A base in 4 bits. Beside bitsandbytes peft imports other things, so not where everything else is tested."""
-    session.install("-c", "requirements/newest.txt", "-e", ".[test,bnb]")
+    install(session, "newest", "test,bnb")
     session.run(
         "python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ["tests/real/test_lora_family.py"])
     )
@@ -79,7 +89,7 @@ def four_bits(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def audit(session: nox.Session) -> None:
     """Known holes in what is installed (pip-audit, which asks a service on the network), and bandit over our code."""
-    session.install("-c", "requirements/newest.txt", "-e", ".[test]", "pip-audit")
+    install(session, "newest", "test", "pip-audit")
     session.run("bandit", "-q", "-c", "pyproject.toml", "-r", "lora_practice", *session.posargs)
     report = Path(session.create_tmp()) / "audit.json"
     report.unlink(missing_ok=True)
