@@ -283,6 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         description=text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"),
     )
     from lora_practice.environment import check_login, prepare_environment
+    from lora_practice.resuming import cached_as_before, check_same_base, check_same_data, remember
     from lora_practice.sources import SHIPPED, find_dataset, find_model
 
     check(settings)
@@ -301,7 +302,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     embedded_model = settings.embedded or folder.began_with("model", "embedded")
     own_model = meant["model_name"] or folder.began_with("model", "hub")
     check_login(settings.skip_login or (embedded_model and data.kind != "hub"))
-    base = find_model(settings.model_name, not own_model, embedded_model)
+    same_model = cached_as_before(folder.resumed, settings.model_name)
+    base = remember(same_model or find_model(settings.model_name, not own_model, embedded_model))
+    check_same_base(folder.resumed, base)
     for source in (base, data):
         if source.note:
             tell(source.note)
@@ -316,7 +319,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     from lora_practice.data.prepare import prepare
     from lora_practice.machine import decide
     from lora_practice.probe import look
-    from lora_practice.resuming import check_same_data
 
     machine = decide(look(), settings.bf16, weights=model.stored_bytes(base.path))
     tokenizer = model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])

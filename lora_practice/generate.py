@@ -13,6 +13,7 @@ from lora_practice.artifacts import checkpoints
 from lora_practice.errors import UserError, at_home, reason_of, tell, text
 from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.model import check_vocabulary, load_base, load_tokenizer, stored_bytes
+from lora_practice.resuming import another_base, cached_as_before
 from lora_practice.sources import Source, fetch_repository, find_model
 from lora_practice.stored import read_record
 from lora_practice.talker import Talker, decoder_of, talker
@@ -78,6 +79,8 @@ def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[s
         tell(text(zh, en))
     elif has_adapter:
         adapter.check_same_tokens(here.path, base.path)
+    if has_adapter and (other := another_base(read_record(here.path) or {}, base)):
+        tell(text("注意：", "note: ") + other)
     tokenizer = load_tokenizer(tokens)
     check_vocabulary(model, tokenizer, tokens.name)
     return tokenizer
@@ -94,12 +97,8 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     named = adapter_config.base_name(folder, trained_on, own=embedded.MODEL.folder)
     if trained_on.get("kind") == "embedded" or adapter_config.last_part(named) == embedded.MODEL.folder:
         return find_model("", is_default=True, want_embedded=True)
-    if trained_on.get("kind") == "hub" and trained_on.get("name") == named:
-        from huggingface_hub import constants
-
-        kept = Path(str(trained_on.get("path")))
-        if Path(constants.HF_HUB_CACHE).resolve() in kept.resolve().parents and (kept / "config.json").is_file():
-            return Source("hub", named, kept, named, trained_on.get("revision"))  # the very files; the Hub is not asked
+    if kept := cached_as_before({"model": trained_on}, named):
+        return kept
     found = find_model(named, is_default=False, flag="--base-model")
     if found.kind == "folder":  # chosen by what lies in the folder, which may have come from elsewhere
         tell(text(f"底座：{found.path}", f"base: {found.path}"))

@@ -13,6 +13,8 @@ from lora_practice.anatomy import Anatomy
 from lora_practice.artifacts import checkpoints
 from lora_practice.errors import UserError, counted, text
 from lora_practice.inventory import Item
+from lora_practice.resuming import another_base
+from lora_practice.sources import Source
 from lora_practice.stored import read_record
 
 USES = ("inference", "sharing", "resuming")
@@ -57,7 +59,8 @@ def judge(folder: Path) -> Verdict:
             findings.append(str(error))
     base = base_at_hand(folder, record) if config else None
     foreign = _of_another_base(folder, record, config, numbers, base)
-    findings += foreign + _on_nothing(record, numbers)
+    other = another_base(record, Source("folder", str(base), base)) if base else ""
+    findings += foreign + [other] * bool(other) + _on_nothing(record, numbers)
     names = {item.name for item in items}
     if adapter.CONFIG in names and any(n.startswith("model") and n.endswith(".safetensors") for n in names):
         zh = "适配器和合并的权重在一层：transformers 5 会把适配器加两遍"

@@ -14,17 +14,23 @@ from typing import Any, Optional
 from lora_practice.errors import text
 from lora_practice.stored import read_object
 
+BLOCK = 1 << 20
+
 
 def write(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> None:
     """Note size, time and SHA-256 of every file below `folder` in `folder/name`, together with `extra`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / name:
-            stat = path.stat()
-            note = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
-            files[path.relative_to(folder).as_posix()] = note
+            files[path.relative_to(folder).as_posix()] = note(path)
     content = json.dumps({**(extra or {}), "files": files}, indent=1, ensure_ascii=False)
     (folder / name).write_text(content + "\n", "utf-8")
+
+
+def note(path: Path, most: Optional[int] = None) -> dict[str, Any]:
+    """Size, time and SHA-256 of a file; `most`: see `sha256`."""
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path, most)}
 
 
 def flush(folder: Path) -> None:
@@ -70,10 +76,12 @@ def damage(folder: Path, name: str, thorough: bool = False) -> str:
     return ""
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def sha256(path: Path, most: Optional[int] = None) -> str:
+    """SHA-256 of a file, in hexadecimal; beyond `most` bytes, of one block in N, as "1/N ..."."""
+    every = -(-path.stat().st_size // most) if most else 1
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
+        while block := file.read(BLOCK):
             digest.update(block)
-    return digest.hexdigest()
+            file.seek((every - 1) * BLOCK, os.SEEK_CUR)
+    return digest.hexdigest() if every <= 1 else f"1/{every} {digest.hexdigest()}"

@@ -7,7 +7,8 @@ Hub cannot be reached, and say so.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -32,7 +33,7 @@ class Source:
 
     `kind` is "hub", "folder", "file" or "embedded"; `name` what it is called in cards and records; `path` the
     local folder or file (a Hub data set has none); `hub_id` its true name on the Hub, if it has one; `note`
-    says why it stands in for the default.
+    says why it stands in for the default; `files` tells a model from another, once `resuming.remember` has looked.
     """
 
     kind: str
@@ -41,11 +42,13 @@ class Source:
     hub_id: Optional[str] = None
     revision: Optional[str] = None
     note: str = ""
+    files: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """For run_record.json."""
         record = {"kind": self.kind, "name": self.name, "path": str(self.path) if self.path else None}
-        return {**record, "hub_id": self.hub_id, "revision": self.revision, "note": self.note}
+        record.update(hub_id=self.hub_id, revision=self.revision, note=self.note)
+        return {**record, "files": dict(self.files)} if self.files else record
 
 
 def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: str = "--model_name") -> Source:

@@ -89,6 +89,9 @@ def _misfit(record: dict[str, Any]) -> str:
         if part in ("model", "data") and isinstance(one, dict)
         for name in _NAMES
     ]
+    model = record.get("model")
+    files = model.get("files") if isinstance(model, dict) else None
+    wanted += [("model.files", one, dict) for one in (files, *(files.values() if isinstance(files, dict) else ()))]
     events = record.get("events")
     for one in events if isinstance(events, list) else []:
         event = one if isinstance(one, dict) else {}

@@ -120,6 +120,7 @@ TRUSTED = (*RESUME, "--trust_checkpoint")
 DRIFTING = (
     "{% for m in messages %}{{ messages | length }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
+BASE_BEFORE = {"files": {"model.safetensors": {"size": 9, "sha256": "another"}}}
 DATA_BEFORE = {"fingerprint": "another", "rows_trained": 9, "tokens": 9}
 
 PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
@@ -146,6 +147,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "another run is writing to this folder": (held, (*TRAIN, "--output_dir", "out")),
     "there is no run to resume here": (nothing, (*TRAIN, "--resume")),
     "not the same run any more": (out(stop, edit(RECORD, settings={"lora_r": 8})), RESUME),
+    "the base model is not what this run began with": (out(stop, edit(RECORD, model=BASE_BEFORE)), TRUSTED),
     "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), TRUSTED),
     "not saved by you on this machine": (out(stop), RESUME),
     "no whole checkpoint is left to resume from": (out(stop, remove(f"checkpoint-1/{ADAPTER}")), RESUME),
