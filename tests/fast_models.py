@@ -32,10 +32,10 @@ FAMILIES = {
 }
 
 
-def tiny(family="Llama", dropout=0.0, dtype=torch.float64, targets=TARGETS, **lora):
-    """A random PeftModel whose B is not zero."""
+def tiny(family="Llama", dropout=0.0, dtype=torch.float64, targets=TARGETS, shape=None, **lora):
+    """A random PeftModel whose B is not zero; `shape` changes its configuration."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]})
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family], **(shape or {})})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

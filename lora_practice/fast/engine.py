@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional, TypeVar, cast
 
 import torch
 
@@ -53,6 +54,20 @@ def build(
     return Engine(weights, compute_dtype, seed, token_budget, share_prefix, ops)
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _by_hand(method: Method) -> Method:
+    """Without autograd and without autocast, whoever calls: what is kept, and in which dtype, is written here."""
+
+    @functools.wraps(method)
+    def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.autocast(self.weights.embedding.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
+
+
 class Engine:
     """Forward and backward of one model. `step` counts optimizer steps and names the dropout masks."""
 
@@ -76,7 +91,7 @@ class Engine:
         self.token_budget, self.checkpointing = token_budget, checkpointing
         self.space = Space(token_budget + ROW_STEP)
 
-    @torch.no_grad()
+    @_by_hand
     def step_loss_and_backward(
         self, examples: Sequence[Example], num_items: Optional[int] = None, loss_scale: float = 1.0
     ) -> float:
@@ -103,7 +118,7 @@ class Engine:
         self.step += 1
         return total / max(num_items, 1)
 
-    @torch.no_grad()
+    @_by_hand
     def eval_loss(self, examples: Sequence[Example]) -> float:
         """Mean loss per trained token, in nats, without dropout and without gradients."""
         self.lora.take(1.0)

@@ -44,7 +44,7 @@ class LinearGroup:
 
     Args:
         matrix: (N, K + R), W already in its first K columns.
-        bias: (N,) or None.
+        bias: (N,) wide, or None.
         sites: LoRA pairs; may be empty.
     """
 
@@ -66,14 +66,15 @@ class LinearGroup:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """xu (n, K + R) with x in place; u is filled in. Returns y (n, N) and a copy of u (n, R) for the backward.
 
-        y may lie in `out`: see `product`.
+        y may lie in `out`: see `product`. With a bias y is wide: Qwen2 has some of a hundred, and a sum in 16 bits
+        would lose beside them what LoRA adds.
         """
         x, u = xu[:, : self.width], xu[:, self.width :]
         if self.sites:
             ops.lora_down(x, self.down, self.sites, noise, u)
         y = product(xu, self.matrix, out)
         if self.bias is not None:
-            y += self.bias
+            y = y.to(self.bias.dtype).add_(self.bias)
         return y, u.clone()
 
     def backward(
@@ -135,14 +136,14 @@ class LoraWeights:
 
     def give(self, keep_rate: float) -> None:
         """Add the gathered gradients to .grad of PEFT's parameters and forget them."""
-        gathered = [(site, group.gradients) for group, site in self.pairs if group.gradients is not None]
-        if not gathered:
-            return  # nothing was trained
-        assert len(gathered) == len(self.pairs)  # a pass goes through every layer
-        parameters = [site.a for site, _ in gathered] + [site.b for site, _ in gathered]
-        for parameter in parameters:
+        parameters = [site.a for _, site in self.pairs] + [site.b for _, site in self.pairs]
+        for parameter in parameters:  # also where nothing was trained: an optimizer and a loss scaler ask for them
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        gathered = [(site, group.gradients) for group, site in self.pairs if group.gradients is not None]
+        if not gathered:
+            return
+        assert len(gathered) == len(self.pairs)  # a pass goes through every layer
         d_a = [d_down[site.ranks] for site, (d_down, _) in gathered]
         d_b = [d_up[site.ranks, site.outputs].t() for site, (_, d_up) in gathered]
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -45,13 +45,18 @@ class _Site(ctypes.Structure):
     )
 
 
-def _at(x: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-    """(address, row pitch) of a matrix whose rows are contiguous."""
-    assert x.stride(-1) == 1
+def _at(x: torch.Tensor, dtype: torch.dtype) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """(address, row pitch) of a matrix whose rows are contiguous; a kernel would take any other dtype for this one."""
+    assert x.stride(-1) == 1 and x.dtype == dtype
     return ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0))
 
 
+def _wide(x: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    return _at(x, torch.float32)
+
+
 def _flat(x: Optional[torch.Tensor]) -> ctypes.c_void_p:
+    assert x is None or x.is_contiguous()
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
@@ -69,7 +74,12 @@ class Native(Plain):
         self._site_arrays: dict[int, tuple] = {}
         self._blocks: dict[int, tuple] = {}  # both hold their list of sites, so that its id stays its own
 
+    def _narrow(self, x: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+        return _at(x, self.dtype)
+
     def norm(self, h, weight, eps, out):
+        if out.dtype != self.dtype:  # of a wide head (Qwen3)
+            return super().norm(h, weight, eps, out)
         rstd = torch.empty(h.shape[0], 1, dtype=torch.float32)
         self._norm(h, weight, eps, rstd, out, again=0)
         return rstd
@@ -80,40 +90,44 @@ class Native(Plain):
     def _norm(self, h, weight, eps, rstd, out, again):
         n, width = map(_int, h.shape)
         self.library.norm(
-            *_at(h),
+            *_wide(h),
             _flat(weight),
             n,
             width,
             _float(eps),
             _flat(rstd),
-            *_at(out),
+            *self._narrow(out),
             again,
             torch.get_num_threads(),
         )
 
     def norm_backward(self, d_out, h, weight, rstd, d_h):
+        if d_out.dtype != self.dtype:
+            return super().norm_backward(d_out, h, weight, rstd, d_h)
         n, width = map(_int, h.shape)
         self.library.norm_backward(
-            *_at(d_out), *_at(h), _flat(weight), _flat(rstd), n, width, *_at(d_h), torch.get_num_threads()
+            *self._narrow(d_out), *_wide(h), _flat(weight), _flat(rstd), n, width, *_wide(d_h), torch.get_num_threads()
         )
 
     def rotate(self, x, heads, cos, sin, sign):
         n, half = map(_int, cos.shape)
         self.library.rotate(
-            *_at(x), n, _int(heads), half, _flat(cos), _flat(sin), _float(sign), torch.get_num_threads()
+            *_wide(x), n, _int(heads), half, _flat(cos), _flat(sin), _float(sign), torch.get_num_threads()
         )
 
     def gate(self, gate_up, activation: Activation, out):
         if activation.name != "silu":
             return super().gate(gate_up, activation, out)
         n, width = map(_int, out.shape)
-        self.library.gate(*_at(gate_up), n, width, *_at(out), torch.get_num_threads())
+        self.library.gate(*self._narrow(gate_up), n, width, *self._narrow(out), torch.get_num_threads())
 
     def gate_backward(self, d_out, gate_up, activation: Activation, d_gate_up):
         if activation.name != "silu":
             return super().gate_backward(d_out, gate_up, activation, d_gate_up)
         n, width = map(_int, d_out.shape)
-        self.library.gate_backward(*_at(d_out), *_at(gate_up), n, width, *_at(d_gate_up), torch.get_num_threads())
+        self.library.gate_backward(
+            *self._narrow(d_out), *self._narrow(gate_up), n, width, *self._narrow(d_gate_up), torch.get_num_threads()
+        )
 
     def _sites(self, sites: list, noise: Optional[Noise]) -> tuple:
         """(array of sites, their number, threshold, first row) for a kernel; keys are made once per step."""
@@ -131,16 +145,22 @@ class Native(Plain):
     def lora_down(self, x, down, sites, noise, out):
         n, width = map(_int, x.shape)
         self.library.lora_down(
-            *_at(x), n, width, _flat(down), *self._sites(sites, noise), *_at(out), torch.get_num_threads()
+            *self._narrow(x),
+            n,
+            width,
+            _flat(down),
+            *self._sites(sites, noise),
+            *self._narrow(out),
+            torch.get_num_threads(),
         )
 
     def lora_down_backward(self, x, d_u, down, sites, noise, d_x):
         n, width = map(_int, x.shape)
         d_down = torch.empty_like(down)
-        target = (_flat(None), _int(0)) if d_x is None else _at(d_x)
+        target = (_flat(None), _int(0)) if d_x is None else self._narrow(d_x)
         self.library.lora_down_backward(
-            *_at(x),
-            *_at(d_u),
+            *self._narrow(x),
+            *self._narrow(d_u),
             n,
             width,
             _flat(down),
@@ -159,7 +179,14 @@ class Native(Plain):
         blocks = self._blocks[id(sites)][1]
         d_up = torch.empty(u.shape[1], d_y.shape[1], dtype=torch.float32)
         self.library.lora_up_backward(
-            *_at(u), *_at(d_y), n, width, _flat(blocks), _int(len(sites)), _flat(d_up), torch.get_num_threads()
+            *self._narrow(u),
+            *self._narrow(d_y),
+            n,
+            width,
+            _flat(blocks),
+            _int(len(sites)),
+            _flat(d_up),
+            torch.get_num_threads(),
         )
         return d_up
 
@@ -181,26 +208,28 @@ class Native(Plain):
         loss = torch.empty(logits.shape[0], dtype=torch.float64)
         factor = _float(0.0 if scale is None else scale)
         self.library.cross_entropy(
-            *_at(logits), n, width, _flat(first), _flat(labels), factor, _flat(loss), torch.get_num_threads()
+            *self._narrow(logits), n, width, _flat(first), _flat(labels), factor, _flat(loss), torch.get_num_threads()
         )
         return float(loss.sum())
 
     def attend(self, qkv, plan: Plan, window, heads: Heads, out):
         if heads.size % 32:
             return super().attend(qkv, plan, window, heads, out)
-        self.library.attend(*_at(qkv), *self._runs(plan), *_shape(heads, window), *_at(out), torch.get_num_threads())
+        self.library.attend(
+            *_wide(qkv), *self._runs(plan), *_shape(heads, window), *self._narrow(out), torch.get_num_threads()
+        )
 
     def attend_backward(self, d_out, out, qkv, plan: Plan, window, heads: Heads):
         if heads.size % 32:
             return super().attend_backward(d_out, out, qkv, plan, window, heads)
         d_qkv = torch.zeros_like(qkv)
         self.library.attend_backward(
-            *_at(d_out),
-            *_at(out),
-            *_at(qkv),
+            *self._narrow(d_out),
+            *self._narrow(out),
+            *_wide(qkv),
             *self._runs(plan),
             *_shape(heads, window),
-            *_at(d_qkv),
+            *_wide(d_qkv),
             torch.get_num_threads(),
         )
         return d_qkv

@@ -192,7 +192,7 @@ class _Reader:
         if all(base.bias is None for base in bases):
             return None
         parts = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
-        return torch.cat([part.detach() for part in parts]).to(self.dtype)
+        return torch.cat([part.detach() for part in parts]).to(wide_of(self.dtype))
 
     def site(self, module: Any, row: int, rank: int) -> Optional[Site]:
         """The LoRA pair of a PEFT linear; None where the linear has none."""

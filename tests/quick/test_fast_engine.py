@@ -20,17 +20,65 @@ def test_float64_is_autograd(family, share):
     assert worst(my_gradients, gradients) < 1e-6  # Gemma's sqrt(hidden) is float32 or float64, by version
 
 
+CORNERS = [
+    ("Llama", {}, {"r": 1}),
+    ("Llama", {"num_key_value_heads": 4, "vocab_size": 101}, {"r": 256}),
+    ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 80}, {"r": 7}),
+    ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, {}),
+    ("Llama", {"num_hidden_layers": 1, "hidden_act": "gelu_pytorch_tanh"}, {"targets": ["v_proj"]}),
+    ("Llama", {}, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 3}, "layers_to_transform": [1]}),
+    ("Mistral", {"sliding_window": 16, "head_dim": 32, "num_key_value_heads": 4}, {}),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, {}),
+    ("Qwen3", {"head_dim": 32, "attention_bias": True}, {}),
+    ("Gemma", {"head_dim": 64, "num_key_value_heads": 1}, {}),
+]
+
+
+@pytest.mark.parametrize("family, shape, lora", CORNERS)
+def test_corners(family, shape, lora):
+    """Ranks, heads, windows, biases and rows of one token or one label, alone and beside others."""
+    rows = [([7, 8], [7, 8]), ([9, 10, 11], [9, -100, -100]), ([3] * 140, [3] * 140)]
+    batch, model = [*examples(), *rows], tiny(family, shape=shape, **lora)
+    loss, gradients = plain_step(model, batch)
+    mine, my_gradients = fast_step(model, [([5], [5]), *batch], compute_dtype=torch.float64)
+    assert mine == pytest.approx(loss, rel=1e-7)
+    assert worst(my_gradients, gradients) < 1e-6
+    mine, my_gradients = fast_step(model.float(), batch, token_budget=100)
+    assert mine == pytest.approx(loss, rel=1e-6)
+    assert worst(my_gradients, gradients) < 1e-4
+
+
 @pytest.mark.parametrize(
     "dtype, loss_error, gradient_error", [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 0.01, 0.1)]
 )
 @pytest.mark.parametrize("kernels", [True, False])
-def test_narrow_types(kernels, dtype, loss_error, gradient_error):
-    model, batch = tiny(dtype=torch.float32), examples()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrow_types(family, kernels, dtype, loss_error, gradient_error):
+    model, batch = tiny(family, dtype=torch.float32, shape={"head_dim": 32}), examples()
     loss, gradients = plain_step(model, batch)
     mine, my_gradients = fast_step(model, batch, compute_dtype=dtype, kernels=kernels)
     assert mine == pytest.approx(loss, rel=loss_error)
     assert worst(my_gradients, gradients) < gradient_error
     assert all(gradient.dtype == torch.float32 for gradient in my_gradients.values())
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_autocast_around_a_step_changes_no_bit(kernels):
+    model, batch = tiny(dropout=0.2, dtype=torch.float32), examples()
+    loss, gradients = fast_step(model, batch, compute_dtype=torch.bfloat16, kernels=kernels)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, my_gradients = fast_step(model, batch, compute_dtype=torch.bfloat16, kernels=kernels)
+    assert mine == loss and all(my_gradients[name].equal(one) for name, one in gradients.items())
+
+
+def test_a_step_without_labels_has_gradients_of_zero():
+    """A loss scaler refuses a step without any gradient."""
+    model, scaler = tiny(dtype=torch.float32), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    scale = float(scaler.scale(torch.ones(())))
+    assert fast.build(model).step_loss_and_backward([([5, 6], [5, -100])], loss_scale=scale) == 0.0
+    scaler.step(optimizer)
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 class NamedDropout(torch.nn.Module):

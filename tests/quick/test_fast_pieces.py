@@ -117,6 +117,15 @@ def test_linear_group(noise):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_bias_does_not_hide_what_lora_adds(dtype):
+    """Qwen2's keys have biases of a hundred; beside one, 16 bits are half a unit or more apart."""
+    matrix, bias, x = random(6, 12).to(dtype), torch.full((6,), 300.0), random(5, 12, seed=1).to(dtype)
+    y, _ = LinearGroup(matrix.clone(), 12, bias, []).forward(x, None, Plain())
+    true = x.to(DOUBLE) @ matrix.to(DOUBLE).t()
+    assert float((y.to(DOUBLE) - bias - true).abs().max()) < 0.05
+
+
 def test_head_loss_with_several_labels_on_a_row():
     plan = plan_step([([1, 2, 3, 4], [1, 2, 3, 4]), ([1, 2, 9], [1, 2, 9]), ([1, 2, 3], [1, -100, 3])])[0]
     assert plan.label_counts.max() == 3

@@ -246,14 +246,15 @@ def test_when_nothing_smaller_is_left_the_run_stops_in_one_line_and_goes_on_when
     assert same(weights_of(again), weights_of(clean))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_dry_run_leaves_no_trace(tmp_path: Path, path: str) -> None:
-    tried = trainer_of(tmp_path / "a", fast=path, lora_dropout=0.3)
+def test_a_dry_run_leaves_no_trace(tmp_path: Path, path: str, precision: str) -> None:
+    tried = trainer_of(tmp_path / "a", precision, fast=path, lora_dropout=0.3)
     random = torch.get_rng_state()
     assert tried.dry_run(tried.regime, [40, 40])
     assert torch.get_rng_state().equal(random)
     assert all(parameter.grad is None for parameter in tried.trainable)
     after = losses(run(tried))
-    untried = trainer_of(tmp_path / "b", fast=path, lora_dropout=0.3)  # which seeds the generators anew
+    untried = trainer_of(tmp_path / "b", precision, fast=path, lora_dropout=0.3)  # which seeds the generators anew
     assert after == losses(run(untried))
     assert same(weights_of(tried), weights_of(untried))
