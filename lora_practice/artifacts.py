@@ -30,8 +30,10 @@ PROOF = ("<!-- proof -->", "<!-- /proof -->")  # in the card, around what `expor
 class OutputFolder:
     """One run's folder. `claim` decides what may happen to it and touches nothing; `begin` makes it."""
 
-    def __init__(self, path: Path, replace: bool = False, resumed: Optional[dict[str, Any]] = None) -> None:
-        self.path, self.replace = path, replace
+    def __init__(
+        self, path: Path, old: Optional[tuple[int, int]] = None, resumed: Optional[dict[str, Any]] = None
+    ) -> None:
+        self.path, self._old = path, old  # the run that this one replaces: see holding.identity
         self._record: dict[str, Any] = {}  # as last written; below: as it is read
         self._written: dict[str, Any] = {}
         self._held: Optional[tuple[int, int]] = None  # the folder that is ours since `begin`: see holding.identity
@@ -87,7 +89,7 @@ class OutputFolder:
             )
         if overwrite:
             holding.check_replaceable(path)
-            return cls(path, replace=True)
+            return cls(path, old=holding.identity(path))
         if record.get("status") == "finished":
             raise holding.finished(path, record)
         if not resume:
@@ -108,8 +110,8 @@ class OutputFolder:
         Raises:
             UserError: another run has begun here since `claim` looked.
         """
-        if self.replace:
-            self._replaced = holding.move_aside(self.path)
+        if self._old and self.path.exists():
+            self._replaced = holding.move_aside(self.path, self._old)
             tell(
                 text(
                     f"原来的结果先留在 {self._replaced}，这次完成后才删",
@@ -117,7 +119,7 @@ class OutputFolder:
                 )
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._hold({} if self.replace else self.resumed)
+        self._hold(self.resumed)
         for stale in disk.scraps(self.path, RECORD):  # of a run that was killed
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if self._replaced is not None:
@@ -183,7 +185,7 @@ class OutputFolder:
         self._let_go()
         self._let_go = weakref.finalize(self, holding.hold(self.path))
         if (read_record(self.path) or {}) not in known:
-            raise holding.taken(self.path)
+            raise holding.lost(self.path)
         self._held = holding.identity(self.path)
 
     def _stay(self) -> None:

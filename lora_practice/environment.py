@@ -64,6 +64,21 @@ def prepare_environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels from the Hub, which it can do without
 
 
+def check_one_process() -> None:
+    """UserError where torchrun or accelerate launch started several: they would all write to one folder."""
+    started = os.environ.get("WORLD_SIZE", "").strip()
+    if started in ("", "0", "1"):
+        return
+    raise UserError(
+        text(f"训练只用一个进程，却启动了 {started} 个", f"one process trains, but {started} were started"),
+        where="WORLD_SIZE",
+        fix=text(
+            "不用 torchrun 或 accelerate launch，直接运行；有几张显卡也只用第一张",
+            "start it without torchrun or accelerate launch; of several cards it takes the first",
+        ),
+    )
+
+
 def _suggest_private(file: Path) -> None:
     """One line where others on this machine may read the token in `.env`."""
     if os.name == "nt" or not file.is_file() or not file.stat().st_mode & 0o044:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice.errors import UserError, text
+from lora_practice.stored import read_record
 
 try:
     import fcntl
@@ -35,17 +36,17 @@ def hold(folder: Path) -> Callable[[], None]:
     """Keep other processes from a run's folder until this one ends, however it ends, or calls what is returned.
 
     A lock on the folder itself, so no file is left behind. None where the system has no such lock (Windows, some
-    network disks), and none among the processes of one torchrun.
+    network disks).
 
     Raises:
         UserError: another process holds it.
     """
-    if fcntl is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if fcntl is None:
         return lambda: None
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError as error:  # moved away by a run that replaces it
-        raise taken(folder) from error
+        raise lost(folder) from error
     key = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +57,7 @@ def hold(folder: Path) -> Callable[[], None]:
         raise taken(folder) from error
     if identity(folder) != key:  # moved away before the lock was ours
         os.close(handle)
-        raise taken(folder)
+        raise lost(folder)
     _held.add(key)
 
     def let_go() -> None:
@@ -76,11 +77,23 @@ def identity(folder: Path) -> Optional[tuple[int, int]]:
 
 
 def taken(folder: Path) -> UserError:
-    """What to say of a folder that another run has been quicker to take."""
+    """What to say of a folder that another run holds."""
     return UserError(
         text("另一次训练正在往这里写", "another run is writing to this folder"),
         where=str(folder),
         fix=text("等它结束，或换一个 --output_dir", "wait for its end, or choose another --output_dir"),
+    )
+
+
+def lost(folder: Path) -> UserError:
+    """What to say of a folder that is no more what this run was to write to, whoever has it now."""
+    return UserError(
+        text(
+            "这个文件夹里现在是另一次训练或别的文件，没有动它",
+            "another run or other files are in this folder by now; they are left alone",
+        ),
+        where=str(folder),
+        fix=text("看看里面是什么，或换一个 --output_dir", "look at what it is, or choose another --output_dir"),
     )
 
 
@@ -145,18 +158,22 @@ def aside(path: Path) -> Path:
         moment += 1
 
 
-def move_aside(path: Path) -> Path:
+def move_aside(path: Path, known: Optional[tuple[int, int]]) -> Path:
     """Give an earlier run a name beside its own, which is returned; nobody else may have it meanwhile.
 
+    Whatever gets that name is deleted in the end, so it must be the run that was found: `known` by its `identity`.
+
     Raises:
-        UserError: another run has been quicker.
+        UserError: another run has been quicker, or what is there is no run.
     """
     let_go = hold(path)
     try:
+        if identity(path) != known or read_record(path) is None:
+            raise lost(path)
         place = aside(path)
         os.replace(path, place)
     except FileNotFoundError as error:
-        raise taken(path) from error
+        raise lost(path) from error
     finally:
         let_go()
     return place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,8 +119,6 @@ def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.E
         return None
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.precision]
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise fast.NotServed("several processes")
         return fast.build(model.to(machine.device), dtype, seed=settings.seed)
     except fast.NotServed as missing:
         what = text(f"快速路径不支持：{missing.reason}", f"not served by the fast path: {missing.reason}")

@@ -54,8 +54,9 @@ def check_installed(name: str, flag: str) -> None:
 
 
 def sft_config(**wanted: Any) -> Any:
-    """`trl.SFTConfig` with these options; an option that this version does not know is an error.
+    """`trl.SFTConfig` with these options, for one card; an option that this version does not know is an error.
 
+    On several, transformers would take all of them (DataParallel), and so many times the rows that were asked for.
     `warmup_ratio` left transformers in 5.15; there `warmup_steps` takes a share below 1 instead.
     """
     from trl import SFTConfig
@@ -66,7 +67,9 @@ def sft_config(**wanted: Any) -> Any:
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise RuntimeError(f"trl.SFTConfig of this version has no {', '.join(unknown)}")
-    return SFTConfig(**wanted)
+    arguments = SFTConfig(**wanted)
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:

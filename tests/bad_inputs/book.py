@@ -138,6 +138,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
         (*TRAIN, "--init_lora_weights", "pissa", "--lora_r", "1024"),
     ),
     "… with DoRA cannot be saved as a plain LoRA": (nothing, (*TRAIN, "--init_lora_weights", "olora", "--use_dora")),
+    "one process trains, but … were started": (lambda place: place.patch.setenv("WORLD_SIZE", "2"), TRAIN),
     "this is a file, not a folder": (nothing, (*TRAIN, "--output_dir", "rows.jsonl")),
     "no permission to write": (closed, TRAIN),
     "this link leads nowhere": (lambda place: link("new", "gone")(place.path), TRAIN),

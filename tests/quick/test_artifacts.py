@@ -20,6 +20,7 @@ from lora_practice.errors import UserError
 from lora_practice.resuming import FREE_ON_RESUME, check_same_settings
 
 SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
+LOST = "another run or other files are in this folder by now"
 
 
 @pytest.fixture(autouse=True)
@@ -372,7 +373,7 @@ def test_of_two_runs_that_looked_at_a_folder_at_once_only_one_begins(tmp_path: P
     first, second = (claim(tmp_path / "run", resume) for _ in range(2))
     first.begin({"settings": SETTINGS, "started_at": "now"})
     before = (tmp_path / "run" / RECORD).read_bytes()
-    with pytest.raises(UserError, match="another run is writing"):
+    with pytest.raises(UserError, match=LOST):
         second.begin({"settings": SETTINGS})
     assert (tmp_path / "run" / RECORD).read_bytes() == before
 
@@ -390,7 +391,7 @@ def test_a_run_whose_folder_another_run_has_by_now_writes_nothing_into_it(
             another.kill()
             another.wait()
         for write in writes:
-            with pytest.raises(UserError, match="another run is writing"):
+            with pytest.raises(UserError, match=LOST if ended else "another run is writing to this folder"):
                 write()
         assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
 
@@ -423,13 +424,48 @@ def test_a_folder_that_was_moved_away_meanwhile_is_taken_and_the_one_in_its_plac
         lock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", quicker)
-    with pytest.raises(UserError, match="another run is writing"):
+    with pytest.raises(UserError, match=LOST):
         slow.begin({"settings": SETTINGS})
     monkeypatch.setattr(fcntl, "flock", lock)
-    assert names(tmp_path / "run") == ["new"] and names(tmp_path) == ["run", "run.replaced"]
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match="another run is writing"):
-        late.begin({"settings": SETTINGS})
+    for _ in ("another's folder", "and one that is not even a run's"):
+        with pytest.raises(UserError, match=LOST):
+            late.begin({"settings": SETTINGS})
+        assert names(tmp_path / "run") == ["new"] and names(tmp_path) == ["run", "run.replaced"]
+    shutil.rmtree(tmp_path / "run")  # nothing is left to be replaced
+    late.begin({"settings": SETTINGS})
+    assert status(late) == "running" and names(tmp_path) == ["run", "run.replaced"]
+
+
+def test_of_two_runs_that_replace_one_at_once_the_first_does_and_what_it_replaces_stays_until_its_end(
+    tmp_path: Path,
+) -> None:
+    """The second comes when the first has made its folder and does not hold it yet."""
+    finish(start(tmp_path / "run"), "old")
+    first, second = (claim(tmp_path / "run", overwrite=True) for _ in range(2))
+    hold = first._hold
+
+    def hold_late(*known: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=LOST):
+            second.begin({"settings": SETTINGS})
+        hold(*known)
+
+    first._hold = hold_late  # type: ignore[method-assign]
+    first.begin({"settings": SETTINGS})
+    aside, *others = tmp_path.glob("run.*")
+    assert (aside / "adapter_model.safetensors").read_text() == "old" and not others
+    finish(first)
+    assert names(tmp_path) == ["run"]
+
+
+def test_what_came_in_the_place_of_a_run_that_is_to_be_replaced_is_left_alone(tmp_path: Path) -> None:
+    finish(start(tmp_path / "run"))
+    folder = claim(tmp_path / "run", overwrite=True)
+    for file in (tmp_path / "run").iterdir():  # the same folder, but for what is in it
+        file.unlink()
+    (tmp_path / "run" / "thesis.doc").write_text("mine")
+    with pytest.raises(UserError, match=LOST):
+        folder.begin({"settings": SETTINGS})
+    assert names(tmp_path) == ["run"] and names(tmp_path / "run") == ["thesis.doc"]
 
 
 def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,21 @@ def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:
     assert ".env is not UTF-8" in refusal(environment.prepare_environment)
 
 
+@pytest.mark.parametrize(("started", "refused"), [("", False), ("1", False), ("2", True), ("many", True)])
+def test_several_processes_of_torchrun_do_not_train(
+    started: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from fine_tuning_practice import main
+
+    monkeypatch.setenv("WORLD_SIZE", started)
+    with pytest.raises(SystemExit):  # or the next thing that is wrong is said
+        main(["--embedded", "--dataset_path", "nothing.jsonl", "--output_dir", "out"])
+    said = capsys.readouterr().err
+    assert (f"one process trains, but {started} were started" in said) is refused
+    assert ("no such data file" in said) is not refused
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_data_sets_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert environment.datasets_cache() == tmp_path / "hf" / "datasets"
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "own"))
