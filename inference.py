@@ -27,7 +27,9 @@ class InferenceSettings:
         "output, checkpoint or merged folder, or a Hub name",
     )
     prompt: Optional[list[str]] = setting(
-        None, "要问的话，可以写多次；不写就开始聊天", "what to ask, repeatable; without it a chat begins"
+        None,
+        "要问的话，可以写多次；不写就聊天，或从管道读，一行一问",
+        "what to ask, repeatable; without it a chat, or a pipe's lines",
     )
     base_model: str = setting(
         "",
@@ -71,8 +73,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         prog="inference.py",
         description=text("和训练好的模型聊天", "talk to what was trained"),
     )
-    if not settings.prompt and not sys.stdin.isatty():
-        raise UserError(text("没有 --prompt，也不在终端里", "no --prompt, and this is no terminal"), fix='--prompt "…"')
+    from lora_practice import talk
+
+    if settings.prompt is None and not sys.stdin.isatty():
+        settings.prompt = [*talk.piped()]
+        if not settings.prompt:
+            what = text("没有 --prompt，标准输入里也没有问题", "no --prompt, and no question on stdin")
+            raise UserError(what, fix='--prompt "…"')
     if any(not prompt.strip() for prompt in settings.prompt or []):
         raise UserError(text("问题是空的", "the prompt is empty"), where="--prompt", fix='--prompt "…"')
     from lora_practice.environment import prepare_environment
@@ -80,7 +87,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     prepare_environment()
     from transformers import set_seed
 
-    from lora_practice import chat, generate, talk
+    from lora_practice import chat, generate
     from lora_practice.machine import decide
     from lora_practice.probe import look
 
@@ -89,14 +96,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     talker = generate.load(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not settings.prompt:
-        chat.chat(talker, settings.system, **options)
+        chat.chat(settings.model_dir, talker, settings.system, **options)
         return 0
     for prompt in settings.prompt:
         messages = [*talk.opening(settings.system), {"role": "user", "content": prompt}]
         if len(settings.prompt) > 1:
             print(f"> {prompt}")
-        talker.answer(messages, on_text=talk.show, **options)
-        print()
+        talk.say(talker, messages, **options)
     return 0
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice.embedded import cache_dir
-from lora_practice.errors import UserError, tell, text, visible
-from lora_practice.helping import aligned
-from lora_practice.talk import opening, show
+from lora_practice.errors import UserError, tell, text
+from lora_practice.talk import opening, piped, say
 from lora_practice.talker import Talker, without_adapter
+from lora_practice.terminal import aligned
 
 COMMANDS = (
     ("/help", "显示这些说明", "show these lines"),
@@ -64,12 +64,11 @@ class Chat:
     def _ask(self, words: str) -> None:
         asked = {"role": "user", "content": words}
         try:
-            answer = self.talker.answer([*self.messages, asked], on_text=_shown, **self.options)
+            answer = say(self.talker, [*self.messages, asked], **self.options)
         except KeyboardInterrupt:  # enough of this answer, not of the chat
             print()
             tell(text("（打断了，这一问不算）", "(stopped; this question does not count)"))
             return
-        print()
         self.messages += [asked, {"role": "assistant", "content": answer}]
 
     def _begin(self, system: str) -> None:
@@ -105,13 +104,14 @@ class Chat:
         tell(text(f"存好了：{file}（可以直接当 --dataset_path）", f"kept in {file} (it can serve as --dataset_path)"))
 
 
-def chat(talker: Talker, system: str = "", **options: Any) -> None:
-    """Talk until Ctrl-D, /exit or the end of a piped input (one question a line there)."""
+def chat(name: str, talker: Talker, system: str = "", **options: Any) -> None:
+    """Talk to `talker`, loaded from `name`, until Ctrl-D, /exit or the end of a piped input (one question a line)."""
     talking = Chat(talker, system, **options)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
+        tell(text(f"和 {name} 聊天", f"a chat with {name}"))
         tell(guide())
-    for words in _typed(talking) if live else map(str.strip, sys.stdin):
+    for words in _typed(talking) if live else piped():
         if words and not talking.say(words):
             return
 
@@ -119,10 +119,6 @@ def chat(talker: Talker, system: str = "", **options: Any) -> None:
 def guide() -> str:
     """The commands and keys, in the user's language."""
     return "\n".join([*aligned((name, text(zh, en)) for name, zh, en in COMMANDS), text(*KEYS)])
-
-
-def _shown(piece: str) -> None:
-    show(visible(piece))
 
 
 def _typed(talking: Chat) -> Iterator[str]:

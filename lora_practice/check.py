@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,7 +18,7 @@ from lora_practice.data.rows import BadRow
 from lora_practice.data.survey import LISTED, Problem, Survey, histogram, pieces, survey
 from lora_practice.data.tokens import Encoder, count_trained
 from lora_practice.errors import UserError, counted, text, visible
-from lora_practice.helping import aligned
+from lora_practice.terminal import aligned, fitted
 
 
 def check(path: Path, model_name: str, template: str, max_length: int, show: Optional[int], as_json: bool) -> int:
@@ -31,7 +32,8 @@ def check(path: Path, model_name: str, template: str, max_length: int, show: Opt
     reader = read_file(path)  # a mistake in the path is told before any model is looked for
     base = sources.find_model(model_name, False) if model_name else sources.find_model("", True, want_embedded=True)
     tokenizer = model.load_tokenizer(base, template, bool(template))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal  # a pipe gets each row in one line
     if show is not None:
         return _show(
             console, list(itertools.islice(reader, max(0, show - 1), show)), show, tokenizer, max_length, as_json
@@ -81,7 +83,7 @@ def _print(console: Console, found: Survey, max_length: int) -> None:
         if listed:
             console.print(f"\n[{'red' if kind == 'bad' else 'yellow'}]{title} ({found.counts[kind]})[/]")
             for one in listed:
-                console.print(Text(f"  {_line(one)}"))
+                console.print(Text(fitted(f"  {_line(one)}", sys.stdout)))
             if found.counts[kind] > len(listed):
                 more = found.counts[kind] - len(listed)
                 console.print(

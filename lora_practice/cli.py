@@ -130,7 +130,8 @@ def chat(folder: given.Folder, system: given.System = "", max_new_tokens: given.
     machine = _machine()
     from lora_practice import chat, generate
 
-    chat.chat(generate.load(str(folder), machine, keep_base=True), system, max_new_tokens=max_new_tokens)
+    talker = generate.load(str(folder), machine, keep_base=True)
+    chat.chat(str(folder), talker, system, max_new_tokens=max_new_tokens)
 
 
 @verb("底座和微调（或两个文件夹）并排回答，比较留出数据的损失", "base and adapter, or two folders, side by side")

@@ -13,8 +13,9 @@ from lora_practice import generate, held_out
 from lora_practice.artifacts import read_record
 from lora_practice.errors import UserError, tell, text, visible
 from lora_practice.machine import Machine
-from lora_practice.talk import SAMPLE_PROMPTS, opening, show
+from lora_practice.talk import SAMPLE_PROMPTS, SAMPLE_TOKENS, cut, opening, say
 from lora_practice.talker import Talker, without_adapter
+from lora_practice.terminal import columns
 
 NARROW = 80  # columns; below, answers stand under each other
 
@@ -44,7 +45,7 @@ def answers(
         if quiet:
             said = {name: talker.answer(messages, **options) for name, talker in sides.items()}
         elif sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
-            said = _in_columns(prompt, in_turn({name: one.stream(messages, **options) for name, one in sides.items()}))
+            said = _in_columns(sides, prompt, messages, options)
         else:
             said = _stacked(sides, prompt, messages, options)
         found.append({"prompt": prompt, "answers": said})
@@ -66,11 +67,11 @@ def in_turn(streams: Mapping[str, Iterator[str]]) -> Iterator[dict[str, str]]:
             yield said
 
 
-def samples(folder: str, machine: Machine, max_new_tokens: int = 64) -> list[dict[str, str]]:
+def samples(folder: str, machine: Machine) -> list[dict[str, str]]:
     """The four sample prompts answered by base and adapter, as `--run_inference` records them."""
     base, adapted = two_sides(folder, None, machine).values()
     names = {"base": base, "adapter": adapted}
-    found = answers(names, SAMPLE_PROMPTS, quiet=True, max_new_tokens=max_new_tokens)
+    found = answers(names, SAMPLE_PROMPTS, quiet=True, max_new_tokens=SAMPLE_TOKENS)
     return [{"prompt": one["prompt"], **one["answers"]} for one in found]
 
 
@@ -126,28 +127,34 @@ def _stacked(
     print(f"> {visible(prompt)}")
     said = {}
     for name, talker in sides.items():
-        print(f"[{visible(name)}] ", end="", flush=True)
-        said[name] = talker.answer(messages, on_text=lambda piece: show(visible(piece)), **options)
-        print()
+        heading = f"[{visible(name)}] "
+        print(heading, end="", flush=True)
+        said[name] = say(talker, messages, columns(heading), **options)
     print(flush=True)
     return said
 
 
-def _in_columns(prompt: str, steps: Iterator[dict[str, str]]) -> dict[str, str]:
+def _in_columns(
+    sides: Mapping[str, Talker], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
+) -> dict[str, str]:
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-    def table(said: Mapping[str, str]) -> Table:
+    def table(said: Mapping[str, str], marks: Mapping[str, str]) -> Table:
         shown = Table(title=Text(f"> {visible(prompt)}"), title_justify="left", expand=True, title_style="bold")
         for name in said:
             shown.add_column(Text(visible(name)), ratio=1, overflow="fold")
-        shown.add_row(*(Text(visible(words)) for words in said.values()))
+        cells = [Text(visible(words)) for words in said.values()]
+        for cell, mark in zip(cells, marks.values()):
+            cell.append(f"\n{mark}" if mark else "", style="dim")
+        shown.add_row(*cells)
         return shown
 
     said: dict[str, str] = {}
     with Live(console=Console(highlight=False), refresh_per_second=12) as live:
-        for said in steps:
-            live.update(table(said))
+        for said in in_turn({name: one.stream(messages, **options) for name, one in sides.items()}):
+            live.update(table(said, {}))
+        live.update(table(said, {name: cut(one) for name, one in sides.items()}))
     return said

@@ -1,6 +1,6 @@
 """Words for people: pick a language, and end a program on a user's mistake in one clear line.
 
-Imports nothing of ours, so that every other file may use it.
+Imports nothing of ours but `terminal`, so that every other file may use it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable
+
+from lora_practice.terminal import fitted
 
 EXIT_USER_ERROR = 2
 # what would steer a terminal or hide a part of a line, when it stands in the name of a file or in someone's data
@@ -116,7 +118,7 @@ def without_tokens(words: str) -> str:
 
 def tell(line: str) -> None:
     """Print one line for the person at the terminal (stderr, so that answers on stdout stay clean)."""
-    print(visible(without_tokens(line)), file=sys.stderr, flush=True)
+    print(fitted(visible(without_tokens(line)), sys.stderr), file=sys.stderr, flush=True)
 
 
 def door(main: Callable[..., int | None]) -> Callable[..., None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def merge(folder: Path) -> tuple[Path, float]:
         raise UserError(
             text("已经合并过了", "already merged"),
             where=str(target),
-            fix=text("要重做就先删掉它", "delete it first to merge again"),
+            fix=text("要重做就先删掉它；直接用：", "to merge again, delete it first; to use it: ")
+            + f"lora-practice chat {shlex.quote(str(target))}",
         )
     import torch
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional
 
 from lora_practice.errors import text
-
-# one wide character or a word, with the punctuation that may not begin (or end) a line
-_PIECE = re.compile(r"(?:[（《]*[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）？！]*\s*|\s+")
+from lora_practice.terminal import wrap
 
 
 class Help(argparse.HelpFormatter):
@@ -37,26 +32,3 @@ class Help(argparse.HelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return wrap(text, width)
-
-
-def wrap(words: str, width: int) -> list[str]:
-    """Lines of at most `width` terminal columns, Chinese too; what has no place to break stays whole."""
-    lines = [""]
-    for piece in _PIECE.findall(words):
-        if lines[-1] and columns(lines[-1] + piece.rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
-    return [line.rstrip() for line in lines]
-
-
-def columns(words: str) -> int:
-    """Terminal columns that these words take: a Chinese character takes two."""
-    return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in words)
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells with their columns under each other."""
-    rows = [*rows]
-    widths = [max(columns(cell) for cell in column) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths)).rstrip()

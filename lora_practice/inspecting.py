@@ -9,9 +9,9 @@ from typing import Any
 
 from lora_practice.anatomy import Anatomy, Layer, number
 from lora_practice.errors import text, visible
-from lora_practice.helping import aligned
 from lora_practice.inventory import Item
 from lora_practice.judging import USES, Verdict
+from lora_practice.terminal import aligned
 
 BAR = 20  # characters of the longest bar
 USE_NAMES = {

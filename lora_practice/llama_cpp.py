@@ -14,7 +14,7 @@ from lora_practice.errors import text
 def missing() -> str:
     """Why llama.cpp cannot be asked, in a few words; "" if it can."""
     if importlib.util.find_spec("xllamacpp") is None:
-        hint = "pip install lora-finetune-practice[gguf]"
+        hint = 'pip install -e ".[gguf]"'
         return text(f"没有检查：{hint}", f"not checked: {hint}")
     return ""
 

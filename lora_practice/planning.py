@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lora_practice.errors import text
-from lora_practice.helping import aligned
 from lora_practice.machine import Machine, matmul_gflops
 from lora_practice.preflight import Estimate, lengths_of
 from lora_practice.record import about
+from lora_practice.terminal import aligned
 from lora_practice.trainer import PracticeTrainer
 from lora_practice.variants import moves_base, ranks_saved
 

@@ -9,6 +9,7 @@ import base64
 import gzip
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any, Optional
 from lora_practice import curve, figures, inspecting, manifest
 from lora_practice import record as records
 from lora_practice.artifacts import PROOF, RECORD
+from lora_practice.cards import WHEELS
 from lora_practice.errors import UserError, language, text, visible
 from lora_practice.figures import MARK
 from lora_practice.judging import USES, Verdict, judge
+from lora_practice.talk import SAMPLE_TOKENS
 
 PAGE, PICTURE, CARD = "report.html", "curves.png", "README.md"
 HIDDEN = (  # what makes the run no other than it is
@@ -92,6 +95,8 @@ def page(verdict: Verdict, reading: curve.Reading, reasons: Mapping[str, tuple[A
         files=[(item, inspecting.explain(item)) for item in verdict.items if item.name not in (PAGE, PICTURE)],
         uses=[(text(*inspecting.USE_NAMES[use]), *verdict.uses[use]) for use in USES],
         use_names={use: text(*names) for use, names in inspecting.USE_NAMES.items()},
+        install=_install(record.get("versions") or {}),
+        sample_tokens=SAMPLE_TOKENS,
         picture=base64.b64encode(figures.png(record)).decode("ascii"),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), mtime=0)).decode("ascii"),
     )
@@ -117,6 +122,14 @@ def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if key in record:
             tiles.append((name, f"{record[key]:,.0f} {unit}"))
     return tiles
+
+
+def _install(versions: Mapping[str, Any]) -> str:
+    """The pip line for these versions. PyPI has no "+cpu": such a torch comes from an index of its own."""
+    named = [f"{name}=={str(number).partition('+')[0]}" for name, number in versions.items() if name != "python"]
+    build = str(versions.get("torch")).partition("+")[2]
+    index = [f"--extra-index-url {WHEELS}{build}"] if re.fullmatch(r"cpu|cu\d+", build) else []
+    return " ".join(["pip install", *named, *index])
 
 
 def _settings(

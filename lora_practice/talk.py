@@ -1,14 +1,17 @@
-"""Talking at the terminal: one answer as it is written, base and adapter one after the other."""
+"""Talking at the terminal: questions from a pipe, an answer as it is written, base and adapter one after the other."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_practice.errors import text
-from lora_practice.talker import decoder_of, talker
+from lora_practice.errors import UserError, tell, text, visible
+from lora_practice.talker import Talker, decoder_of, talker
+from lora_practice.terminal import Typing, fitted
 from lora_practice.variants import as_base
 
+SAMPLE_TOKENS = 64  # in an answer to a sample prompt at most
 SAMPLE_PROMPTS = (
     "What is the capital of France?",
     "My printer is not printing.",
@@ -22,13 +25,48 @@ def opening(system: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def show(piece: str) -> None:
-    """Print a piece of an answer at once."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+def piped() -> Iterator[str]:
+    """The questions on stdin, one a line.
+
+    Raises:
+        UserError: they are not UTF-8.
+    """
+    try:
+        for line in sys.stdin:
+            line.encode("utf-8")  # what is none comes through as surrogates where the locale is C
+            if line.strip():
+                yield line.strip()
+    except UnicodeError as error:
+        fix = text("先转换：iconv -f gbk -t utf-8", "convert it first: iconv -f gbk -t utf-8")
+        raise UserError(text("不是 UTF-8", "not UTF-8"), text("管道", "the pipe"), fix) from error
 
 
-def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[str, str]]:
+def say(talker: Talker, messages: Sequence[dict[str, str]], column: int = 0, **options: Any) -> str:
+    """Print an answer as it is written, from `column` of the line on, and below it whether it was cut.
+
+    Returns:
+        The answer. `options` go to `Talker.answer`.
+    """
+    typing = Typing(sys.stdout, column)
+    answer = talker.answer(messages, on_text=lambda piece: typing.add(visible(piece)), **options)
+    typing.end()
+    print(flush=True)
+    if talker.cut:
+        tell(cut(talker))
+    return answer
+
+
+def cut(talker: Talker) -> str:
+    """That its last answer goes on, and how to hear more of it; empty if the answer ended by itself."""
+    if not talker.cut:
+        return ""
+    return text(
+        f"（满 {talker.cut} 个 token，已截断：--max-new-tokens N）",
+        f"(cut at {talker.cut} tokens: --max-new-tokens N)",
+    )
+
+
+def compare(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     """Four prompts answered by the base and by the adapter of one PEFT model, shown side by side.
 
     Returns:
@@ -37,15 +75,15 @@ def compare(model: Any, tokenizer: Any, max_new_tokens: int = 64) -> list[dict[s
     model.gradient_checkpointing_disable()
     with as_base(model):
         base = talker(model, tokenizer, decoder_of(model))
-        before = [base.answer([_asked(prompt)], max_new_tokens) for prompt in SAMPLE_PROMPTS]
+        before = [base.answer([_asked(prompt)], SAMPLE_TOKENS) for prompt in SAMPLE_PROMPTS]
     adapted = talker(model, tokenizer, decoder_of(model))
     samples = []
     for prompt, old in zip(SAMPLE_PROMPTS, before):
-        new = adapted.answer([_asked(prompt)], max_new_tokens)
+        new = adapted.answer([_asked(prompt)], SAMPLE_TOKENS)
         samples.append({"prompt": prompt, "base": old, "adapter": new})
         print(f"\n{text('问', 'prompt')}: {prompt}")
-        print(f"  {text('底座', 'base')}: {old.strip()}")
-        print(f"  {text('微调', 'adapter')}: {new.strip()}", flush=True)
+        for name, words in ((text("底座", "base"), old), (text("微调", "adapter"), new)):
+            print(fitted(f"  {name}: {visible(words.strip())}", sys.stdout), flush=True)
     return samples
 
 

@@ -20,13 +20,14 @@ class Talker:
     """A model that answers chats; `stop_ids` are the tokens that end an answer.
 
     `decoder` generates where it serves the model (several times faster, the same greedy tokens); without one it
-    is transformers' own `generate`.
+    is transformers' own `generate`. `cut`: the tokens at which the last answer was cut, 0 if it ended by itself.
     """
 
     model: Any
     tokenizer: Any
     stop_ids: list[int]
     decoder: Optional[Decoder] = None
+    cut: int = 0
 
     def answer(
         self,
@@ -44,7 +45,9 @@ class Talker:
             UserError: the template refuses the messages, or they are longer than the model can take.
         """
         pieces = Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
-        return self.tokenizer.decode(self.write(self._asked(messages), max_new_tokens, temperature, top_p, pieces))
+        tokens = self.write(self._asked(messages), max_new_tokens, temperature, top_p, pieces)
+        self.cut = max_new_tokens if len(tokens) >= max_new_tokens else 0
+        return self.tokenizer.decode(tokens)
 
     def stream(self, messages: Sequence[dict[str, str]], max_new_tokens: int = 128) -> Iterator[str]:
         """The likeliest answer in pieces, a token's worth each: computed when it is asked for, so that several answers
@@ -59,6 +62,7 @@ class Talker:
             said.clear()
             pieces.add(token)
             yield "".join(said)
+        self.cut = max_new_tokens if len(pieces.ids) >= max_new_tokens else 0
         said.clear()
         pieces.end()
         yield "".join(said)

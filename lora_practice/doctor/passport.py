@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from lora_practice.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigabytes
 from lora_practice.doctor.surroundings import Hub, Need, Place, Plan, Surroundings, survey
 from lora_practice.errors import EXIT_USER_ERROR, counted, text, visible
-from lora_practice.helping import columns, wrap
 from lora_practice.machine import Machine, decide
 from lora_practice.probe import Facts, look
+from lora_practice.terminal import columns, wrap
 from lora_practice.trouble import sm
 
 WIDTH, LABEL = 80, 12
@@ -35,7 +36,11 @@ class Passport:
 
     @property
     def next_command(self) -> str:
-        """The Hub's model where it is here or can be fetched, else the embedded one; empty if nothing trains here."""
+        """To train: the Hub's model where it is here or can be fetched, else the embedded one. To talk, where a run is
+        finished already. Empty if nothing trains here.
+        """
+        if self.around.finished and self.can_train:
+            return f"lora-practice chat {shlex.quote(self.around.output.path)}"
         served = self.around.hub.reachable or all(need.here for need in self.around.wanted)
         command = "lora-practice train" + ("" if served else " --embedded")
         return command if self.can_train else ""
@@ -80,8 +85,8 @@ def page(passport: Passport) -> str:
         mark = "-" if finding.level == NOTE else "!"
         first, *more = wrap(finding.what, WIDTH - 4)
         lines += [f"  {mark} {first}", *(f"    {line}" for line in more)]
-        cure = f"{text('→', '->')} {finding.cure}" if finding.cure else ""
-        lines += [f"    {line}" for line in ([cure] if "pip install" in cure else wrap(cure, WIDTH - 4)) if line]
+        if finding.cure:
+            lines += [f"    {line}" for line in wrap(f"{text('→', '->')} {finding.cure}", WIDTH - 4)]
     return "\n".join([*lines, "", *_verdict(passport)])
 
 
@@ -184,4 +189,5 @@ def _verdict(passport: Passport) -> list[str]:
     # the cure of the card stands above
     advice = [line for line in machine.advice.splitlines() if not any(cure in line for cure in cures)]
     lines = [line for words in (said, *advice) for line in wrap(words, WIDTH)]
-    return [*lines, text("下一步：", "next:"), f"  {passport.next_command}"]
+    there = text("已经有训练好的结果，", "a run is finished already; ") if passport.around.finished else ""
+    return [*lines, there + text("下一步：", "next:"), f"  {passport.next_command}"]

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice import embedded, environment, manifest
+from lora_practice.errors import UserError
 from lora_practice.probe import Facts
 from lora_practice.sources import MODEL_FILES
+from lora_practice.stored import read_record
 from lora_practice.versions import libraries, network_errors
 
 ANSWER_SECONDS = 5.0
@@ -78,6 +80,7 @@ class Surroundings:
     wanted: tuple[Need, ...]
     compiler: Optional[str]
     versions: dict[str, Optional[str]]
+    finished: bool  # `output` holds the result of a run already
 
 
 def survey(plan: Plan, facts: Facts) -> Surroundings:
@@ -108,7 +111,15 @@ def survey(plan: Plan, facts: Facts) -> Surroundings:
         ),
         compiler=_compiler() if facts.torch else None,
         versions=libraries(),
+        finished=_finished(Path(plan.output_dir).expanduser()),
     )
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return (read_record(folder) or {}).get("status") == "finished"
+    except (UserError, OSError):  # whoever wants to use it is told
+        return False
 
 
 def place(path: Path) -> Place:

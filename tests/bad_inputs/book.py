@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -210,7 +211,10 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "the tokenizer is not the one that the base was trained with": (out(swap_tokenizer), ASK),
     "no adapter here": (nothing, ("merge", "base")),
     "already merged": (lambda place: (place.path / "out" / "merged").mkdir(), ("merge", "out")),
-    "no --prompt, and this is no terminal": (nothing, ("infer", "--model-dir", "out")),
+    "no --prompt, and no question on stdin": (
+        lambda place: place.patch.setattr("sys.stdin", io.StringIO()),
+        ("infer", "--model-dir", "out"),
+    ),
     "the prompt is empty": (nothing, (*ASK[:3], "--prompt", " ")),
     "no repository to upload to": (nothing, UPLOAD),
     "HF_TOKEN is not set": (nothing, (*UPLOAD, "--repo-id", "alice/x")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 from pathlib import Path
@@ -12,9 +13,10 @@ from bad_inputs.folders import make_base, make_output
 from lora_practice import chat as chats
 from lora_practice import generate
 from lora_practice.chat import Chat, guide
-from lora_practice.helping import columns
+from lora_practice.errors import UserError
 from lora_practice.machine import Facts, decide
 from lora_practice.talker import Talker
+from lora_practice.terminal import Typing, columns
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,29 @@ def test_turns_are_remembered_until_reset(talking, capsys):
     assert [one["role"] for one in talking.messages] == ["user", "assistant"] * 2
     assert talking.say("/reset") and talking.messages == []
     assert not talking.say("/exit")
+
+
+def test_an_answer_that_was_cut_says_so_and_not_in_its_own_words(talking, talker, capsys):
+    assert talking.say("hello") and talker.cut == 4
+    shown = capsys.readouterr()
+    assert "(cut at 4 tokens: --max-new-tokens N)" in shown.err and "cut at" not in shown.out
+    assert "cut at" not in talking.messages[-1]["content"]
+    (first,) = talker.write(talker._asked(talking.messages[:1]), 1)
+    ending = Talker(talker.model, talker.tokenizer, [first], talker.decoder)
+    Chat(ending, max_new_tokens=4).say("hello")
+    assert ending.cut == 0 and "cut at" not in capsys.readouterr().err
+
+
+def test_a_pipe_asks_a_question_a_line_and_must_be_utf_8(talker, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/system Be brief.\nagain"))
+    chats.chat("out", talker, max_new_tokens=4)
+    shown = capsys.readouterr()
+    assert len([*filter(None, shown.out.splitlines())]) == 2 and "system prompt: Be brief." in shown.err
+    for errors in ("strict", "surrogateescape"):  # the second where the locale is C
+        pipe = io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", pipe)
+        with pytest.raises(UserError, match="the pipe: not UTF-8 -> convert it first: iconv"):
+            chats.chat("out", talker)
 
 
 def test_a_system_prompt_begins_anew_and_none_drops_it(talking):
@@ -94,12 +119,12 @@ def test_a_mistake_costs_a_line_and_not_the_chat(talking, capsys, words, said):
 
 
 def test_an_interrupted_answer_is_forgotten_and_the_chat_goes_on(talking, monkeypatch, capsys):
-    def interrupted(piece: str) -> None:
+    def interrupted(typing: Typing, words: str) -> None:
         raise KeyboardInterrupt
 
     talking.say("hello")
     before = list(talking.messages)
-    monkeypatch.setattr(chats, "_shown", interrupted)
+    monkeypatch.setattr(Typing, "add", interrupted)
     assert talking.say("again")
     assert talking.messages == before and "does not count" in capsys.readouterr().err
 

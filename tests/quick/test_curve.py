@@ -8,7 +8,7 @@ import random
 import pytest
 
 from lora_practice.curve import FEWEST, Reading, read, smoothed
-from lora_practice.helping import columns
+from lora_practice.terminal import columns
 
 
 def curve(shape, count=60, noise=0.15, seed=0, every=10):

@@ -18,10 +18,10 @@ from lora_practice.doctor import surroundings
 from lora_practice.doctor.diagnosis import MEND, NOTE, STOP, diagnose
 from lora_practice.doctor.passport import Passport, as_record, page
 from lora_practice.doctor.surroundings import Hub, Need, Place, Plan, Surroundings, place, survey
-from lora_practice.helping import columns
 from lora_practice.machine import decide
 from lora_practice.probe import Facts
 from lora_practice.sources import SHIPPED
+from lora_practice.terminal import columns
 from lora_practice.versions import LIBRARIES
 
 pytestmark = pytest.mark.usefixtures("no_hub")
@@ -42,6 +42,7 @@ def around(**more: Any) -> Surroundings:
         "wanted": here,
         "compiler": "g++",
         "versions": versions,
+        "finished": False,
     }
     return Surroundings(**{**parts, **more})
 
@@ -225,6 +226,16 @@ def test_what_is_on_this_disk_needs_no_hub(tmp_path: Path, monkeypatch: pytest.M
     assert [need.here for need in own.wanted] == [True, True]
     monkeypatch.setenv("LORA_PRACTICE_CACHE", str(tmp_path / "empty"))
     assert [need.here for need in survey(PLAN, d.LAPTOP).embedded] == [False, False]
+
+
+def test_after_a_finished_run_the_next_thing_is_to_talk(tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, output_dir=str(tmp_path))
+    for status, finished in (("running", False), ("finished", True), (7, False)):
+        (tmp_path / "run_record.json").write_text(json.dumps({"status": status}), "utf-8")
+        assert survey(plan, d.LAPTOP).finished is finished
+    passport = Passport(decide(d.LAPTOP), around(finished=True), [])
+    assert passport.next_command == "lora-practice chat output"
+    assert page(passport).endswith("a run is finished already; next:\n  lora-practice chat output")
 
 
 def test_counting_a_cache_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

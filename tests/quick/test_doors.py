@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ready_python
 
-from lora_practice.helping import columns
+from lora_practice.terminal import columns
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ("fine_tuning_practice.py",)
@@ -185,7 +185,7 @@ def test_wrong_values_gather_into_one_line_and_write_nothing(tmp_path: Path) -> 
     [
         (CLI, ("tain",), "no such command: tain"),
         ((*CLI, "merge"), (), "FOLDER is missing -> lora-practice merge --help"),
-        (INFER, (), "no --prompt, and this is no terminal"),
+        (INFER, (), "no --prompt, and no question on stdin"),
         (INFER, ("--prompt", "Hi", "--model-dir", "nowhere"), "nowhere: no such folder"),
         (TRAIN, ("--dataset_path", "missing.jsonl", "--embedded"), "missing.jsonl: no such data file"),
         (

@@ -78,7 +78,7 @@ def test_every_form_passes_and_the_card_says_so_once(run):
 
 
 def test_without_llama_cpp_the_gguf_lines_say_so_and_merged_is_still_proved(run, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked: pip install lora-finetune-practice[gguf]")
+    monkeypatch.setattr(llama_cpp, "missing", lambda: 'not checked: pip install -e ".[gguf]"')
     lines = export.to_gguf(run, ["q8_0"])
     assert results(lines) == {"merged/": "PASS", "merged-q8_0.gguf": "-", "adapter.gguf": "-"}
     assert "not checked: pip install" in proof.show(lines)

@@ -17,9 +17,9 @@ from lora_practice import manifest, origin
 from lora_practice.anatomy import measure, scaling
 from lora_practice.contents import kind_of
 from lora_practice.errors import UserError
-from lora_practice.helping import columns
 from lora_practice.inspecting import as_json, lines
 from lora_practice.judging import judge
+from lora_practice.terminal import columns
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from tiny_run import MACHINE, rows, trainer_for
 from lora_practice import planning, preflight, train
 from lora_practice.artifacts import OutputFolder
 from lora_practice.data.examples import Examples
-from lora_practice.helping import columns
 from lora_practice.sources import Source
+from lora_practice.terminal import columns
 
 PACE = ("runtime", "per_second", "memory_mb")  # what differs between two runs of the same
 

@@ -87,6 +87,7 @@ def test_the_page_shows_what_the_record_holds(folder):
     page = report(folder)
     for words in ("2.900 → 2.100", "61 s", "950 MB", "0.001", "ten times that of full", "pip install torch==2.13.0"):
         assert words in page, words
+    assert "An answer has 64 tokens at most" in page
     drawn = json.loads(re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, flags=re.S).group(1))
     assert set(drawn) == {"loss", "layers", "small0", "small1", "small2", "small3"}
     assert drawn["loss"]["data"][0]["y"] == pytest.approx([3 - i / 20 for i in range(1, 31)])
@@ -94,6 +95,20 @@ def test_the_page_shows_what_the_record_holds(folder):
     assert "secret-place" not in page
     for file in ("adapter_model.safetensors", "tokenizer.json", "run_record.json"):
         assert file in page
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("2.13.0+cpu", "torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu\n"),
+        ("2.8.0+cu126", "torch==2.8.0 --extra-index-url https://download.pytorch.org/whl/cu126\n"),
+        ("2.13.0", "torch==2.13.0\n"),
+        ("2.13.0+git.local", "torch==2.13.0\n"),
+    ],
+)
+def test_the_pip_line_names_where_a_torch_is_that_pypi_does_not_have(folder, torch, said):
+    edit("run_record.json", versions={"python": "3.11", "torch": torch})(folder)
+    assert f"pip install {said}" in report(folder)
 
 
 def test_each_language_has_its_own_words(folder, monkeypatch):

@@ -15,6 +15,7 @@ DOORS = ("fine_tuning_practice", "inference", "scripts", "upload_lora_to_hub")
 # A file imports lower layers only; inside one layer, only what stands before it on the same line.
 LAYERS = [
     [
+        "terminal",
         "errors",
         "helping",
         "settings",

@@ -12,7 +12,7 @@ import pytest
 from test_doors import CLI, HEAVY, run
 
 from lora_practice.cli import app
-from lora_practice.helping import columns
+from lora_practice.terminal import columns
 
 VERBS = [info.callback.__name__.replace("_", "-") for info in app.registered_commands if info.callback]
 

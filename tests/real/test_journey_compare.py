@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def test_a_chat_on_a_real_terminal_edits_breaks_lines_stops_an_answer_and_ends(t
     command = [*CLI, "chat", str(trained.folder), "--max-new-tokens", "60"]
     env = environment(tmp_path / "home", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
     terminal = pexpect.spawn(sys.executable, command, cwd=str(tmp_path), env=env, encoding="utf-8", timeout=120)
+    terminal.expect("a chat with " + re.escape(str(trained.folder)))
     terminal.expect("/save FILE")
     terminal.expect("you>")  # the space after it is drawn by moving the cursor
     terminal.send("first line\x1b\rsecond line\r")

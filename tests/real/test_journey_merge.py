@@ -82,7 +82,7 @@ def test_merging_needs_no_second_training_and_is_not_done_twice(copied, tmp_path
     assert "copy/merged/" in done.stderr
     one, two = (load_file(place / "merged" / "model.safetensors") for place in (copied, trained.folder))
     assert all(one[name].equal(two[name]) for name in two)
-    refused(run(tmp_path, *command), "already merged", "merged")
+    refused(run(tmp_path, *command), "already merged", "to use it: lora-practice chat", "merged")
     assert not list(copied.glob(".writing-*"))
 
 
