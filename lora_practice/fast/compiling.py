@@ -92,6 +92,8 @@ def _compile(compiler: str, type_name: str, runtime: Optional[str], here: Path, 
         if done.returncode:
             raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
         os.chmod(scratch, 0o700)  # the linker made it anew, as the umask says
+        with open(scratch, "rb+") as written:
+            os.fsync(written.fileno())  # else a power cut could leave the name without the contents
         os.replace(scratch, path)  # whole or not at all, also when two processes build at once
     finally:
         with contextlib.suppress(FileNotFoundError):

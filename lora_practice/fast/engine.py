@@ -142,7 +142,7 @@ class Engine:
         """Give the model's weights storage of their own again (contiguous), for saving or merging the base."""
         for parameter, view in self.weights.moved:
             if parameter.data_ptr() == view.data_ptr():
-                parameter.data = view.contiguous()
+                parameter.data = view.clone(memory_format=torch.contiguous_format)
         self.weights.moved.clear()
 
     def _pass(self, plan: Plan, noise: Optional[Noise], backward: bool = True) -> Pass:

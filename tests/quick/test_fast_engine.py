@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fast_models import FAMILIES, examples, fast_step, plain_step, tiny, worst
+from fast_models import FAMILIES, TARGETS, examples, fast_step, plain_step, tiny, worst
 
 from lora_practice import fast
 from lora_practice.fast.noise import Noise, keep_mask
@@ -176,12 +176,13 @@ def test_rank_stabilised_scaling_is_read_from_peft():
     assert worst(fast_step(model, batch, compute_dtype=torch.float64)[1], gradients) < 1e-7
 
 
-def test_the_base_is_held_once_and_given_back():
-    model, batch = tiny(dtype=torch.float32), examples()
+@pytest.mark.parametrize("targets", [TARGETS, ["o_proj"]])
+def test_the_base_is_held_once_and_given_back(targets):
+    model, batch = tiny(dtype=torch.float32, targets=targets), examples()
     before = model.eval()(input_ids=torch.tensor([batch[0][0]])).logits
     engine = fast.build(model)
     layer = model.get_base_model().model.layers[0]
-    q, k = (getattr(layer.self_attn, name).base_layer.weight for name in ("q_proj", "k_proj"))
+    q, k = (getattr(module, "base_layer", module).weight for module in (layer.self_attn.q_proj, layer.self_attn.k_proj))
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     torch.testing.assert_close(model(input_ids=torch.tensor([batch[0][0]])).logits, before)
     engine.close()
