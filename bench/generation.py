@@ -35,7 +35,7 @@ def main() -> None:
     started = clock()
     written = [write(ids) for ids in prompts]
     seconds = clock() - started
-    result = {"tokens_per_second": len(QUESTIONS) * NEW_TOKENS / seconds, "peak_memory_mb": peak_memory_mb()}
+    result = {"tokens_per_second": len(QUESTIONS) * NEW_TOKENS / seconds, "peak_memory_mb": peak_memory_mb("cpu")}
     print("RESULT " + json.dumps({**result, "written": written}), flush=True)
 
 

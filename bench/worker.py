@@ -47,7 +47,7 @@ def main() -> None:
         "tokens_per_second": tokens / seconds,
         "tokens": tokens,
         "seconds": seconds,
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(spec["device"]),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     if engine is not None:
@@ -199,13 +199,13 @@ def _seconds(clock: Callable[[], float], *products: Callable[[], Any]) -> float:
     return clock() - started
 
 
-def peak_memory_mb() -> float:
-    """Most memory so far: the card's, where one is used, else what was resident of this process."""
+def peak_memory_mb(device: str) -> float:
+    """Most memory so far: the card's, or what was resident of this process."""
     import torch
 
     from lora_practice.machine import peak_memory
 
-    if torch.cuda.is_initialized():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return peak_memory() / 1e6
 

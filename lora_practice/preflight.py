@@ -57,7 +57,7 @@ def estimate(
     # measuring the held-out rows is the forward half of training on as many tokens
     measured = _measurements(settings, steps) * held_out.tokens / (sum(lengths) / len(lengths)) / 2
     seconds = taken * (rows + measured) / window * left
-    peak_mb = round(_peak(arguments.device) / 1e6)
+    peak_mb = round(most_held(arguments.device) / 1e6)
     disk_mb = round(_disk(trainer, base, steps, settings.merge_adapter) / 1e6)
     return Estimate(steps, taken, seconds, peak_mb, disk_mb, round(download_mb))
 
@@ -125,7 +125,8 @@ def _measurements(settings: Any, steps: int) -> int:
     return often[settings.eval_strategy]
 
 
-def _peak(device: Any) -> int:
+def most_held(device: Any) -> int:
+    """Bytes that this process held at most: on its card, or in main memory."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 

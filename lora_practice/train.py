@@ -21,9 +21,9 @@ from lora_practice.errors import UserError, tell, text
 from lora_practice.evaluate import BEST, attach, evaluations, held_out_loss, perplexity, take_best, was_over
 from lora_practice.guard import Guard
 from lora_practice.ladder import Load, Regime, TooLong, bytes_per_token
-from lora_practice.machine import Machine, peak_memory
+from lora_practice.machine import Machine
 from lora_practice.model import keep_trained_in_fp32
-from lora_practice.preflight import Estimate, short_of_disk
+from lora_practice.preflight import Estimate, most_held, short_of_disk
 from lora_practice.sources import Source
 from lora_practice.trainer import PracticeTrainer
 from lora_practice.variants import ranks_saved
@@ -177,7 +177,7 @@ def run(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) ->
         "pace": [{key: entry[key] for key in PACE if key in entry} for entry in state.log_history if "loss" in entry],
         "seconds": round(seconds, 1),
         "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
-        "peak_memory_mb": round(peak_memory() / 1e6),
+        "peak_memory_mb": round(most_held(trainer.args.device) / 1e6),
     }
     if before is not None:
         result["stopped_early"] = stopped_early

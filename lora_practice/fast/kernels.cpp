@@ -105,8 +105,8 @@ void cross_entropy(T* logits, int64_t ld, int64_t n, int64_t V, const int64_t* f
     }
 }
 
-void rotate(float* x, int64_t ld, int64_t n, int64_t heads, int64_t half, const float* cosines,
-                           const float* sines, float sign, int threads) {
+void rotate(float* x, int64_t ld, int64_t n, int64_t heads, int64_t half, const float* cosines, const float* sines,
+            float sign, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n; ++i) {
         const float *c = cosines + i * half, *s = sines + i * half;

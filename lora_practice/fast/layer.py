@@ -5,7 +5,11 @@
     x2 = norm2(h2)           [gate|up] = x2 W^T            h3 = h2 + (act(gate) * up) W_d^T
 
 Saved per row: h, h2, O, rotated q|k|v, gate|up and the small u of each LoRA; norms, activation, softmax and
-dropout masks are made again in the backward pass, which walks the same lines upwards.
+dropout masks are made again in the backward pass, which walks the same lines upwards (f' stands for the backward of
+f; each group's also leaves its LoRA gradients, see linear.py):
+
+    d_h2 = d_h3 + norm2'([gate|up]'(gate'(down'(d_h3))))
+    d_h  = d_h2 + norm1'([q|k|v]'(head_norm'(rotation'(attention'(out'(d_h2))))))
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 PEFT draws an independent mask for each LoRA site (q, k, v, o, gate, up, down of each layer) on the input of A;
 so do we: every site has its own key. Because a mask is a function and not a stream, the backward pass makes it
-again instead of storing it, a resumed run continues with the same masks, and micro-batches do not change them.
-Rows are counted through the whole optimizer step, so examples that share prefix rows share those rows' masks.
+again instead of storing it, and a resumed run continues with the same masks. Rows are counted through the whole
+optimizer step: how it is cut into micro-batches changes no mask, but for prefix rows, which are counted once for each
+micro-batch that has them, and whose masks the examples that share them there share too.
 
     bits(row, j) = mix32(row * K/2 + j + key0, key1)            j in [0, K/2)
     keep(row, j) = low 16 bits >= p * 65536,  keep(row, j + K/2) = high 16 bits >= p * 65536

@@ -8,6 +8,8 @@ import torch
 
 from .plan import BLOCK_ROWS, Plan
 
+TILE_SCORES = 1 << 20  # of one head at once; a longer run makes more tiles, not larger ones
+
 
 @dataclass
 class Tile:
@@ -29,7 +31,8 @@ def _cut(plan: Plan, window: int | None) -> list[Tile]:
     """Cut each run into blocks of BLOCK_ROWS queries and pad blocks of similar size together.
 
     Keys of a block: its path, then its run up to the block's end. Blocks join a tile, from long to short,
-    while the padded area stays below 1.3 times the true one (or 32 x 64 a block, where calls cost more).
+    while the padded area stays below 1.3 times the true one (or 32 x 64 a block, where calls cost more) and below
+    TILE_SCORES, which one block alone may pass.
     """
     blocks = []
     for path, first, last in plan.runs:
@@ -44,7 +47,7 @@ def _cut(plan: Plan, window: int | None) -> list[Tile]:
         if groups:
             many = [*groups[-1], block]
             padded = len(many) * max(len(b[0]) for b in many) * max(len(b[1]) for b in many)
-            if padded <= max(1.3 * (area + size), 32 * 64 * len(many)):
+            if padded <= min(max(1.3 * (area + size), 32 * 64 * len(many)), TILE_SCORES):
                 groups[-1].append(block)
                 area += size
                 continue

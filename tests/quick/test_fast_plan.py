@@ -64,6 +64,16 @@ def test_tiles_hold_each_row_once():
     assert sorted(rows[rows < plan.rows].tolist()) == list(range(plan.rows))
 
 
+@pytest.mark.parametrize(("rows", "count"), [(500, 1), (500, 20), (6000, 1)])
+def test_what_a_tile_takes_does_not_grow_with_the_rows(rows, count):
+    examples = [([i, *range(rows)], [i, *range(rows)]) for i in range(count)]
+    cut = tiles(plan_step(examples)[0], None)
+    assert max(tile.hidden.numel() for tile in cut) <= 1 << 20
+    assert sum(tile.hidden.numel() for tile in cut) <= 1.3 * sum(
+        count * 128 * min(end, rows) for end in range(128, rows + 128, 128)
+    )
+
+
 @pytest.mark.parametrize("length", [1, 128, 129, 500, 5000])
 def test_pieces_of_a_run_hold_each_query_once_and_their_keys_grow_with_its_length(length):
     first, second = list(range(length + 1)), [0, 1, *range(9000, 9000 + length)]

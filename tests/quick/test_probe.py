@@ -151,6 +151,19 @@ def test_this_machine_can_be_looked_at() -> None:
     assert matmul_gflops() > 0.1
 
 
+def test_the_most_memory_is_the_cards_only_where_the_card_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda is awake also where its random numbers were saved, which every step does."""
+    import torch
+
+    from bench.worker import peak_memory_mb
+    from lora_practice.preflight import most_held
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 7_000_000)
+    assert most_held(torch.device("cuda")) == 7_000_000 < most_held(torch.device("cpu"))
+    assert peak_memory_mb("cuda") == 7.0 < peak_memory_mb("cpu")
+
+
 def test_the_processor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {})
     facts = probe.look()
