@@ -85,6 +85,19 @@ def test_each_bad_row_is_named_with_its_line_cause_and_cure(
     assert all(zh != en for zh, en in zip(told["zh"], told["en"]))
 
 
+@pytest.mark.parametrize(("line", "part"), TABLE, ids=[str(number) for number in range(len(TABLE))])
+def test_a_bad_row_stops_the_run_before_anything_is_written(
+    line: str, part: str, base: Path, place: Path, no_hub: None, capsys: pytest.CaptureFixture
+) -> None:
+    good = json.dumps(chat(U, A))
+    (place / "data.jsonl").write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
+    before = snapshot(place)
+    said = enter(train, capsys, "--model_name", str(base), "--dataset_path", "data.jsonl", "--output_dir", "out")
+    told = refusal(said)
+    assert "data.jsonl:3: " in told and part in told
+    assert snapshot(place) == before
+
+
 @pytest.mark.parametrize(("name", "body", "part"), FILES, ids=[f"{i} {case[0][:12]!r}" for i, case in enumerate(FILES)])
 def test_a_bad_data_file_stops_the_run_before_anything_is_written(
     name: str, body: Body, part: str, base: Path, place: Path, no_hub: None, capsys: pytest.CaptureFixture

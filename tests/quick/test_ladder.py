@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_inputs import enter, refusal, snapshot
+from bad_inputs.folders import make_base
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_practice import ladder
-from lora_practice.ladder import Load, Regime, TooLong, fit
+from fine_tuning_practice import main as train
+from lora_practice import guard, ladder
+from lora_practice.ladder import Fitted, Load, Regime, TooLong, fit
 
 
 class Memory:
@@ -79,3 +84,34 @@ def test_each_rung_takes_no_more_than_the_one_above_and_all_end(fast, longest, r
     sizes = [sum(load.at_once(rung)) for rung in rungs]
     assert sizes == sorted(sizes, reverse=True) and min(sizes) >= longest
     assert rungs[-1].checkpointing == may and len(rungs) <= 14
+
+
+@pytest.mark.parametrize("consent", [False, True])
+def test_the_length_is_lowered_with_consent_only_and_the_run_says_so(
+    consent: bool, no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A memory that no row of more than 32 tokens fits into; `fit` itself is tried above."""
+
+    def fit_32(regime: Regime, load: Load, *_: Any) -> Fitted:
+        if load.longest > 32:
+            raise TooLong(load.longest, 32, True)
+        return Fitted(regime, 1)
+
+    monkeypatch.setattr(guard, "fit", fit_32)
+    monkeypatch.setattr(guard, "available_memory", lambda ulimit=True: 0 if ulimit else 1 << 40)
+    make_base(tmp_path / "base")
+    row = json.dumps({"prompt": "Why?", "completion": "because " * 20})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n", "utf-8")
+    flags = ("--model_name", "base", "--dataset_path", "rows.jsonl", "--output_dir", "out", "--max_steps", "1")
+    before = snapshot(tmp_path)
+    if not consent:
+        told = refusal(enter(train, capsys, *flags))
+        assert "not enough memory: not even one row of" in told and "--max_length 32" in told
+        assert snapshot(tmp_path) == before
+        return
+    said = enter(train, capsys, *flags, "--allow_shorter")
+    assert said.code == 0, said.err
+    assert "no memory for the longest row: max_length 32" in said.err and "cut at max_length=32" in said.err
+    record = json.loads((tmp_path / "out" / "run_record.json").read_text("utf-8"))
+    assert record["settings"]["max_length"] == 32 and record["command"].endswith("--allow_shorter --max_length 32")
+    assert record["events"][0]["said"] == "no memory for the longest row: max_length 32"
