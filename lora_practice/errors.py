@@ -23,6 +23,8 @@ EXIT_USER_ERROR = 2
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_([a-z]{3,6}_)?|api_org_)[A-Za-z0-9]{20,}")
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
+# what no library's failure is; all else may be one, since a panic of Rust (tokenizers, safetensors) is no Exception
+NO_FAILURE = (KeyboardInterrupt, SystemExit, MemoryError)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

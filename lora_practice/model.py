@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import variants
-from lora_practice.errors import UserError, reason_of, tell, text
+from lora_practice.errors import NO_FAILURE, UserError, reason_of, tell, text
 from lora_practice.machine import Machine, fits_in_fp32
 from lora_practice.sources import Source, find_template
 
@@ -22,9 +22,12 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
         template_is_meant: the user named it, so it also replaces a template that the base has.
 
     Raises:
-        UserError: there is no template, or it uses special tokens that this tokenizer does not have.
+        UserError: there is no template, it uses special tokens that this tokenizer does not have, or the tokenizer
+            cannot be used.
     """
     from transformers import AutoTokenizer
+
+    from lora_practice.data.template import split
 
     tokenizer = _from_folder(AutoTokenizer, base.path, text("分词器", "tokenizer"))
     if template and (template_is_meant or tokenizer.chat_template is None):
@@ -41,6 +44,7 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
     _end_turns_with_template(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    split(tokenizer, "Hello", base.name)  # some fail at every text
     return tokenizer
 
 
@@ -166,9 +170,9 @@ def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any
     """What `loader` makes of a folder; Python code that lies in it is never run."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
-    except MemoryError:
+    except NO_FAILURE:
         raise
-    except Exception as error:  # a damaged file makes transformers and tokenizers raise nearly anything
+    except BaseException as error:  # a damaged file makes transformers and tokenizers raise nearly anything
         raise _unloadable(thing, reason_of(error), folder) from error
 
 

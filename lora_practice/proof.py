@@ -13,7 +13,7 @@ from typing import Any, Callable, Optional
 
 from lora_practice import llama_cpp
 from lora_practice.artifacts import PROOF, rewrite_card
-from lora_practice.data.template import render
+from lora_practice.data.template import render, split
 from lora_practice.errors import UserError, tell, text
 from lora_practice.generate import find_base, tokenizer_for, with_adapter
 from lora_practice.model import load_base
@@ -198,7 +198,7 @@ def _ask_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]
             return model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
 
     talking = talker(model, tokenizer, decoder_of(model))
-    ids = [tokenizer(render(tokenizer, chat, prompt=True), add_special_tokens=False)["input_ids"] for chat in prompts]
+    ids = [split(tokenizer, render(tokenizer, chat, prompt=True)) for chat in prompts]
     tokens = [talking.write(one, LONGEST) for one in ids]
     return Answers(ids, [logprobs(one) for one in ids], tokens, [len(one) < LONGEST for one in tokens], logprobs)
 

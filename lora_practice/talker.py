@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from lora_practice import versions
-from lora_practice.data.template import render
+from lora_practice.data.template import render, split
 from lora_practice.errors import UserError, text
 from lora_practice.pieces import Pieces
 
@@ -118,7 +118,7 @@ class Talker:
         """The prompt in tokens."""
         fix = text("去掉 --system 试试", "try without --system")
         rendered = render(self.tokenizer, list(messages), fix=fix, prompt=True)
-        ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = split(self.tokenizer, rendered)
         longest = self.model.config.max_position_embeddings
         if len(ids) >= longest:
             raise UserError(

@@ -1,10 +1,10 @@
-"""A tokenizer's chat template at work: chats rendered, and where it ends an answer."""
+"""A tokenizer and its chat template at work: chats rendered, where an answer ends, and all of it in tokens."""
 
 from __future__ import annotations
 
 from typing import Any, Optional
 
-from lora_practice.errors import UserError, reason_of, text
+from lora_practice.errors import NO_FAILURE, UserError, reason_of, text
 
 
 def end_of_turn(tokenizer: Any) -> Optional[str]:
@@ -47,4 +47,20 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix:
         raise UserError(str(error), where, fix or other) from error
     except Exception as error:  # a template is a program: it may divide by zero, or nest too deep to be compiled
         zh, en = "聊天模板不接受这段对话", "the chat template refuses this conversation"
+        raise UserError(f"{text(zh, en)}{text('：', ': ')}{reason_of(error)}", where, fix) from error
+
+
+def split(tokenizer: Any, words: Any, where: str = "") -> Any:
+    """Token ids of a text, or of each text of a list, with no token added.
+
+    Raises:
+        UserError: the tokenizer's library fails on it; `where` stands in it.
+    """
+    try:
+        return tokenizer(words, add_special_tokens=False)["input_ids"]
+    except NO_FAILURE:
+        raise
+    except BaseException as error:
+        zh, en = "分词器切不了这段文字", "the tokenizer cannot split this text"
+        fix = text("换一个分词器完好的模型", "choose a model whose tokenizer is whole")
         raise UserError(f"{text(zh, en)}{text('：', ': ')}{reason_of(error)}", where, fix) from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from lora_practice.data.conversations import Conversation
-from lora_practice.data.template import answer_tail, end_of_turn, render
+from lora_practice.data.template import answer_tail, end_of_turn, render, split
 from lora_practice.errors import UserError, counted, text
 
 IGNORED = -100
@@ -92,14 +92,12 @@ class Encoder:
         may be split otherwise, away from them.
         """
         reach = self.max_length * CHARACTERS_PER_TOKEN
-        found = (
-            self.tokenizer([words[:reach] for words in texts], add_special_tokens=False)["input_ids"] if texts else []
-        )
+        found = split(self.tokenizer, [words[:reach] for words in texts]) if texts else []
         for number, words in enumerate(texts):
             taken = reach
             while taken < len(words) and len(found[number]) < 2 * self.max_length:
                 taken *= 4
-                found[number] = self.tokenizer(words[:taken], add_special_tokens=False)["input_ids"]
+                found[number] = split(self.tokenizer, words[:taken])
         return found
 
     def _shortened(self, conversation: Conversation) -> Conversation:

@@ -98,6 +98,11 @@ def grow_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def tokenizer_with(**parts: Any) -> Callable[[Path], None]:
+    """Other parts in tokenizer.json."""
+    return edit("tokenizer.json", **parts)
+
+
 class Evil:
     """Unpickling this leaves a mark beside the working folder."""
 
@@ -220,6 +225,9 @@ BAD_ADAPTERS: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 # (what is done to a base model's folder, a part of the English complaint of inference on the folder itself)
 MODEL, SETTINGS = "model.safetensors", "config.json"
+NO_MAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+ON_NOTHING = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000}
+NO_WORDS = {"type": "Unigram", "unk_id": None, "vocab": [], "byte_fallback": True}
 BAD_MODELS: list[tuple[str, Callable[[Path], None], str]] = [
     ("no config", remove(SETTINGS), "no trained model here"),
     ("config is no JSON", write(SETTINGS, b"{"), "cannot be loaded"),
@@ -239,5 +247,8 @@ BAD_MODELS: list[tuple[str, Callable[[Path], None], str]] = [
     ("weights are a link to themselves", link_loop(MODEL), "cannot be loaded"),
     ("own code", custom_code, "cannot be loaded"),
     ("tokenizer too large", grow_tokenizer, "tokenizer"),
+    ("tokenizer's library panics on it", tokenizer_with(normalizer=NO_MAP), "the tokenizer cannot be loaded"),
+    ("tokenizer's library panics on a text", tokenizer_with(normalizer=ON_NOTHING), "cannot split this text"),
+    ("tokenizer has no word for a text", tokenizer_with(model=NO_WORDS), "cannot split this text"),
     ("no tokenizer", remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
 ]

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import enter, refusal, snapshot
-from bad_inputs.folders import RECORD, edit, grow_tokenizer, make_base, make_output
+from bad_inputs.folders import (
+    NO_MAP,
+    ON_NOTHING,
+    RECORD,
+    edit,
+    grow_tokenizer,
+    make_base,
+    make_output,
+    tokenizer_with,
+)
 from bad_inputs.runs import BAD_RUNS, BAD_TARGETS, BAD_UPLOADS, CHECKPOINT, Damage, noted, stop
 
 from fine_tuning_practice import main as train
@@ -135,6 +144,20 @@ def test_a_tokenizer_too_large_for_the_model_is_refused_before_the_first_step(
     before = snapshot(tmp_path)
     said = enter(train, capsys, "--model_name", "base", "--dataset_path", "rows.jsonl", "--output_dir", "out")
     assert "the tokenizer is not this model's: its ids reach" in refusal(said)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("normalizer", [NO_MAP, ON_NOTHING], ids=["to load it", "to use it"])
+def test_a_tokenizer_whose_library_panics_ends_a_training_in_one_line(
+    normalizer: dict[str, str], no_hub: None, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A panic of Rust is no Exception."""
+    base = Path(shutil.copytree(whole / "base", tmp_path / "base"))
+    tokenizer_with(normalizer=normalizer)(base)
+    (tmp_path / "rows.jsonl").write_text(f"{ROW}\n", "utf-8")
+    before = snapshot(tmp_path)
+    said = enter(train, capsys, "--model_name", "base", "--dataset_path", "rows.jsonl", "--output_dir", "out")
+    assert "the tokenizer " in refusal(said)
     assert snapshot(tmp_path) == before
 
 
