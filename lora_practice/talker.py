@@ -148,16 +148,19 @@ def without_adapter(talk: Talker) -> Talker:
         what = text("这是完整的模型，没有可以关掉的适配器", "this is a whole model: there is no adapter to turn off")
         raise UserError(what)
     with talk.model.disable_adapter():
-        return Bare(talk.model, talk.tokenizer, talk.stop_ids, decoder_of(talk.model))
+        return Bare(talk.model, talk.tokenizer, talk.stop_ids, decoder_of(talk.model, talk.decoder))
 
 
-def decoder_of(model: Any) -> Optional[Decoder]:
-    """The fast path of generation for this model as it is now (adapter on or off); None where it is not served."""
+def decoder_of(model: Any, like: Optional[Decoder] = None) -> Optional[Decoder]:
+    """The fast path of generation for this model as it is now (adapter on or off); None where it is not served.
+
+    `like`, that of the same model before, shares its copy of the weights.
+    """
     from lora_practice.fast import NotServed
     from lora_practice.fast.decode import build_decoder
 
     try:
-        return build_decoder(model)
+        return build_decoder(model, like=like)
     except NotServed:
         return None
 

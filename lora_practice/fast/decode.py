@@ -22,11 +22,12 @@ from .decode_weights import DecodeWeights, read_for_decoding
 ROWS = 64  # rows of a prompt computed at once: they stay in the processor's cache
 
 
-def build_decoder(model: Any, kernels: bool = True) -> Decoder:
+def build_decoder(model: Any, kernels: bool = True, like: Optional[Decoder] = None) -> Decoder:
     """A snapshot of a PeftModel (unmerged LoRA; switched off or merged is respected) or a plain causal LM.
 
     Weights that lie in 16 bits already are shared with the model, so load it in the dtype of its files; float32
-    weights are copied to 16 bits where that is exact. Without a compiler, load the model in float32.
+    weights are copied to 16 bits where that is exact; the copies of `like`, a decoder of the same model in another
+    state (its adapter on or off), serve here too. Without a compiler, load the model in float32.
 
     Raises:
         NotServed: another architecture, device or adapter than this path knows; use the model's own `generate`.
@@ -37,7 +38,7 @@ def build_decoder(model: Any, kernels: bool = True) -> Decoder:
             native = library("float")
         except (OSError, subprocess.SubprocessError) as error:
             reason = f" ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-    weights = read_for_decoding(model, narrow=native is not None)
+    weights = read_for_decoding(model, native is not None, like.weights.stored if like else {})
     if native is None:
         return Decoder(weights, None, f"torch float32{reason}")
     return Decoder(weights, NativePass(native, weights), "16-bit kernels")

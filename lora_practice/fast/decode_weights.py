@@ -39,10 +39,13 @@ class DecodeWeights(NamedTuple):
     heads: Heads
     rotary: Any  # the model's own module: (x, position_ids) -> cos, sin
     positions: int
+    stored: dict[int, torch.Tensor]  # by id() of the model's own parameter
 
 
-def read_for_decoding(model: Any, narrow: bool) -> DecodeWeights:
+def read_for_decoding(model: Any, narrow: bool, stored: dict[int, torch.Tensor]) -> DecodeWeights:
     """Take a PeftModel or a plain causal LM apart; narrow: in 16 bits where that is exact, else float32.
+
+    `stored` is what another reading of this very model made of its parameters; it grows by what it lacks.
 
     Raises:
         NotServed: another architecture, device or adapter than this path knows.
@@ -55,7 +58,7 @@ def read_for_decoding(model: Any, narrow: bool) -> DecodeWeights:
         raise NotServed("the embedding is wrapped, or not on the CPU")
     if type(head) is not torch.nn.Linear or head.bias is not None:
         raise NotServed("the output head is wrapped, quantised or has a bias")
-    reader = _InferenceReader(causal, narrow)
+    reader = _InferenceReader(causal, narrow, stored)
     layers: list[Any] = [reader.layer(layer, index) for index, layer in enumerate(causal.model.layers)]
     hidden = causal.config.hidden_size
     return DecodeWeights(
@@ -68,16 +71,16 @@ def read_for_decoding(model: Any, narrow: bool) -> DecodeWeights:
         heads=layers[0].heads,
         rotary=causal.model.rotary_emb,
         positions=causal.config.max_position_embeddings,
+        stored=reader.stored,
     )
 
 
 class _InferenceReader(_Reader):
     """Reads layers for generation: linears stay apart, frozen LoRA is welcome, nothing is moved."""
 
-    def __init__(self, causal: Any, narrow: bool) -> None:
+    def __init__(self, causal: Any, narrow: bool, stored: dict[int, torch.Tensor]) -> None:
         super().__init__(causal, torch.float32)
-        self.narrow = narrow
-        self.stored: dict[int, torch.Tensor] = {}
+        self.narrow, self.stored = narrow, stored
 
     def group(self, *modules: Any) -> Any:
         return [self.linear(module) for module in modules]

@@ -65,6 +65,16 @@ def test_weights_in_16_bits_are_shared_with_the_model():
     assert decoder.generate(PROMPT, 30, ()) == theirs(wide, PROMPT, 30)
 
 
+def test_the_base_below_an_adapter_shares_its_copy_in_16_bits():
+    model = served(dropout=0.1).half().float()
+    decoder = build_decoder(model)
+    with model.disable_adapter():
+        bare, alone = build_decoder(model, like=decoder), build_decoder(model)
+    assert bare.generate(PROMPT, 12, ()) == alone.generate(PROMPT, 12, ()) != decoder.generate(PROMPT, 12, ())
+    held, shared, own = ({one.data_ptr() for one in made.weights.stored.values()} for made in (decoder, bare, alone))
+    assert held == shared and (not decoder.native or not held & own)
+
+
 def test_an_adapter_switched_off_or_merged_is_respected():
     model = served()
     with model.disable_adapter():
