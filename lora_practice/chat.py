@@ -84,7 +84,10 @@ class Chat:
         if state == "off" and self.base is None:
             self.base = without_adapter(self.adapted)
         self.talker = self.base if state == "off" and self.base is not None else self.adapted
-        said = text("现在是底座在回答", "the base answers now")
+        zh, en = "现在是底座在回答", "the base answers now"
+        if self.messages != opening(self.system):  # an adapter's answers above it are an example to the base
+            zh, en = f"{zh}，它也看到前面的话：/reset 重新开始", f"{en}, and sees what was said: /reset begins anew"
+        said = text(zh, en)
         tell(said if state == "off" else text("现在是微调后的模型在回答", "the fine-tuned model answers now"))
 
     def _save(self, name: str) -> None:

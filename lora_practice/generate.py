@@ -29,8 +29,8 @@ def load(
     """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
 
     With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too. What is loaded with
-    the same `shelf`, a dict that is empty at first, holds the weights of a common base once (the
-    16-bit copy that a decoder makes of a base in fp32 is its own).
+    the same `shelf`, a dict that is empty at first, holds the weights of a common base once (the 16-bit
+    copy that a decoder makes of a base in fp32 is its own).
 
     Raises:
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.

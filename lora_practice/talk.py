@@ -56,14 +56,12 @@ def say(talker: Talker, messages: Sequence[dict[str, str]], column: int = 0, **o
     return answer
 
 
-def cut(talker: Talker) -> str:
-    """That its last answer goes on, and how to hear more of it; empty if the answer ended by itself."""
+def cut(talker: Talker, flag: str = "--max-new-tokens N") -> str:
+    """That its last answer goes on, and the flag to hear more of it; empty if the answer ended by itself."""
     if not talker.cut:
         return ""
-    return text(
-        f"（满 {talker.cut} 个 token，已截断：--max-new-tokens N）",
-        f"(cut at {talker.cut} tokens: --max-new-tokens N)",
-    )
+    more = text("：", ": ") + flag if flag else ""
+    return text(f"（满 {talker.cut} 个 token，已截断{more}）", f"(cut at {talker.cut} tokens{more})")
 
 
 def compare(model: Any, tokenizer: Any) -> list[dict[str, str]]:
@@ -75,17 +73,19 @@ def compare(model: Any, tokenizer: Any) -> list[dict[str, str]]:
     model.gradient_checkpointing_disable()
     with as_base(model):
         base = talker(model, tokenizer, decoder_of(model))
-        before = [base.answer([_asked(prompt)], SAMPLE_TOKENS) for prompt in SAMPLE_PROMPTS]
+        before = [_sample(base, prompt) for prompt in SAMPLE_PROMPTS]
     adapted = talker(model, tokenizer, decoder_of(model))
     samples = []
     for prompt, old in zip(SAMPLE_PROMPTS, before):
-        new = adapted.answer([_asked(prompt)], SAMPLE_TOKENS)
-        samples.append({"prompt": prompt, "base": old, "adapter": new})
-        print(f"\n{text('问', 'prompt')}: {prompt}")
-        for name, words in ((text("底座", "base"), old), (text("微调", "adapter"), new)):
-            print(fitted(f"  {name}: {visible(words.strip())}", sys.stdout), flush=True)
+        new = _sample(adapted, prompt)
+        samples.append({"prompt": prompt, "base": old[0], "adapter": new[0]})
+        print(f"\n{text('问：', 'prompt: ')}{prompt}")
+        for name, (words, mark) in ((text("底座：", "base: "), old), (text("微调：", "adapter: "), new)):
+            print(fitted(f"  {name}{visible(words.strip())} {mark}".rstrip(), sys.stdout), flush=True)
     return samples
 
 
-def _asked(prompt: str) -> dict[str, str]:
-    return {"role": "user", "content": prompt}
+def _sample(talker: Talker, prompt: str) -> tuple[str, str]:
+    """The answer to a prompt, and that it was cut if it was."""
+    answer = talker.answer([{"role": "user", "content": prompt}], SAMPLE_TOKENS)
+    return answer, cut(talker, "")
