@@ -282,7 +282,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         prog="fine_tuning_practice.py",
         description=text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"),
     )
-    from lora_practice.environment import check_login, check_one_process, prepare_environment
+    from lora_practice.environment import check_login, leave_launcher, prepare_environment
     from lora_practice.resuming import cached_as_before, check_same_base, check_same_data, remember
     from lora_practice.sources import SHIPPED, find_dataset, find_model
 
@@ -290,7 +290,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if settings.json and not settings.plan:
         raise UserError(text("--json 只和 --plan 一起用", "--json goes with --plan"), fix="--plan --json")
     prepare_environment()
-    check_one_process()
+    leave_launcher()
     plain_settings = dataclasses.asdict(settings)
     replace = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches nothing
     started = time.time()

@@ -64,19 +64,28 @@ def prepare_environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels from the Hub, which it can do without
 
 
-def check_one_process() -> None:
-    """UserError where torchrun or accelerate launch started several: they would all write to one folder."""
-    started = os.environ.get("WORLD_SIZE", "").strip()
-    if started in ("", "0", "1"):
-        return
-    raise UserError(
-        text(f"训练只用一个进程，却启动了 {started} 个", f"one process trains, but {started} were started"),
-        where="WORLD_SIZE",
-        fix=text(
-            "不用 torchrun 或 accelerate launch，直接运行；有几张显卡也只用第一张",
-            "start it without torchrun or accelerate launch; of several cards it takes the first",
-        ),
-    )
+def leave_launcher() -> None:
+    """Be one process that decides for itself, whatever torchrun or accelerate launch left for accelerate to find.
+
+    Raises:
+        UserError: they started several, which would all write to one folder.
+    """
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        started = os.environ.get(name, "").strip()
+        if started not in ("", "0", "1"):
+            raise UserError(
+                text(f"训练只用一个进程，却启动了 {started} 个", f"one process trains, but {started} were started"),
+                where=name,
+                fix=text(
+                    "不用 torchrun 或 accelerate launch，直接运行；有几张显卡也只用第一张",
+                    "start it without torchrun or accelerate launch; of several cards it takes the first",
+                ),
+            )
+    os.environ.pop("LOCAL_RANK", None)
+    found = {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith("ACCELERATE_")}
+    asking = [f"{name}={value}" for name, value in found.items() if value.lower() not in ("", "no", "0", "false")]
+    if asking:  # such as another precision than the one that the record will name
+        tell(text(f"不按这些变量：{' '.join(asking)}", f"not followed here: {' '.join(asking)}"))
 
 
 def _suggest_private(file: Path) -> None:

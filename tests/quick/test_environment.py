@@ -108,19 +108,34 @@ def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:
     assert ".env is not UTF-8" in refusal(environment.prepare_environment)
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 @pytest.mark.parametrize(("started", "refused"), [("", False), ("1", False), ("2", True), ("many", True)])
-def test_several_processes_of_torchrun_do_not_train(
-    started: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_several_processes_of_a_launcher_do_not_train(
+    name: str, started: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     from fine_tuning_practice import main
 
-    monkeypatch.setenv("WORLD_SIZE", started)
+    monkeypatch.setenv(name, started)
     with pytest.raises(SystemExit):  # or the next thing that is wrong is said
         main(["--embedded", "--dataset_path", "nothing.jsonl", "--output_dir", "out"])
     said = capsys.readouterr().err
     assert (f"one process trains, but {started} were started" in said) is refused
     assert ("no such data file" in said) is not refused
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_launcher_set_for_accelerate_does_not_change_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """accelerate would compute in bf16 what the record calls fp32."""
+    said = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no", "LOCAL_RANK": "0"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    environment.leave_launcher()
+    assert not set(said) & set(os.environ)
+    assert capsys.readouterr().err == "not followed here: ACCELERATE_MIXED_PRECISION=bf16\n"
+    environment.leave_launcher()
+    assert capsys.readouterr().err == ""
 
 
 def test_where_data_sets_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
