@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from journey_harness import SMALL, TRAIN, Running, infer, succeeded, train
+from journey_harness import SMALL, TRAIN, Running, infer, run, succeeded, train
 from safetensors.torch import load_file
 
 import lora_practice
@@ -37,10 +37,10 @@ def test_every_room_opens():
 def finished(tmp_path_factory, embedded_model, embedded_rows) -> Path:
     """A run that kill -9 ended after its first checkpoint and that was resumed and merged."""
     place = tmp_path_factory.mktemp("finished")
-    run = Running(place, TRAIN, *SAVING)
-    run.wait_until((place / "out" / "checkpoint-2").is_dir, 300)
-    run.process.kill()
-    assert run.end() == -signal.SIGKILL
+    begun = Running(place, TRAIN, *SAVING)
+    begun.wait_until((place / "out" / "checkpoint-2").is_dir, 300)
+    begun.process.kill()
+    assert begun.end() == -signal.SIGKILL
     done = succeeded(train(place, *SAVING, "--resume", "--merge_adapter"))
     assert "going on from out/checkpoint-" in done.stderr
     return place / "out"
@@ -65,3 +65,17 @@ def test_the_plain_path_trains_and_agrees_with_the_fast_one(finished, tmp_path):
     plain = losses(tmp_path / "plain")
     assert len(plain) == 2
     assert plain[0] == pytest.approx(losses(finished)[0], rel=1e-3)  # before the first update LoRA adds nothing
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"),
+        ("torch.distributed.run", "--standalone", "--nproc_per_node", "1"),
+    ],
+)
+def test_a_launcher_of_one_process_starts_the_same_run(finished, tmp_path, launcher):
+    flags = ("--max_steps", "2", "--save_strategy", "no", "--output_dir", "launched")
+    done = succeeded(run(tmp_path, "-m", *launcher, TRAIN, *SMALL, *flags, fresh=True))
+    assert "fast path:" in done.stderr
+    assert losses(tmp_path / "launched") == losses(finished)[:2]
