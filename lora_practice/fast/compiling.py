@@ -49,8 +49,9 @@ def library(type_name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     if compiler is None:
         raise OSError("no C++ compiler found")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if _only_ours(folder):
+    with contextlib.suppress(OSError):  # a home that cannot be written
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _only_ours(folder) and os.access(folder, os.W_OK):
         _compile(compiler, type_name, runtime, here, path)
         return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory(prefix="lora-practice-") as private:

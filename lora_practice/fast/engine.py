@@ -17,7 +17,7 @@ from .ops import Plain, wide_of
 from .plan import Example, Plan, count_labels, plan_step
 from .products import ROW_STEP
 from .space import Space, return_freed_memory
-from .weights import Weights, read
+from .weights import Weights, give_back, read
 
 # A processor is busy with 300 rows, and in fp32 takes about plain TRL's memory with them; 16-bit rows take two thirds,
 # and each more micro-batch reads all weights once more. A card waits for work: more at once.
@@ -139,11 +139,8 @@ class Engine:
         self.seed, self.step = state["seed"], state["step"]
 
     def close(self) -> None:
-        """Give the model's weights storage of their own again (contiguous), for saving or merging the base."""
-        for parameter, view in self.weights.moved:
-            if parameter.data_ptr() == view.data_ptr():
-                parameter.data = view.clone(memory_format=torch.contiguous_format)
-        self.weights.moved.clear()
+        """Give the model's weights storage of their own again, for saving or merging the base."""
+        give_back(self.weights.moved)
 
     def _pass(self, plan: Plan, noise: Optional[Noise], backward: bool = True) -> Pass:
         device = self.weights.embedding.device

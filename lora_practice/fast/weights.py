@@ -57,13 +57,28 @@ def read(peft_model: Any, dtype: torch.dtype) -> Weights:
     """Take a PeftModel apart.
 
     Raises:
-        NotServed: another architecture, adapter kind, or trainable parameter than this path knows.
+        NotServed: this path does not know the architecture, adapter or a trained tensor; the model is as it was.
     """
     causal = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
-    kind = type(causal).__name__
-    if kind not in SERVED:
-        raise NotServed(f"{kind} is not one of {', '.join(SERVED)}")
+    if type(causal).__name__ not in SERVED:
+        raise NotServed(f"{type(causal).__name__} is not one of {', '.join(SERVED)}")
     reader = _Reader(causal, dtype)
+    try:
+        return _read(peft_model, causal, reader)
+    except NotServed:
+        give_back(reader.moved)  # views with gaps between their rows are slow on the plain path
+        raise
+
+
+def give_back(moved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Weights that are still views of a merged matrix get storage of their own, contiguous."""
+    for weight, view in moved:
+        if weight.data_ptr() == view.data_ptr():
+            weight.data = view.clone(memory_format=torch.contiguous_format)
+    moved.clear()
+
+
+def _read(peft_model: Any, causal: Any, reader: _Reader) -> Weights:
     layers = [reader.layer(layer, index) for index, layer in enumerate(causal.model.layers)]
     known = {id(p) for p in reader.parameters}
     for name, parameter in peft_model.named_parameters():
@@ -73,16 +88,16 @@ def read(peft_model: Any, dtype: torch.dtype) -> Weights:
         raise NotServed("the model has no trainable LoRA weights")
     if len(reader.dropouts) > 1:
         raise NotServed(f"LoRA layers differ in dropout: {sorted(reader.dropouts)}")
-    hidden = causal.config.hidden_size
-    embedding = causal.get_input_embeddings().weight
+    scale = causal.config.hidden_size**0.5 if reader.gemma else 1.0
+    embedding, head = causal.get_input_embeddings().weight, reader.head()
     return_freed_memory()
     return Weights(
         embedding=embedding.detach(),
-        embedding_scale=float(torch.tensor(hidden**0.5)) if kind == "GemmaForCausalLM" else 1.0,  # float32, as theirs
+        embedding_scale=float(torch.tensor(scale)),  # rounded to float32, as theirs
         layers=layers,
         final_norm=reader.norm(causal.model.norm),
         eps=reader.eps(causal.model.norm),
-        head=reader.head(),
+        head=head,
         rotary=causal.model.rotary_emb,
         threshold=threshold_of(next(iter(reader.dropouts))),
         parameters=reader.parameters,

@@ -63,6 +63,15 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write(compiler: Compile
     assert built == 2 and loaded.parent != compiler.folder and not loaded.exists()
 
 
+def test_a_home_that_cannot_be_written_takes_a_private_folder_for_this_process(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    built, loaded = compiler.load()
+    assert built == 1 and not loaded.exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
 def test_nothing_of_another_user_is_loaded(compiler: Compiler) -> None:
     _, path = compiler.load()

@@ -23,8 +23,12 @@ from lora_practice import fast
 )
 def test_what_is_not_served_says_why(lora, reason):
     family = "Qwen2" if "bias" in lora else "Llama"
+    model = tiny(family, dtype=torch.float32, **lora)
+    before = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     with pytest.raises(fast.NotServed, match=reason):
-        fast.build(tiny(family, dtype=torch.float32, **lora))
+        fast.build(model)
+    assert all(p.is_contiguous() for p in model.parameters())  # a plain path over views would be slow
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.equal(before)
 
 
 def test_unknown_architectures_are_not_served():

@@ -199,6 +199,30 @@ def test_gradients_that_overflow_at_every_scale_send_fp16_to_fp32(tmp_path: Path
     assert trainer.accelerator.scaler.get_scale() == 1.0 and trainer.regime.precision == "fp32"
 
 
+def as_on_a_card(trainer: Any) -> Any:
+    """accelerate refuses fp16 on a CPU, so it is told afterwards: loss scaling and autocast are there."""
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    return trainer
+
+
+def test_fp16_with_loss_scaling_and_dropout_is_tried_beforehand_and_resumed_bit_for_bit(tmp_path: Path) -> None:
+    def half(name: str, **changed: Any) -> Any:
+        return as_on_a_card(trainer_of(tmp_path / name, "fp16", fast="on", lora_dropout=0.3, **changed))
+
+    trainer = half("a")
+    assert trainer.dry_run(trainer.regime, [40, 40])
+    whole = run(trainer)
+    record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
+    (tmp_path / "a" / "run_record.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    shutil.rmtree(tmp_path / "a" / "checkpoint-6")
+    again = half("a", resume=True)
+    assert losses(run(again)) == losses(whole) and same(weights_of(again), weights_of(trainer))
+    assert again.regime.precision == "fp16" and again.accelerator.scaler.get_scale() == 65536.0
+    wide = run(trainer_of(tmp_path / "b", fast="on", lora_dropout=0.3))
+    assert losses(whole) == pytest.approx(losses(wide), rel=1e-4)
+
+
 class Full:
     """Memory for so many tokens at once and no more: a real computation, broken off where an allocation would be."""
 
