@@ -66,8 +66,8 @@ Held-out loss: {held["before"]:.3f} before, {held["after"]:.3f} after (nats per 
 
 ## 前后的回答 / Answers before and after
 
-底座答得长、自说自话；微调后像数据里那样短短一句。135M 的模型只学了几分钟：学到的是说话的样子，不是知识。每个回答最多 {SAMPLE_TOKENS} 个
-token，长的在那里截断。
+底座答得长、自说自话；微调后像数据里那样短短一句。135M 的模型只学了几分钟：学到的是说话的样子，不是知识。
+每个回答最多 {SAMPLE_TOKENS} 个 token，长的在那里截断。
 The base rambles; the adapter answers in one short line, as the data does. A 135M model that learnt for minutes has
 learnt a manner of speaking, not knowledge. An answer has {SAMPLE_TOKENS} tokens at most: a longer one is cut there.
 
