@@ -3,7 +3,7 @@
 # One command: environment, install, checks, tests. Arguments go to pytest.
 #
 #   ./scripts/run_tests.sh                   全部 / everything
-#   ./scripts/run_tests.sh tests/quick       几十秒，不用模型 / seconds, without a model
+#   ./scripts/run_tests.sh tests/quick       两三分钟，不用模型 / minutes, without a model
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
