@@ -31,3 +31,11 @@ def test_the_pieces_of_a_step_sum_up_to_it() -> None:
     whole = int(rows.pop("all"))
     assert abs(sum(map(int, rows.values())) - whole) <= len(rows)  # each is rounded
     assert int(rows["matrix products of the layers"]) > whole / 4 and "attention, backward" in rows
+
+
+def test_a_run_is_told_beside_its_estimate() -> None:
+    words = [sys.executable, "-m", "bench.estimates", "--only", "defaults", "--steps", "2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = done.stdout.splitlines()[2].strip("| ").split(" | ")
+    assert row[0] == "defaults" and 0.8 < float(row[6]) < 1.2 and float(row[1]) > 0
