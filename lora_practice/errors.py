@@ -5,11 +5,13 @@ Imports nothing of ours but `terminal`, so that every other file may use it.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import locale
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -149,6 +151,8 @@ def door(main: Callable[..., int | None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             tell(text("已中断。", "Interrupted."))
             code = 130
+        # all is written; libraries take a moment to leave, and a Ctrl-C in it would show their tracebacks
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         sys.exit(code or 0)
 
     return guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -211,3 +212,17 @@ def test_a_door_that_hangs_is_not_taken_for_one_that_was_killed() -> None:
     for seconds, expected in ((0.1, ready_python.LATE), (60, -9)):
         pid = os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 1; kill -9 $$"], {"PATH": os.environ["PATH"]})
         assert ready_python.wait(pid, seconds) == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_ctrl_c_while_a_door_closes_shows_no_traceback(tmp_path):
+    """torch's own leaving takes a moment."""
+    (tmp_path / "one.py").write_text(
+        "import atexit, os, signal\n"
+        "from lora_practice.errors import door\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "door(lambda: 0)()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "one.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode == -signal.SIGINT

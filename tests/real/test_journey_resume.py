@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_what_was_saved_stays(tmp_path):
     rows = ("--train_subset_size", "24", "--gradient_accumulation_steps", "24", "--num_train_epochs", "2")
     run = Running(tmp_path, TRAIN, "--embedded", *rows, "--logging_steps", "1", "--output_dir", "out")
     run.wait_until((tmp_path / "out" / "checkpoint-1").is_dir)
+    time.sleep(0.5)  # the next step, of about three seconds, is under way
     run.interrupt()
     run.wait_for("once more leaves at once")
     run.interrupt()
