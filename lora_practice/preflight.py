@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,10 @@ def estimate(
         longest = max(1, min(window, trainer.engine.token_budget // lengths[by_length[-1]]))
     probe(trainer, by_length[-longest:])
     tried = window if trainer.engine is not None else max(longest, window // 4)
-    # the middle of each of so many equal shares: together about as long as rows are on average
-    typical = [by_length[int((i + 0.5) * len(lengths) / tried)] for i in range(tried)]
+    # the middle of each of so many equal shares: together about as long, in as many parts, as rows are on average
+    parts = parts_of(trainer)
+    by_parts = sorted(by_length, key=parts.__getitem__)
+    typical = [by_parts[int((i + 0.5) * len(lengths) / tried)] for i in range(tried)]
     taken = probe(trainer, typical) * window * (sum(lengths) / len(lengths)) / sum(lengths[i] for i in typical)
     rows = steps * window if arguments.max_steps > 0 else len(lengths) * arguments.num_train_epochs
     left = 1.0 - step_of(trainer.folder.checkpoint) / max(1, steps)
@@ -80,13 +84,25 @@ def probe(trainer: PracticeTrainer, rows: Sequence[int]) -> float:
     """
     dataset: Any = trainer.train_dataset
     tried = [dataset[i] for i in rows]
-    with trainer.trying():
+    with trainer.trying(), _no_collection():
         started = time.perf_counter()
         trainer.try_step(tried)
         _update_copy(trainer)
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python looks for garbage in all that the libraries hold now and then: a quarter of a second, in few steps."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def fetched_mb(source: Source, since: float) -> float:
@@ -117,6 +133,16 @@ def lengths_of(trainer: PracticeTrainer) -> list[int]:
 
     dataset: Any = trainer.train_dataset
     return pyarrow.compute.list_value_length(dataset.data.column("input_ids")).to_pylist()
+
+
+def parts_of(trainer: PracticeTrainer) -> list[int]:
+    """Examples in each row of the training set: several where rows are packed."""
+    import pyarrow.compute
+
+    dataset: Any = trainer.train_dataset
+    if "lengths" not in dataset.column_names:
+        return [1] * len(dataset)
+    return pyarrow.compute.list_value_length(dataset.data.column("lengths")).to_pylist()
 
 
 def _measurements(settings: Any, steps: int) -> int:

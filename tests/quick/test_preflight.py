@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from limited_disk import small_disk
 from tiny_run import MACHINE, rows, trainer_for
 
@@ -44,6 +45,21 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_them(is_fast: bool, pack
     assert logged == logged_2
     assert all(torch.equal(weights[name], weights_2[name]) for name in weights)
     assert torch.equal(state, state_2)
+
+
+def test_the_rows_tried_are_in_as_many_parts_as_rows_are_on_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short examples share more of a packed row; the rows of the middle lengths may happen to hold no short ones."""
+    trainer, settings = trainer_for(tmp_path / "out", True, gradient_accumulation_steps=4)
+    ids = [[7] * length for length in range(40, 56)]
+    parts = [[len(one)] if i % 2 == 0 else [8] * 5 + [len(one) - 40] * (len(one) > 40) for i, one in enumerate(ids)]
+    packed = [{"input_ids": one, "labels": one, "lengths": lengths} for one, lengths in zip(ids, parts)]
+    trainer.train_dataset = Dataset.from_list(packed)
+    tried: list[list[int]] = []
+    monkeypatch.setattr(preflight, "probe", lambda trainer, rows: tried.append([*rows]) or 1.0)
+    preflight.estimate(trainer, Source("folder", "x", tmp_path), 4, settings, Examples(), 0)
+    assert [len(parts[i]) for i in tried[1]] == [1, 1, 6, 6]
 
 
 def test_the_disk_of_a_plan_holds_one_checkpoint_more_than_are_kept_while_it_is_written(tmp_path: Path) -> None:
