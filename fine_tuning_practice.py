@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from lora_practice.artifacts import DEFAULT_OUTPUT_DIR, OutputFolder
-from lora_practice.errors import UserError, door, tell, text
-from lora_practice.settings import named_by_user, parse, setting
-from lora_practice.variants import STARTS, check, four_bit
+from lora_practice.console.errors import UserError, entry_point
+from lora_practice.console.settings import named_by_user, parse, setting
+from lora_practice.console.text import tell, text
+from lora_practice.model.pissa import STARTS, check_lora_settings
+from lora_practice.model.quantization import four_bit
+from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder
 
 
 @dataclass
@@ -273,7 +275,7 @@ class TrainSettings:
     skip_login: bool = setting(False, "不用 HF_TOKEN 登录", "do not log in with HF_TOKEN")
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The whole story: settings, sources, data, model, training, files."""
     settings = parse(
@@ -282,11 +284,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         prog="fine_tuning_practice.py",
         description=text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"),
     )
-    from lora_practice.environment import check_login, leave_launcher, prepare_environment
-    from lora_practice.resuming import cached_as_before, check_same_base, check_same_data, remember
-    from lora_practice.sources import SHIPPED, find_dataset, find_model
+    from lora_practice.run.resume import cached_as_before, check_same_base, check_same_data, remember
+    from lora_practice.sources.environment import check_login, leave_launcher, prepare_environment
+    from lora_practice.sources.find import SHIPPED, find_dataset, find_model
 
-    check(settings)
+    check_lora_settings(settings)
     if settings.json and not settings.plan:
         raise UserError(text("--json 只和 --plan 一起用", "--json goes with --plan"), fix="--plan --json")
     prepare_environment()
@@ -312,54 +314,60 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     # the default subset belongs to the default data set
     subset = settings.dataset_name if meant["dataset_name"] or not meant["dataset_path"] else None
 
-    from lora_practice import versions
+    from lora_practice import compat
 
-    versions.check_stack()
-    versions.check_tracker(settings.report_to)
-    from lora_practice import export, model, planning, preflight, record, talk, train
+    compat.check_stack()
+    compat.check_tracker(settings.report_to)
     from lora_practice.data.prepare import prepare
-    from lora_practice.machine import decide
-    from lora_practice.probe import look
+    from lora_practice.export import merge
+    from lora_practice.inference import samples
+    from lora_practice.machine.device import decide
+    from lora_practice.machine.facts import look
+    from lora_practice.model import load as load_model
+    from lora_practice.model import lora as model_lora
+    from lora_practice.run import record
+    from lora_practice.training import build, run
+    from lora_practice.training import plan as training_plan
 
-    machine = decide(look(), settings.bf16, weights=model.stored_bytes(base.path))
-    tokenizer = model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
+    machine = decide(look(), settings.bf16, weights=load_model.stored_bytes(base.path))
+    tokenizer = load_model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
     rows = prepare(data, subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)
     quantised = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
-    weights = model.load_base(base, model.weights_dtype(machine, base, settings.fast), **quantised)
-    lora = model.add_lora(weights, settings, base)
-    model.check_vocabulary(lora, tokenizer, base.name)
-    engine = train.build_engine(lora, settings, machine)
-    trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
+    weights = load_model.load_base(base, load_model.weights_dtype(machine, base, settings.fast), **quantised)
+    lora = model_lora.add_lora(weights, settings, base)
+    load_model.check_vocabulary(lora, tokenizer, base.name)
+    engine = build.build_engine(lora, settings, machine)
+    trainer = build.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
     given = list(sys.argv[1:] if argv is None else argv)
-    while shorter := train.find_room(trainer, settings.allow_shorter and not settings.resume):
+    while shorter := build.find_room(trainer, settings.allow_shorter and not settings.resume):
         settings.max_length, given = shorter, [*given, "--max_length", str(shorter)]
         rows = prepare(data, subset, tokenizer, settings)
-        trainer = train.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
-    downloaded = preflight.fetched_mb(base, started) + preflight.fetched_mb(data, started)
-    plan = preflight.estimate(trainer, base, train.steps_of(trainer), settings, rows.held_out, downloaded)
-    tell(train.announce(machine, base, data, rows, trainer, plan))
+        trainer = build.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
+    downloaded = training_plan.fetched_mb(base, started) + training_plan.fetched_mb(data, started)
+    plan = training_plan.estimate(trainer, base, build.steps_of(trainer), settings, rows.held_out, downloaded)
+    tell(build.announce(machine, base, data, rows, trainer, plan))
     if settings.plan:
         if settings.json:
-            print(planning.as_json(plan, trainer, settings, machine))
+            print(training_plan.plan_as_json(plan, trainer, settings, machine))
         else:
-            tell(planning.said(plan, trainer, settings, machine))
+            tell(training_plan.plan_text(plan, trainer, settings, machine))
         return 0
 
-    notes = record.opening(settings, machine, base, data, rows, given)
+    notes = record.starting_record(settings, machine, base, data, rows, given)
     notes["estimate"] = plan.record()
     folder.begin(notes)
-    notes.update(train.run(trainer, rows.held_out, settings))
+    notes.update(run.train(trainer, rows.held_out, settings))
     if notes["interrupted"]:
         folder.write_record({**notes, "status": "interrupted"})
         tell(record.how_to_resume(notes))
         return 130
-    train.finish(trainer, notes)
+    run.finish(trainer, notes)
     if settings.run_inference:
-        notes["samples"] = talk.compare(lora, tokenizer)
-        train.write_card(folder, notes)
+        notes["samples"] = samples.answer_side_by_side(lora, tokenizer)
+        run.write_card(folder, notes)
     if settings.merge_adapter:
-        tell(export.said(*export.merge(folder.path)))
+        tell(merge.merge_sentence(*merge.merge_adapter(folder.path)))
     tell(record.farewell(folder.path, notes))
     return 0
 

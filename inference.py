@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from lora_practice.artifacts import DEFAULT_OUTPUT_DIR
-from lora_practice.errors import UserError, door, text
-from lora_practice.settings import parse, setting
+from lora_practice.console.errors import UserError, entry_point
+from lora_practice.console.settings import parse, setting
+from lora_practice.console.text import text
+from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 
 
 @dataclass
@@ -64,7 +65,7 @@ class InferenceSettings:
     )
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Load once, then answer each prompt, or chat."""
     settings = parse(
@@ -73,36 +74,37 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         prog="inference.py",
         description=text("和训练好的模型聊天", "talk to what was trained"),
     )
-    from lora_practice import talk
+    from lora_practice.inference import samples
 
     if settings.prompt is None and not sys.stdin.isatty():
-        settings.prompt = [*talk.piped()]
+        settings.prompt = [*samples.piped()]
         if not settings.prompt:
             what = text("没有 --prompt，标准输入里也没有问题", "no --prompt, and no question on stdin")
             raise UserError(what, fix='--prompt "…"')
     if any(not prompt.strip() for prompt in settings.prompt or []):
         raise UserError(text("问题是空的", "the prompt is empty"), where="--prompt", fix='--prompt "…"')
-    from lora_practice.environment import prepare_environment
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
     from transformers import set_seed
 
-    from lora_practice import chat, generate
-    from lora_practice.machine import decide
-    from lora_practice.probe import look
+    from lora_practice.inference import chat
+    from lora_practice.inference import load as load_chat
+    from lora_practice.machine.device import decide
+    from lora_practice.machine.facts import look
 
     set_seed(settings.seed)
     machine, chats = decide(look(), device=settings.device), not settings.prompt
-    talker = generate.load(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
+    talker = load_chat.load_chat_model(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not settings.prompt:
-        chat.chat(settings.model_dir, talker, settings.system, **options)
+        chat.chat_loop(settings.model_dir, talker, settings.system, **options)
         return 0
     for prompt in settings.prompt:
-        messages = [*talk.opening(settings.system), {"role": "user", "content": prompt}]
+        messages = [*samples.system_messages(settings.system), {"role": "user", "content": prompt}]
         if len(settings.prompt) > 1:
             print(f"> {prompt}")
-        talk.say(talker, messages, **options)
+        samples.say(talker, messages, **options)
     return 0
 
 

@@ -3,7 +3,7 @@ Two stacks, five Pythons: `nox` installs and tests each; a Python that is not he
 
     nox                               全部 / all of them
     nox -s lowest                     一个 / one
-    nox -s lowest -- tests/quick -x   横线后的参数传给 pytest / what follows goes to pytest
+    nox -s lowest -- tests/unit -x   横线后的参数传给 pytest / what follows goes to pytest
 
 Environments are kept in .nox and used again. torch follows the machine as in scripts/environment.sh: where the
 CPU build cannot be had, each environment on Linux holds a CUDA build, several GB.
@@ -50,25 +50,25 @@ def install_and_test(session: nox.Session, stack: str, *tests: str) -> None:
 @nox.session(python="3.11")
 def newest(session: nox.Session) -> None:
     """The new stack, everything."""
-    install_and_test(session, "newest", "tests/real", "tests/quick")
+    install_and_test(session, "newest", "tests/real", "tests/tiny", "tests/unit")
 
 
 @nox.session(python="3.9")
 def lowest(session: nox.Session) -> None:
     """The lowest versions that pyproject.toml allows, everything."""
-    install_and_test(session, "lowest", "tests/real", "tests/quick")
+    install_and_test(session, "lowest", "tests/real", "tests/tiny", "tests/unit")
 
 
 @nox.session(python="3.9")
 def old(session: nox.Session) -> None:
     """The old stack: the newest that Python 3.9 allows, everything."""
-    install_and_test(session, "cu126", "tests/real", "tests/quick")
+    install_and_test(session, "cu126", "tests/real", "tests/tiny", "tests/unit")
 
 
 @nox.session(python=["3.10", "3.12", "3.13"])
 def quick(session: nox.Session) -> None:
     """The new stack on the other Pythons, without the model."""
-    install_and_test(session, "newest", "tests/quick")
+    install_and_test(session, "newest", "tests/tiny", "tests/unit")
 
 
 @nox.session(python="3.11", default=False)

@@ -85,8 +85,8 @@ def parse() -> argparse.Namespace:
 
 def card_or_cpu() -> str:
     """ "cuda" where a run of this project would choose the card."""
-    from lora_practice.machine import decide
-    from lora_practice.probe import look
+    from lora_practice.machine.device import decide
+    from lora_practice.machine.facts import look
 
     return decide(look()).device
 
@@ -109,8 +109,8 @@ def run(module: str, name: str, spec: dict) -> dict:
 
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
-    from lora_practice.probe import look
-    from lora_practice.versions import installed
+    from lora_practice.compat import installed
+    from lora_practice.machine.facts import look
 
     facts = look()
     return {"processor": facts.cpu, "card": facts.gpu, "system": platform.platform(terse=True), **installed()}

@@ -11,12 +11,12 @@ LONG_TOKENS = 480
 
 def write_examples(path: Path, short: int, long: int, assistant_only: bool) -> None:
     """JSON {"short": [...], "long": [...]} of {"input_ids", "labels"} rows from the embedded conversations."""
-    from lora_practice import embedded
-    from lora_practice.data.collect import collect
     from lora_practice.data.conversations import read_file
-    from lora_practice.data.tokens import Encoder
-    from lora_practice.model import load_tokenizer
-    from lora_practice.sources import Source
+    from lora_practice.data.good_rows import collect
+    from lora_practice.data.tokenization import Encoder
+    from lora_practice.model.load import load_tokenizer
+    from lora_practice.sources import embedded
+    from lora_practice.sources.find import Source
 
     folder = embedded.model_dir()
     tokenizer = load_tokenizer(Source("folder", str(folder), folder))

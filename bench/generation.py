@@ -15,10 +15,10 @@ def main() -> None:
     import torch
 
     from bench.worker import CLOCKS, peak_memory_mb
-    from lora_practice import embedded
-    from lora_practice.data.template import render
-    from lora_practice.model import load_tokenizer
-    from lora_practice.sources import Source
+    from lora_practice.data.chat_template import render
+    from lora_practice.model.load import load_tokenizer
+    from lora_practice.sources import embedded
+    from lora_practice.sources.find import Source
 
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
@@ -44,7 +44,7 @@ def adapted(source: Any, how: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from lora_practice.model import load_base
+    from lora_practice.model.load import load_base
 
     base = load_base(source, "stored" if how == "kernels" else "fp32")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=6, lora_alpha=8, target_modules="all-linear"))
@@ -60,7 +60,7 @@ def writer(model: Any, how: str) -> Callable[[list[int]], list[int]]:
     """ids -> NEW_TOKENS greedy tokens; `how`: "generate" (transformers), "kernels" or "torch" (ours)."""
     import torch
 
-    from lora_practice.fast.decode import build_decoder
+    from lora_practice.fast.decode.decoder import build_decoder
 
     if how != "generate":
         decoder = build_decoder(model, kernels=how == "kernels")

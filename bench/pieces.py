@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--load", choices=["short", "long"], default="short")
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
-    engine, steps = build(options.dtype, options.load, options.steps)
+    engine, steps, _ = build(options.dtype, options.load, options.steps)
     clock = watch(engine)
     for step in steps:
         engine.step_loss_and_backward(step)
@@ -52,14 +52,17 @@ def main() -> None:
     print(f"| all | {1000 * seconds / len(steps):.0f} |")
 
 
-def build(dtype: str, load: str, count: int) -> tuple[Any, list[list[tuple[list[int], list[int]]]]]:
-    """(engine, the examples of `count` steps)."""
+def build(dtype: str, load: str, count: int) -> tuple[Any, list[list[tuple[list[int], list[int]]]], Any]:
+    """(engine, the examples of `count` steps, the model)."""
     import torch
 
     from bench.examples import write_examples
     from fine_tuning_practice import TrainSettings
-    from lora_practice import embedded, fast, model
-    from lora_practice.sources import Source
+    from lora_practice import fast
+    from lora_practice.model import load as load_model
+    from lora_practice.model import lora
+    from lora_practice.sources import embedded
+    from lora_practice.sources.find import Source
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "examples.json"
@@ -67,15 +70,15 @@ def build(dtype: str, load: str, count: int) -> tuple[Any, list[list[tuple[list[
         rows = json.loads(path.read_text(encoding="utf-8"))[load]
     folder = embedded.model_dir()
     source = Source("folder", str(folder), folder)
-    adapted = model.add_lora(model.load_base(source, dtype), TrainSettings(lora_dropout=0.05), source)
+    adapted = lora.add_lora(load_model.load_base(source, dtype), TrainSettings(lora_dropout=0.05), source)
     engine = fast.build(adapted, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], seed=42)
     examples = [(row["input_ids"], row["labels"]) for row in rows]
-    return engine, [examples[at : at + 8] for at in range(0, len(examples) - 7, 8)]
+    return engine, [examples[at : at + 8] for at in range(0, len(examples) - 7, 8)], adapted
 
 
 def watch(engine: Any) -> Counter[str]:
     """Seconds by piece, counted from here on."""
-    from lora_practice.fast import linear, loss
+    from lora_practice.fast import lora_linear, loss
 
     clock: Counter[str] = Counter()
 
@@ -89,8 +92,8 @@ def watch(engine: Any) -> Counter[str]:
 
         return run
 
-    for module, what in ((linear, "matrix products of the layers"), (loss, "matrix products of the head")):
-        for name in ("product", "product_back"):
+    for module, what in ((lora_linear, "matrix products of the layers"), (loss, "matrix products of the head")):
+        for name in ("matmul_transposed", "matmul"):
             setattr(module, name, timed(what, getattr(module, name)))
     for name, what in PIECES.items():
         setattr(engine.ops, name, timed(what, getattr(engine.ops, name)))

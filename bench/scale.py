@@ -73,11 +73,11 @@ def write_rows(path: Path, count: int) -> None:
 def prepared(path: Path) -> dict[str, float]:
     """Prepare the rows as a run does, and say what it took."""
     from fine_tuning_practice import TrainSettings
-    from lora_practice import embedded
     from lora_practice.data.prepare import prepare
-    from lora_practice.machine import peak_memory
-    from lora_practice.model import load_tokenizer
-    from lora_practice.sources import Source
+    from lora_practice.machine.device import peak_memory
+    from lora_practice.model.load import load_tokenizer
+    from lora_practice.sources import embedded
+    from lora_practice.sources.find import Source
 
     folder = embedded.model_dir()
     tokenizer = load_tokenizer(Source("folder", str(folder), folder))

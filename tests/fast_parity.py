@@ -22,7 +22,7 @@ def trainable(model):
 
 def plain_step(model, batch):
     """Loss and gradients as TRL's accumulation does it: token losses summed over the window, divided once."""
-    count = fast.plan.count_labels(batch)
+    count = fast.step_plan.count_labels(batch)
     total = 0.0
     for ids, labels in batch:
         if all(label == -100 for label in labels[1:]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from tiny import make_tokenizer
 
-from lora_practice.gguf_tokens import SPLITS
+from lora_practice.export.gguf_tokenizer import SPLITS
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -94,10 +94,10 @@ def resume_flag(out: Path) -> tuple[str, ...]:
 
 def steps_safe(out: Path) -> int:
     """N of the newest whole checkpoint, judged by its manifest; 0 if there is none."""
-    from lora_practice import manifest
-    from lora_practice.artifacts import CHECKPOINT_MANIFEST, checkpoints
+    from lora_practice.run.folder import CHECKPOINT_MANIFEST, checkpoints
+    from lora_practice.storage import manifest
 
-    whole = [one for one in checkpoints(out) if not manifest.damage(one, CHECKPOINT_MANIFEST)]
+    whole = [one for one in checkpoints(out) if not manifest.folder_fault(one, CHECKPOINT_MANIFEST)]
     return int(whole[-1].name.rpartition("-")[2]) if whole else 0
 
 

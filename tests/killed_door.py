@@ -83,13 +83,13 @@ def wait(pid: int, seconds: float) -> int:
 def serve() -> None:
     """One forked process after another, until stdin ends."""
     sys.path.insert(0, str(Path(DOOR).parent))
-    from lora_practice.environment import prepare_environment
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
     import trl
 
     import lora_practice.data.prepare
-    import lora_practice.train  # noqa: F401
+    import lora_practice.training.build  # noqa: F401
 
     assert trl.SFTTrainer and trl.SFTConfig  # loaded when they are asked for
     print("ready", flush=True)

@@ -110,7 +110,7 @@ def become(request: dict[str, Any]) -> None:
 
 def load() -> None:
     """Import what takes seconds."""
-    from lora_practice.environment import prepare_environment
+    from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
     import peft
@@ -118,8 +118,8 @@ def load() -> None:
     import trl
 
     import lora_practice.data.prepare
-    import lora_practice.export
-    import lora_practice.train  # noqa: F401
+    import lora_practice.export.merge
+    import lora_practice.training.build  # noqa: F401
 
     # loaded when they are asked for
     assert trl.SFTTrainer and trl.SFTConfig and peft.PeftModel and transformers.AutoModelForCausalLM

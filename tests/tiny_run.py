@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 
 from fine_tuning_practice import TrainSettings
-from lora_practice import fast, train
-from lora_practice.artifacts import OutputFolder
+from lora_practice import fast
 from lora_practice.data.examples import Examples
-from lora_practice.data.tokens import Example
-from lora_practice.machine import Facts, decide
+from lora_practice.data.tokenization import Example
+from lora_practice.machine.device import Facts, decide
+from lora_practice.run.folder import OutputFolder
+from lora_practice.training import build
 
 MACHINE = decide(Facts(memory=8 << 30))
 
@@ -37,4 +38,4 @@ def trainer_for(place: Path, is_fast: bool, resumed: Optional[dict[str, Any]] = 
     model = get_peft_model(make_model(), lora)
     engine = fast.build(model, seed=settings.seed, kernels=False) if is_fast else None
     folder = OutputFolder(place, resumed=resumed)
-    return train.build_trainer(model, engine, make_tokenizer(), rows(), settings, MACHINE, folder), settings
+    return build.build_trainer(model, engine, make_tokenizer(), rows(), settings, MACHINE, folder), settings

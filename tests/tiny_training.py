@@ -10,13 +10,14 @@ import torch
 from tiny import make_model, make_tokenizer
 
 from fine_tuning_practice import TrainSettings
-from lora_practice import model as rooms
-from lora_practice import train
-from lora_practice.artifacts import OutputFolder
 from lora_practice.data.examples import Examples
-from lora_practice.data.tokens import Example
-from lora_practice.machine import Facts, Machine
-from lora_practice.sources import Source
+from lora_practice.data.tokenization import Example
+from lora_practice.machine.device import Facts, Machine
+from lora_practice.model import lora as model_lora
+from lora_practice.run.folder import OutputFolder
+from lora_practice.sources.find import Source
+from lora_practice.training import build
+from lora_practice.training import run as training_run
 
 ROWS = 12
 
@@ -46,11 +47,11 @@ def trainer_of(folder: Path, precision: str = "fp32", change: Any = None, **chan
     base, examples = make_model(), rows()
     if change is not None:
         change(base)
-    lora = rooms.add_lora(base, settings, Source("folder", "tiny", None))
-    engine = train.build_engine(lora, settings, machine)
+    lora = model_lora.add_lora(base, settings, Source("folder", "tiny", None))
+    engine = build.build_engine(lora, settings, machine)
     # accelerate knows no fp16 on a CPU; the engine does
     told = dataclasses.replace(machine, precision="fp32") if precision == "fp16" else machine
-    trainer = train.build_trainer(lora, engine, make_tokenizer(), examples, settings, told, claimed)
+    trainer = build.build_trainer(lora, engine, make_tokenizer(), examples, settings, told, claimed)
     if precision == "fp16":
         trainer.regime = dataclasses.replace(trainer.regime, precision="fp16")
         trainer.guard.precision = "fp16"
@@ -61,7 +62,7 @@ def trainer_of(folder: Path, precision: str = "fp32", change: Any = None, **chan
 
 def run(trainer: Any) -> dict[str, Any]:
     """Train to the end; what goes into the record."""
-    return train.run(trainer, [], trainer.asked)
+    return training_run.train(trainer, [], trainer.asked)
 
 
 def weights_of(trainer: Any) -> list[torch.Tensor]:

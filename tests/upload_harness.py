@@ -13,7 +13,7 @@ import numpy as np
 from hub_server import WRITE_TOKEN, HubServer
 from safetensors.numpy import save_file
 
-from lora_practice import manifest
+from lora_practice.storage import manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "alice/my-lora"
@@ -51,7 +51,7 @@ def make_adapter_folder(folder: Path, base: str = HUB_ID, hub_id: str | None = H
     state = {"global_step": 2, "best_model_checkpoint": str(folder / "checkpoint-2")}
     (folder / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state), "utf-8")
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(bytes(range(256)) * 40)
-    manifest.write(folder / "checkpoint-2", "checkpoint.json")
+    manifest.write_manifest(folder / "checkpoint-2", "checkpoint.json")
     return folder
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-from lora_practice.data.files import RowFile, open_rows
-from lora_practice.data.rows import BadRow
-from lora_practice.data.turns import Message, bad_row, check_order, content_of, kind_of, listed, read_turns
-from lora_practice.errors import text
+from lora_practice.console.text import text
+from lora_practice.data.bad_row import BadRow
+from lora_practice.data.messages import Message, bad_row, check_order, content_of, json_type_name, listed, read_messages
+from lora_practice.data.readers import RowFile, open_rows
 
 PAIRS = (
     ("instruction", "output"),
@@ -112,12 +112,12 @@ def from_row(row: Any, origin: str) -> Conversation:
             raise bad_row(
                 text("这一行不是对象", "the row is not an object"),
                 text('每行写成 {"messages": [...]}', 'write each row as {"messages": [...]}'),
-                kind_of(row),
+                json_type_name(row),
             )
         ask, answer = _shape(row)
         if ask == "text":
             return Conversation((), origin, content_of(row["text"], "text"), ask)
-        turns = _pair(row, ask, answer) if answer else read_turns(row[ask], ask)
+        turns = _pair(row, ask, answer) if answer else read_messages(row[ask], ask)
         system = row.get("system")
         if given(system) and not (turns and turns[0] == {"role": "system", "content": system}):
             turns.insert(0, {"role": "system", "content": content_of(system, "system")})
@@ -162,7 +162,7 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
         turns.append({"role": "user", "content": content_of(past[0], where)})
         turns.append({"role": "assistant", "content": content_of(past[1], where)})
     if isinstance(row[ask], (list, tuple)):
-        turns += read_turns(row[ask], ask)
+        turns += read_messages(row[ask], ask)
     else:
         question = content_of(row[ask], ask)
         for key in ("input", "context"):
@@ -170,7 +170,7 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
                 question += "\n" + content_of(row[key], key)
         turns.append({"role": "user", "content": question})
     if isinstance(row[answer], (list, tuple)):
-        return turns + read_turns(row[answer], answer)
+        return turns + read_messages(row[answer], answer)
     return [*turns, {"role": "assistant", "content": content_of(row[answer], answer)}]
 
 

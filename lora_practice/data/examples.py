@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_practice.data.tokens import IGNORED, Example
+from lora_practice.data.tokenization import IGNORED, Example
 
 
 class Examples(Sequence[Example]):

@@ -9,14 +9,15 @@ from typing import Any, Optional
 
 from tqdm import tqdm
 
-from lora_practice import embedded
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import tell, text
 from lora_practice.data import conversations
-from lora_practice.data.collect import GoodRows
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.examples import Examples
-from lora_practice.data.tokens import Encoder, preview
-from lora_practice.errors import UserError, tell, text
-from lora_practice.sources import Source, load_hub_rows
+from lora_practice.data.good_rows import GoodRows
+from lora_practice.data.tokenization import Encoder, preview
+from lora_practice.sources import embedded
+from lora_practice.sources.find import Source, load_hub_rows
 
 
 @dataclass(frozen=True)

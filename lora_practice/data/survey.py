@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_practice.console.text import text
+from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import Conversation, Outcome, read_file
-from lora_practice.data.rows import BadRow
-from lora_practice.data.tokens import IGNORED, Encoder, Example, count_trained
-from lora_practice.errors import text
+from lora_practice.data.tokenization import IGNORED, Encoder, Example, count_trained
 
 LISTED = 100  # problems of each kind that are named; all are counted
 BINS = 8
@@ -58,7 +58,7 @@ class Survey:
             self.problems.append(Problem(kind, origin, what, fix))
 
 
-def survey(path: Path, tokenizer: Any, max_length: int) -> Survey:
+def survey_file(path: Path, tokenizer: Any, max_length: int) -> Survey:
     """Read the whole file once, in flat memory but for a digest of each row.
 
     Raises:

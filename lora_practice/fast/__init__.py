@@ -8,7 +8,7 @@ generation decode_weights, decode_native, decode. Imports torch only.
 
 from __future__ import annotations
 
-from .engine import Engine, build
-from .weights import NotServed
+from lora_practice.fast.engine import Engine, build
+from lora_practice.fast.weights import NotServed
 
 __all__ = ["Engine", "NotServed", "build"]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tiles import Tile
+from lora_practice.fast.attention_tiles import Tile
 
 
 class Heads(NamedTuple):

@@ -8,16 +8,16 @@ from typing import Any, Callable, Optional, TypeVar, cast
 
 import torch
 
-from . import native
-from .layer import Pass
-from .linear import LoraWeights
-from .loss import head_loss
-from .noise import Noise
-from .ops import Plain, wide_of
-from .plan import Example, Plan, count_labels, plan_step
-from .products import ROW_STEP
-from .space import Space, return_freed_memory
-from .weights import Weights, give_back, read
+from lora_practice.fast.buffers import Buffers, return_freed_memory
+from lora_practice.fast.dropout import DropoutMask
+from lora_practice.fast.kernels import native
+from lora_practice.fast.layer import Pass
+from lora_practice.fast.lora_linear import LoraWeights
+from lora_practice.fast.loss import head_loss
+from lora_practice.fast.matmul import ROW_STEP
+from lora_practice.fast.ops import Plain, wide_of
+from lora_practice.fast.step_plan import IdsAndLabels, MicroBatchPlan, count_labels, plan_step
+from lora_practice.fast.weights import Weights, give_back, read_weights
 
 # A processor is busy with 300 rows, and in fp32 takes about plain TRL's memory with them; 16-bit rows take two thirds,
 # and each more micro-batch reads all weights once more. A card waits for work: more at once.
@@ -45,9 +45,9 @@ def build(
     Raises:
         NotServed: the model, adapter or setting is not known here; train on the plain path.
     """
-    weights = read(peft_model, compute_dtype)
+    weights = read_weights(peft_model, compute_dtype)
     device = weights.embedding.device
-    ops = native.load(compute_dtype, device) if kernels else Plain()
+    ops = native.load_kernels(compute_dtype, device) if kernels else Plain()
     if token_budget is None:
         on_cpu = WIDE_ROWS if compute_dtype == wide_of(compute_dtype) else NARROW_ROWS
         token_budget = on_cpu if device.type == "cpu" else CARD_ROWS
@@ -89,11 +89,11 @@ class Engine:
     def bound(self, token_budget: int, checkpointing: bool = False) -> None:
         """Between steps: rows computed at once; with `checkpointing` layers keep a tenth and compute forward twice."""
         self.token_budget, self.checkpointing = token_budget, checkpointing
-        self.space = Space(token_budget + ROW_STEP)
+        self.space = Buffers(token_budget + ROW_STEP)
 
     @_by_hand
     def step_loss_and_backward(
-        self, examples: Sequence[Example], num_items: Optional[int] = None, loss_scale: float = 1.0
+        self, examples: Sequence[IdsAndLabels], num_items: Optional[int] = None, loss_scale: float = 1.0
     ) -> float:
         """Add the gradients of loss_scale * (sum of token losses) / num_items to .grad of every LoRA parameter.
 
@@ -106,7 +106,7 @@ class Engine:
         """
         num_items = count_labels(examples) if num_items is None else num_items
         threshold = self.weights.threshold
-        noise = Noise(self.seed, self.step, threshold) if threshold else None
+        noise = DropoutMask(self.seed, self.step, threshold) if threshold else None
         keep_rate = noise.keep_rate if noise else 1.0
         self.lora.take(keep_rate)
         total = 0.0
@@ -119,7 +119,7 @@ class Engine:
         return total / max(num_items, 1)
 
     @_by_hand
-    def eval_loss(self, examples: Sequence[Example]) -> float:
+    def eval_loss(self, examples: Sequence[IdsAndLabels]) -> float:
         """Mean loss per trained token, in nats, without dropout and without gradients."""
         self.lora.take(1.0)
         total = 0.0
@@ -142,7 +142,7 @@ class Engine:
         """Give the model's weights storage of their own again, for saving or merging the base."""
         give_back(self.weights.moved)
 
-    def _pass(self, plan: Plan, noise: Optional[Noise], backward: bool = True) -> Pass:
+    def _pass(self, plan: MicroBatchPlan, noise: Optional[DropoutMask], backward: bool = True) -> Pass:
         device = self.weights.embedding.device
         plan = plan.padded(ROW_STEP)
         plan = plan if device.type == "cpu" else plan.to(device)
@@ -152,7 +152,7 @@ class Engine:
         cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         return Pass(plan, cos, sin, noise, self.ops, self.space, backward)
 
-    def _embed(self, plan: Plan) -> torch.Tensor:
+    def _embed(self, plan: MicroBatchPlan) -> torch.Tensor:
         h = self.weights.embedding[plan.ids].to(wide_of(self.dtype))
         return h * self.weights.embedding_scale if self.weights.embedding_scale != 1.0 else h
 
@@ -171,7 +171,7 @@ class Engine:
         d_h[rows] = d_labelled
         return total, d_h
 
-    def _forward_backward(self, plan: Plan, noise: Optional[Noise], scale: float) -> float:
+    def _forward_backward(self, plan: MicroBatchPlan, noise: Optional[DropoutMask], scale: float) -> float:
         now = self._pass(plan, noise, backward=not self.checkpointing)  # checkpointing: layers share their buffers
         saved: list[Any] = []  # a Saved for each layer; with checkpointing only its input, (n, K) wide
         h = self._embed(now.plan)

@@ -19,15 +19,15 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from .attention import Heads
-from .linear import LinearGroup
-from .noise import Noise
-from .ops import Activation, Plain, wide_of
-from .plan import Plan
-from .space import Space
+from lora_practice.fast.attention import Heads
+from lora_practice.fast.buffers import Buffers
+from lora_practice.fast.dropout import DropoutMask
+from lora_practice.fast.lora_linear import LinearGroup
+from lora_practice.fast.ops import Activation, Plain, wide_of
+from lora_practice.fast.step_plan import MicroBatchPlan
 
 
-class HeadNorm(NamedTuple):
+class QKNorm(NamedTuple):
     """Qwen3's RMSNorm over each head of q and k, before the rotation."""
 
     q_weight: torch.Tensor  # (D,)
@@ -38,12 +38,12 @@ class HeadNorm(NamedTuple):
 class Pass(NamedTuple):
     """What every layer of one forward or backward pass shares."""
 
-    plan: Plan
+    plan: MicroBatchPlan
     cos: torch.Tensor  # (n, D / 2)
     sin: torch.Tensor
-    noise: Optional[Noise]
+    noise: Optional[DropoutMask]
     ops: Plain
-    space: Space
+    space: Buffers
     backward: bool  # False: layers may forget what only their backward pass reads
 
 
@@ -77,7 +77,7 @@ class Layer:
     eps: float
     heads: Heads
     activation: Activation
-    head_norm: Optional[HeadNorm] = None
+    head_norm: Optional[QKNorm] = None
     window: Optional[int] = None
     index: int = 0
 

@@ -13,17 +13,17 @@ from typing import Optional
 
 import torch
 
-from .ops import Plain
-from .plan import Plan
-from .products import ROW_STEP, product, product_back
-from .space import Space
+from lora_practice.fast.buffers import Buffers
+from lora_practice.fast.matmul import ROW_STEP, matmul, matmul_transposed
+from lora_practice.fast.ops import Plain
+from lora_practice.fast.step_plan import MicroBatchPlan
 
 # Of logits: 128 rows of 49152 in float32. In 16 bits, whose products gain from more rows, twice as many. A card waits.
 CHUNK_BYTES, CARD_CHUNK_BYTES = 24 << 20, 96 << 20
 
 
 def head_loss(
-    x: torch.Tensor, weight: torch.Tensor, plan: Plan, scale: Optional[float], ops: Plain, space: Space
+    x: torch.Tensor, weight: torch.Tensor, plan: MicroBatchPlan, scale: Optional[float], ops: Plain, space: Buffers
 ) -> tuple[float, Optional[torch.Tensor]]:
     """Summed loss in nats, and d_x (None without scale).
 
@@ -36,12 +36,12 @@ def head_loss(
     most = max(held // (weight.shape[0] * size * ROW_STEP), 1) * ROW_STEP
     for first, last in chunks(x.shape[0], most):
         out = space.rows(("logits",), last - first, weight.shape[0], weight.dtype, weight.device, most + ROW_STEP)
-        logits = product(x[first:last], weight, out)
+        logits = matmul_transposed(x[first:last], weight, out)
         mine = (plan.pair_slots >= first) & (plan.pair_slots < last)
         slots, labels = plan.pair_slots[mine] - first, plan.pair_labels[mine]
         total += ops.cross_entropy(logits, plan.label_counts[first:last], slots, labels, scale)
         if d_x is not None:
-            d_x[first:last] = product_back(logits, weight)
+            d_x[first:last] = matmul(logits, weight)
         del logits  # before the next ones are made
     return total, d_x
 

@@ -14,10 +14,10 @@ from typing import Callable, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from .attention import Heads, attend, attend_backward
-from .noise import Noise, keep_mask
-from .plan import Plan
-from .tiles import tiles
+from lora_practice.fast.attention import Heads, attend, attend_backward
+from lora_practice.fast.attention_tiles import tiles
+from lora_practice.fast.dropout import DropoutMask, keep_mask
+from lora_practice.fast.step_plan import MicroBatchPlan
 
 
 class Activation(NamedTuple):
@@ -92,7 +92,9 @@ class Plain:
         rotated = torch.stack((a * c - b * s, b * c + a * s), dim=2)
         pairs.copy_(rotated)
 
-    def attend(self, qkv: torch.Tensor, plan: Plan, window: Optional[int], heads: Heads, out: torch.Tensor) -> None:
+    def attend(
+        self, qkv: torch.Tensor, plan: MicroBatchPlan, window: Optional[int], heads: Heads, out: torch.Tensor
+    ) -> None:
         """See attention.attend."""
         attend(qkv, tiles(plan, window), heads, out)
 
@@ -101,7 +103,7 @@ class Plain:
         d_out: torch.Tensor,
         out: torch.Tensor,
         qkv: torch.Tensor,
-        plan: Plan,
+        plan: MicroBatchPlan,
         window: Optional[int],
         heads: Heads,
     ) -> torch.Tensor:
@@ -125,7 +127,7 @@ class Plain:
         d_gate_up[:, :width] = activation.gradient(d_out * up, gate)
 
     def lora_down(
-        self, x: torch.Tensor, down: torch.Tensor, sites: list, noise: Noise | None, out: torch.Tensor
+        self, x: torch.Tensor, down: torch.Tensor, sites: list, noise: DropoutMask | None, out: torch.Tensor
     ) -> None:
         """u_s = (x * keep_s) A_s^T for each site s: x (n, K), down = stacked A (R, K), out (n, R).
 
@@ -144,7 +146,7 @@ class Plain:
         d_u: torch.Tensor,
         down: torch.Tensor,
         sites: list,
-        noise: Noise | None,
+        noise: DropoutMask | None,
         d_x: torch.Tensor | None,
     ) -> torch.Tensor:
         """Returns d_A = d_u^T (x * keep), stacked (R, K) wide; d_x += (d_u A) * keep in place unless it is None."""

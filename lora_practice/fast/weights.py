@@ -11,13 +11,13 @@ from typing import Any, Optional
 
 import torch
 
-from .attention import Heads
-from .layer import HeadNorm, Layer
-from .linear import LinearGroup, Site
-from .noise import threshold_of
-from .ops import ACTIVATIONS, wide_of
-from .products import rows_buffer
-from .space import return_freed_memory
+from lora_practice.fast.attention import Heads
+from lora_practice.fast.buffers import return_freed_memory
+from lora_practice.fast.dropout import threshold_of
+from lora_practice.fast.layer import Layer, QKNorm
+from lora_practice.fast.lora_linear import LinearGroup, LoraModule
+from lora_practice.fast.matmul import rows_buffer
+from lora_practice.fast.ops import ACTIVATIONS, wide_of
 
 SERVED = (
     "LlamaForCausalLM",
@@ -53,7 +53,7 @@ class Weights:
     moved: list[tuple[torch.Tensor, torch.Tensor]]  # (weight, its view in a merged matrix)
 
 
-def read(peft_model: Any, dtype: torch.dtype) -> Weights:
+def read_weights(peft_model: Any, dtype: torch.dtype) -> Weights:
     """Take a PeftModel apart.
 
     Raises:
@@ -160,7 +160,7 @@ class _Reader:
         head_norm = None
         if hasattr(attention, "q_norm"):
             q_norm, k_norm = attention.q_norm, attention.k_norm
-            head_norm = HeadNorm(self.norm(q_norm), self.norm(k_norm), self.eps(q_norm))
+            head_norm = QKNorm(self.norm(q_norm), self.norm(k_norm), self.eps(q_norm))
         query, size = config.num_attention_heads, attention.head_dim
         return Layer(
             qkv=self.group(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -183,7 +183,7 @@ class _Reader:
         width = bases[0].in_features
         if width % 2:
             raise NotServed(f"odd layer width {width}")
-        sites: list[Site] = []
+        sites: list[LoraModule] = []
         row = rank = 0
         for module, base in zip(modules, bases):
             site = self.site(module, row, rank)
@@ -209,7 +209,7 @@ class _Reader:
         parts = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
         return torch.cat([part.detach() for part in parts]).to(wide_of(self.dtype))
 
-    def site(self, module: Any, row: int, rank: int) -> Optional[Site]:
+    def site(self, module: Any, row: int, rank: int) -> Optional[LoraModule]:
         """The LoRA pair of a PEFT linear; None where the linear has none."""
         if type(module) is torch.nn.Linear:
             return None
@@ -220,7 +220,7 @@ class _Reader:
         self.parameters += [a, b]
         self.sites += 1
         ranks = slice(rank, rank + a.shape[0])
-        return Site(a, b, float(module.scaling[adapter]), slice(row, row + b.shape[0]), ranks, self.sites)
+        return LoraModule(a, b, float(module.scaling[adapter]), slice(row, row + b.shape[0]), ranks, self.sites)
 
 
 def _base_linear(module: Any) -> torch.nn.Linear:

@@ -92,15 +92,15 @@ def full_disk(place: Place) -> None:
 
 def closed(place: Place) -> None:
     """No folder may be written to, whoever runs this."""
-    place.patch.setattr("lora_practice.artifacts.os.access", lambda path, mode: not mode & os.W_OK)
+    place.patch.setattr("lora_practice.run.folder.os.access", lambda path, mode: not mode & os.W_OK)
 
 
 def old_card(place: Place) -> None:
     """A T4, as far as the choice of a precision can see."""
-    from lora_practice import probe
+    from lora_practice.machine import facts
 
     card = {"gpu": "Tesla T4", "capability": (7, 5), "kernels": ("sm_75",), "gpu_memory": 16 << 30, "cuda_usable": True}
-    place.patch.setattr(probe, "look", lambda: probe.Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54"))
+    place.patch.setattr(facts, "look", lambda: facts.Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54"))
 
 
 def offline(place: Place) -> None:

@@ -26,16 +26,17 @@ def make_output(folder: Path, base: Path) -> Path:
     import torch
 
     from fine_tuning_practice import TrainSettings
-    from lora_practice import adapter
-    from lora_practice.model import add_lora, load_base, load_tokenizer
-    from lora_practice.sources import Source
+    from lora_practice.model import adapter_files
+    from lora_practice.model.load import load_base, load_tokenizer
+    from lora_practice.model.lora import add_lora
+    from lora_practice.sources.find import Source
 
     source = Source("folder", str(base), base)
     model = add_lora(load_base(source, "fp32"), TrainSettings(), source)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02)
-    adapter.save(model, load_tokenizer(source), {}, folder)
+    adapter_files.save(model, load_tokenizer(source), {}, folder)
     record = {"status": "finished", "steps": 1, "model": source.record(), "settings": {}, "data": {}}
     (folder / RECORD).write_text(json.dumps(record), "utf-8")
     return folder

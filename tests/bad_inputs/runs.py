@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from bad_inputs.folders import ADAPTER, CONFIG, DEEP, RECORD, edit, link_loop, remove, write
-from lora_practice import manifest
+from lora_practice.storage import manifest
 
 CHECKPOINT, MANIFEST = "checkpoint-1", "checkpoint.json"
 Damage = Callable[[Path], None]
@@ -32,7 +32,7 @@ def stop(folder: Path) -> Path:
     checkpoint.mkdir()
     for file in [one for one in folder.iterdir() if one.is_file() and one.name != RECORD]:
         shutil.copy(file, checkpoint)
-    manifest.write(checkpoint, MANIFEST)
+    manifest.write_manifest(checkpoint, MANIFEST)
     return folder
 
 

@@ -15,7 +15,7 @@ import pytest
 from journey_harness import SMALL
 from kill_harness import KINDS, NEVER, Server, differences, random_kill, resume_flag, steps_safe
 
-from lora_practice.artifacts import checkpoints
+from lora_practice.run.folder import checkpoints
 
 KILLS = int(os.environ.get("KILLS", "24"))
 STEPS = 8

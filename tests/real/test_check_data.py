@@ -8,7 +8,7 @@ from pathlib import Path
 
 from journey_harness import run
 
-from lora_practice.terminal import columns
+from lora_practice.console.terminal import columns
 
 
 def check(folder: Path, *flags: str, lang: str = "en") -> subprocess.CompletedProcess:

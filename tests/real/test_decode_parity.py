@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lora_practice.fast.decode import build_decoder
+from lora_practice.fast.decode.decoder import build_decoder
 
 QUESTIONS = ["Tell me a long story about a printer.", "What is the capital of France?", "List three fruits.", "你好！"]
 COUNT = 64

@@ -12,10 +12,10 @@ import torch
 from tiny_training import rows, run, same, trainer_of, weights_of
 from transformers import TrainerCallback
 
-from lora_practice import train
-from lora_practice.errors import UserError
-from lora_practice.evaluate import held_out_loss
-from lora_practice.verdict import Reading
+from lora_practice.console.errors import UserError
+from lora_practice.training import run as training_run
+from lora_practice.training.evaluation import held_out_loss
+from lora_practice.training.nan_check import StepNumbers
 
 PATHS = ("on", "off")
 
@@ -87,12 +87,12 @@ def test_a_run_killed_after_its_last_checkpoint_is_measured_in_the_precision_tha
     trainer = trainer_of(tmp_path / "a", "bf16", fast=path)
     if widened:
         Poison(trainer, 3, float("nan"))
-    whole = train.run(trainer, rows(3), trainer.asked)
+    whole = training_run.train(trainer, rows(3), trainer.asked)
     record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
     (tmp_path / "a" / "run_record.json").write_text(json.dumps({**record, "status": "running"}))
     again = trainer_of(tmp_path / "a", "bf16", fast=path, resume=True)
     assert again.folder.checkpoint.name == "checkpoint-6"
-    resumed = train.run(again, rows(3), again.asked)
+    resumed = training_run.train(again, rows(3), again.asked)
     assert held_out_loss(again, rows(3)) == held_out_loss(trainer, rows(3))
     assert resumed["held_out_loss"] == whole["held_out_loss"]
     assert same(weights_of(trainer), weights_of(again))
@@ -181,7 +181,7 @@ def test_one_overflow_of_fp16s_scaled_gradients_costs_a_second_try_and_no_row(tm
     trainer = trainer_of(tmp_path / "a", "fp16", fast="on")
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     Poison(trainer, 2, float("inf"))
-    seen: list[Reading] = []
+    seen: list[StepNumbers] = []
     read = trainer.guard._read
     trainer.guard._read = lambda *args: seen.append(read(*args)) or seen[-1]
     result = run(trainer)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from journey_harness import ROOT, SMALL, refused, run, succeeded, train
 
-from lora_practice import artifacts
-from lora_practice.errors import UserError
+from lora_practice.console.errors import UserError
+from lora_practice.run import folder
 
 ROW = json.dumps({"prompt": "Hi", "completion": "Hello!"})
 
@@ -76,9 +76,9 @@ def test_a_folder_without_write_permission_is_said_first(tmp_path):
 
 
 def test_no_write_permission_is_one_clear_line_whoever_runs_this(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts.os, "access", lambda place, mode: not mode & os.W_OK)
+    monkeypatch.setattr(folder.os, "access", lambda place, mode: not mode & os.W_OK)
     with pytest.raises(UserError, match="no permission to write"):
-        artifacts.OutputFolder.claim(str(tmp_path / "out"), False, False, {})
+        folder.OutputFolder.claim(str(tmp_path / "out"), False, False, {})
     assert not (tmp_path / "out").exists()
 
 
@@ -96,7 +96,7 @@ main(sys.argv[1:])
 
 
 def test_a_disk_that_fills_up_stops_in_one_line_and_the_earlier_checkpoint_is_kept(tmp_path):
-    from lora_practice.artifacts import newest_whole_checkpoint
+    from lora_practice.run.folder import newest_whole_checkpoint
 
     (tmp_path / "full.py").write_text(FULL_DISK, "utf-8")
     saving = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--output_dir", "out")

@@ -14,8 +14,8 @@ import pytest
 from bad_inputs.folders import edit, tensors
 from journey_harness import environment, refused, run, succeeded
 
-from lora_practice import compare
-from lora_practice.machine import Facts, decide
+from lora_practice.inference import compare
+from lora_practice.machine.device import Facts, decide
 
 CLI = ("-m", "lora_practice.cli")
 QUESTION = "My printer is not printing."

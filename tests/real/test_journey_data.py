@@ -53,7 +53,7 @@ CASES += [(shape, kind) for shape in TABLES for kind in ("csv", "csv:utf-8-sig",
 def test_every_shape_and_format_gives_the_same_trained_words(tmp_path, tokenizer, shape, kind):
     from fine_tuning_practice import TrainSettings
     from lora_practice.data.prepare import prepare
-    from lora_practice.sources import find_dataset
+    from lora_practice.sources.find import find_dataset
 
     source = find_dataset(str(write(tmp_path, shape, kind)), is_default=False)
     rows = prepare(source, None, tokenizer, dataclasses.replace(TrainSettings(), train_subset_size=2))
@@ -67,10 +67,10 @@ def test_the_real_model_has_a_finite_loss_on_each_shape(tmp_path, tokenizer, emb
     import torch
 
     from fine_tuning_practice import TrainSettings
-    from lora_practice.data.batches import Collator
+    from lora_practice.data.collator import Collator
     from lora_practice.data.prepare import prepare
-    from lora_practice.model import load_base
-    from lora_practice.sources import Source, find_dataset
+    from lora_practice.model.load import load_base
+    from lora_practice.sources.find import Source, find_dataset
 
     model = load_base(Source("folder", str(embedded_model), embedded_model), "fp32").eval()
     for shape in ROWS:
@@ -101,7 +101,7 @@ def test_a_bad_row_stops_before_anything_is_written_and_names_file_and_line(tmp_
 def test_bad_rows_can_be_left_out_and_are_counted_on_screen_and_in_the_record(tmp_path, tokenizer, capsys):
     from fine_tuning_practice import TrainSettings
     from lora_practice.data.prepare import prepare
-    from lora_practice.sources import find_dataset
+    from lora_practice.sources.find import find_dataset
 
     good = json.dumps(ROWS["messages"], ensure_ascii=False)
     long = json.dumps({"prompt": ASK, "completion": ANSWER * 99}, ensure_ascii=False)

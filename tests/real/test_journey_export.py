@@ -13,8 +13,8 @@ import torch
 from gguf_folders import ollama_prompt
 from journey_harness import TRAIN, refused, run, succeeded
 
-from lora_practice import llama_cpp, proof
 from lora_practice.cli import main as cli
+from lora_practice.export import llama_cpp, parity
 
 pytestmark = pytest.mark.skipif(bool(llama_cpp.missing()), reason="xllamacpp (llama.cpp) is not installed")
 EXPORT = ("-m", "lora_practice.cli", "export")
@@ -87,7 +87,7 @@ def test_llama_cpp_says_what_plain_transformers_and_peft_say(exported, embedded_
 def test_the_modelfile_writes_each_prompt_as_the_template_does(exported, tokenizer):
     modelfile = (exported.folder / "gguf" / "Modelfile").read_text("utf-8")
     assert "\nFROM ./merged-q8_0.gguf\n" in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile
-    for chat in proof.PROMPTS:
+    for chat in parity.PROMPTS:
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert ollama_prompt(modelfile, chat) == rendered
 
@@ -112,8 +112,8 @@ def test_files_that_lost_something_fail_the_proof_each_for_its_own_reason(export
             one.data[:] = 0
     for reader in (f16, q8_0, adapter):
         reader.data.flush()
-    monkeypatch.setattr(proof, "PROMPTS", proof.PROMPTS[1:3])
-    monkeypatch.setattr(proof, "LONGEST", 64)  # a model that lost its way talks on and on
+    monkeypatch.setattr(parity, "PROMPTS", parity.PROMPTS[1:3])
+    monkeypatch.setattr(parity, "LONGEST", 64)  # a model that lost its way talks on and on
     with pytest.raises(SystemExit) as left:
         cli(["export", str(broken), "--check"])
     assert left.value.code == 1

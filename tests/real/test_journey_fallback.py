@@ -10,9 +10,9 @@ import pytest
 from hub_server import HubServer
 from journey_harness import INFER, refused, succeeded, train
 
-from lora_practice import embedded, environment
-from lora_practice.errors import UserError
-from lora_practice.sources import find_dataset, find_model
+from lora_practice.console.errors import UserError
+from lora_practice.sources import embedded, environment
+from lora_practice.sources.find import find_dataset, find_model
 
 FEW = ("--train_subset_size", "4", "--max_steps", "1")
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from journey_harness import INFER, environment, infer, refused, succeeded
 
-from lora_practice import generate
-from lora_practice.machine import Facts, decide
+from lora_practice.inference import load as load_chat
+from lora_practice.machine.device import Facts, decide
 
 CPU = decide(Facts())
 SHORT = ("--max-new-tokens", "12")
@@ -26,7 +26,7 @@ QUESTION = "My printer is not printing."
 
 @pytest.fixture(scope="module")
 def talker(trained):
-    return generate.load(str(trained.folder), CPU)
+    return load_chat.load_chat_model(str(trained.folder), CPU)
 
 
 def by_hand(folder: Path, base: Path, prompt: str, tokens: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 from bad_inputs.folders import cut, edit, make_base, make_output, tensors
 from journey_harness import run, succeeded
 
-from lora_practice.contents import kind_of
+from lora_practice.report.file_kinds import file_kind
 
 INSPECT = ("-m", "lora_practice.cli", "inspect")
 WEIGHTS = "adapter_model.safetensors"
@@ -34,7 +34,7 @@ def trained_with_every_label_ignored(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_practice import embedded
+    from lora_practice.sources import embedded
 
     base, ids = str(embedded.model_dir()), torch.arange(8)[None]
     lora = LoraConfig(r=6, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -53,7 +53,7 @@ def test_a_trained_folder_is_whole_and_each_file_is_explained(trained, tmp_path)
     said = succeeded(run(tmp_path, *INSPECT, str(trained.folder))).stdout
     for name in (one.name + "/" * one.is_dir() for one in trained.folder.iterdir()):
         line, words = said[said.index(f"\n{name} ") + 1 :].splitlines()[:2]
-        kind = kind_of(name)
+        kind = file_kind(name)
         assert kind is not None and " yes" in line and words.strip() == f"{kind.en}: {kind.en_when}"
         assert all(use in line for use in kind.needed_for)
     assert "rank 6, alpha 8 (the update times 1.333), 210 matrices, 1,831,680 parameters" in said
@@ -64,13 +64,13 @@ def test_a_trained_folder_is_whole_and_each_file_is_explained(trained, tmp_path)
 def test_its_numbers_are_those_of_the_weights_that_peft_loads(trained, tmp_path, embedded_model):
     import torch
 
-    from lora_practice import generate
-    from lora_practice.model import load_base
-    from lora_practice.sources import Source
+    from lora_practice.inference import load as load_chat
+    from lora_practice.model.load import load_base
+    from lora_practice.sources.find import Source
 
     found = json.loads(succeeded(run(tmp_path, *INSPECT, str(trained.folder), "--json")).stdout)
     base = load_base(Source("folder", str(embedded_model), embedded_model), "fp32")
-    model = generate.with_adapter(base, trained.folder)
+    model = load_chat.with_adapter(base, trained.folder)
     whole = {name: one for name, one in model.get_base_model().named_modules() if hasattr(one, "get_delta_weight")}
     assert {one["module"] for one in found["layers"]} == set(whole)
     for one in found["layers"]:

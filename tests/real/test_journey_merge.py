@@ -12,7 +12,7 @@ from journey_harness import refused, run, succeeded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_practice import export
+from lora_practice.export import merge
 
 WORDS = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 PLAIN_CHECK = """
@@ -92,11 +92,11 @@ def test_merging_a_folder_without_adapter_is_one_clear_line(tmp_path):
 
 
 def test_a_disk_that_is_too_small_for_merging_is_said_before_anything_is_written(copied, monkeypatch):
-    from lora_practice.errors import UserError
+    from lora_practice.console.errors import UserError
 
     shutil.rmtree(copied / "merged")
     usage = shutil.disk_usage(copied)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1_000_000))
     with pytest.raises(UserError, match="not enough disk"):
-        export.merge(copied)
+        merge.merge_adapter(copied)
     assert not (copied / "merged").exists() and not list(copied.glob(".writing-*"))

@@ -12,7 +12,9 @@ import yaml
 from journey_harness import INFER, succeeded, train
 from safetensors.torch import load_file
 
-from lora_practice import embedded, manifest, talk
+from lora_practice.inference import samples as inference_samples
+from lora_practice.sources import embedded
+from lora_practice.storage import manifest
 
 FILES = {
     *("adapter_model.safetensors", "adapter_config.json", "training_args.bin", "README.md", "run_record.json"),
@@ -28,7 +30,7 @@ def test_the_output_folder_holds_exactly_what_the_readme_lists(trained):
 
 def test_a_checkpoint_is_whole_and_can_be_used_like_the_finished_folder(trained):
     checkpoint = trained.folder / "checkpoint-8"
-    assert manifest.damage(checkpoint, "checkpoint.json") == ""
+    assert manifest.folder_fault(checkpoint, "checkpoint.json") == ""
     resumable = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"}
     assert {one.name for one in checkpoint.iterdir()} == FILES - {"README.md", "run_record.json"} | resumable
 
@@ -104,7 +106,7 @@ def test_four_prompts_are_answered_by_base_and_adapter_side_by_side(trained):
         assert one["prompt"] in trained.done.stdout
         assert one["base"].strip()[:40] in trained.done.stdout and one["adapter"].strip()[:40] in trained.done.stdout
     assert trained.done.stdout.count("  base: ") == trained.done.stdout.count("  adapter: ") == 4
-    assert [one["prompt"] for one in samples] == list(talk.SAMPLE_PROMPTS)
+    assert [one["prompt"] for one in samples] == list(inference_samples.SAMPLE_PROMPTS)
 
 
 def test_the_loss_falls_on_rows_that_are_seen_again_and_chinese_is_spoken_to_a_chinese_reader(tmp_path):
@@ -123,8 +125,9 @@ def test_the_loss_falls_on_rows_that_are_seen_again_and_chinese_is_spoken_to_a_c
 @pytest.fixture(scope="module")
 def lora(embedded_model: Path) -> Any:
     from fine_tuning_practice import TrainSettings
-    from lora_practice.model import add_lora, load_base
-    from lora_practice.sources import Source
+    from lora_practice.model.load import load_base
+    from lora_practice.model.lora import add_lora
+    from lora_practice.sources.find import Source
 
     source = Source("folder", str(embedded_model), embedded_model)
     return add_lora(load_base(source, "fp32"), TrainSettings(), source)
@@ -132,11 +135,11 @@ def lora(embedded_model: Path) -> Any:
 
 def test_two_thousand_rows_and_the_defaults_make_checkpoint_250(lora, tokenizer, embedded_examples, tmp_path):
     from fine_tuning_practice import TrainSettings
-    from lora_practice.artifacts import OutputFolder
     from lora_practice.data.examples import Examples
-    from lora_practice.data.tokens import Example
-    from lora_practice.machine import Facts, decide
-    from lora_practice.train import build_trainer, steps_of
+    from lora_practice.data.tokenization import Example
+    from lora_practice.machine.device import Facts, decide
+    from lora_practice.run.folder import OutputFolder
+    from lora_practice.training.build import build_trainer, steps_of
 
     rows = Examples(Example(*embedded_examples[i % 8]) for i in range(2000))
     machine, folder = decide(Facts(memory=8 << 30)), OutputFolder(tmp_path / "out")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from journey_harness import succeeded, train
 
-from lora_practice import export, generate, llama_cpp, proof
-from lora_practice.judging import judge
-from lora_practice.machine import Facts, decide
-from lora_practice.model import load_base
-from lora_practice.sources import Source
+from lora_practice.export import gguf, llama_cpp, merge, parity
+from lora_practice.inference import load as load_chat
+from lora_practice.machine.device import Facts, decide
+from lora_practice.model.load import load_base
+from lora_practice.report.checks import check_folder
+from lora_practice.sources.find import Source
 
 FAST, PLAIN = "fast path: ", "; taking the plain path"
 VARIANTS: dict[str, tuple[tuple[str, ...], str, int]] = {  # flags, what the run says, rank of what is saved
@@ -52,21 +53,21 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(variant, tmp_path, embedded_model):
     name, folder, said = variant
     assert VARIANTS[name][1] in said
-    verdict = judge(folder)
+    verdict = check_folder(folder)
     assert verdict.findings == [] and verdict.uses["inference"][0]
     assert {layer.rank for layer in verdict.anatomy.layers} == {VARIANTS[name][2]}
     assert len({layer.kind for layer in verdict.anatomy.layers}) == (2 if "some layers" in name else 7)
-    talker = generate.load(str(folder), decide(Facts(memory=8 << 30)))
+    talker = load_chat.load_chat_model(str(folder), decide(Facts(memory=8 << 30)))
     assert (talker.decoder is None) == (name == "dora")
     assert talker.answer(ASK, max_new_tokens=8)
     base = load_base(Source("folder", str(embedded_model), embedded_model), "fp32")
     ids = talker.tokenizer("The quick brown fox")["input_ids"]
     without = logits(base, ids)
-    wanted = logits(generate.with_adapter(base, folder), ids)
+    wanted = logits(load_chat.with_adapter(base, folder), ids)
     assert float((wanted - without).abs().max()) > 0.01
     found = talker.decoder.logits(ids) if talker.decoder else logits(talker.model, ids)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
-    _, difference = export.merge(Path(shutil.copytree(folder, tmp_path / "copy")))
+    _, difference = merge.merge_adapter(Path(shutil.copytree(folder, tmp_path / "copy")))
     assert difference < 0.25
 
 
@@ -75,11 +76,11 @@ def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(varia
 @pytest.mark.skipif(bool(llama_cpp.missing()), reason="xllamacpp (llama.cpp) is not installed")
 def test_every_file_exported_from_a_variant_answers_as_its_adapter(variant, tmp_path, monkeypatch):
     name, folder, _ = variant
-    monkeypatch.setattr(proof, "PROMPTS", proof.PROMPTS[2:3])
-    monkeypatch.setattr(proof, "LONGEST", 6)  # after two steps an answer need not end, and DoRA's is slow to come
+    monkeypatch.setattr(parity, "PROMPTS", parity.PROMPTS[2:3])
+    monkeypatch.setattr(parity, "LONGEST", 6)  # after two steps an answer need not end, and DoRA's is slow to come
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    lines = export.to_gguf(copy, ("f16",))
+    lines = gguf.to_gguf(copy, ("f16",))
     passed = {line.form for line in lines if line.verdict == "PASS"} - {lines[0].form}
     files = {"merged-f16.gguf"} if name == "dora" else {"merged-f16.gguf", "adapter.gguf"}
-    assert passed == {"merged/", *files}, proof.show(lines)
+    assert passed == {"merged/", *files}, parity.show(lines)
     assert {one.name for one in (copy / "gguf").glob("*.gguf")} == files

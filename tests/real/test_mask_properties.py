@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora_practice.data.conversations import Conversation
-from lora_practice.data.tokens import IGNORED, Encoder
+from lora_practice.data.tokenization import IGNORED, Encoder
 
 WORDS = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0\4\6\x13\x14\x16\x1d", max_codepoint=0x1FFFF),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from journey_harness import run, succeeded
 
-from lora_practice import selftest
-from lora_practice.errors import UserError
+from lora_practice.console.errors import UserError
+from lora_practice.run import selftest
 
 CLI = ("-m", "lora_practice.cli")
 
@@ -54,5 +54,5 @@ def test_the_proof_fails_where_one_bit_differs(
     monkeypatch.setattr(selftest, "_start", train)
     monkeypatch.setattr(selftest, "_end", lambda *_: None)
     monkeypatch.setattr(selftest, "_kill_midway", lambda _: 2)
-    assert selftest.run("resume") == 1
+    assert selftest.run_selftest("resume") == 1
     assert capsys.readouterr().out == f"不通过：不一样的有 {spoiled}\n"

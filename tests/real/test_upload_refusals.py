@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hub_server import FINE_READ_TOKEN, READ_TOKEN, HubServer
 from upload_harness import HUB_ID, REPO, lines, make_adapter_folder, refused, run_upload
 
-from lora_practice import manifest
+from lora_practice.storage import manifest
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_local_base_model_is_sent_under_its_hub_name_everywhere(hub, tmp_path)
     assert "training_args.bin" not in repo.names() and "checkpoint-2/training_args.bin" in repo.names()
     assert len([line for line in done.stderr.splitlines() if "local paths taken out" in line]) == 1
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert manifest.damage(repo.folder / "checkpoint-2", "checkpoint.json") == ""
+    assert manifest.folder_fault(repo.folder / "checkpoint-2", "checkpoint.json") == ""
 
 
 def test_a_base_model_that_others_cannot_have_is_said_in_one_line(hub, tmp_path):

@@ -1,0 +1,248 @@
+"""Flags, help and checks from any dataclass. Loads no torch, so `--help` answers at once.
+
+A field is written `lora_r: int = setting(6, "为什么", "why", minimum=1)`; the two sentences become the help
+text, the README table and the report. `parse` turns `--lora_r 8`, `--lora-r 8` or `--lora_r=8` into the
+dataclass; booleans are `--merge_adapter` / `--no-merge_adapter`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any, Optional, TypeVar
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.help import Help
+from lora_practice.console.text import text
+
+T = TypeVar("T")
+_NO_VALUE: Any = object()  # what argparse stores for a flag whose value was left out
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def setting(
+    default: Any,
+    zh: str,
+    en: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    bare: str | None = None,
+) -> Any:
+    """A dataclass field with its line of why and its limits.
+
+    `minimum`/`maximum` are inclusive, `above` is exclusive; `bare` is the value that the flag alone stands
+    for (`--gradient_checkpointing` means "on").
+    """
+    metadata: dict[str, Any] = {"zh": zh, "en": en, "minimum": minimum, "maximum": maximum, "above": above}
+    metadata.update(choices=tuple(choices), bare=bare)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
+    """Read the flags of dataclass `cls`. All problems are gathered and raised once as a UserError."""
+    parser = _build_parser(cls, prog, description)
+    values, unknown = parser.parse_known_args(argv)
+    # the word after an unknown flag is most likely its value
+    issues = [_unknown_flag(w, cls) for b, w in zip(["", *unknown], unknown) if w[:1] == "-" or b[:1] != "-"]
+    types = typing.get_type_hints(cls)
+    chosen: dict[str, Any] = {}
+    for field in _fields(cls):
+        raw = getattr(values, field.name)
+        if raw is None:
+            continue
+        try:
+            if isinstance(raw, list):
+                chosen[field.name] = [_convert(one, str, field) for one in raw]
+            else:
+                chosen[field.name] = _convert(raw, types[field.name], field)
+        except ValueError as problem:
+            issues.append(str(problem))
+    if issues:
+        raise UserError("; ".join(issues), fix=text(f"用 {prog} --help 看全部选项", f"see {prog} --help"))
+    result = cls(**chosen)
+    validate(result)
+    vars(result)["_given"] = frozenset(chosen)
+    return result
+
+
+def validate(values: Any) -> None:
+    """Check every field against its type and limits (a learner may have edited a default wrongly).
+
+    Raises:
+        UserError: naming each wrong field in one line.
+    """
+    types = typing.get_type_hints(type(values))
+    issues = []
+    for field in _fields(type(values)):
+        try:
+            _check(getattr(values, field.name), types[field.name], field)
+        except ValueError as problem:
+            issues.append(str(problem))
+    if issues:
+        raise UserError("; ".join(issues))
+
+
+def named_by_user(values: Any, name: str, shipped: Any) -> bool:
+    """True if this field was given as a flag, or its default in the source is no longer the one we `shipped`."""
+    return name in vars(values).get("_given", ()) or getattr(values, name) != shipped
+
+
+def markdown_table(cls: Any) -> str:
+    """The README's table of settings, made from the same strings as --help."""
+    head = text("| 参数 | 默认值 | 为什么 |", "| setting | default | why |")
+    rows = [f"| `{f.name}` | `{_shown_default(f)}` | {_why(f)} |" for f in _fields(cls)]
+    rows = [row.replace("``", text("无", "none")) for row in rows]
+    return "\n".join([head, "|---|---|---|", *rows])
+
+
+def reasons(cls: Any) -> dict[str, tuple[Any, str]]:
+    """For each setting its default and the line of why, in the user's language."""
+    return {field.name: (field.default, _why(field)) for field in _fields(cls)}
+
+
+def _fields(cls: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if "zh" in field.metadata]
+
+
+def _why(field: dataclasses.Field) -> str:
+    return text(field.metadata["zh"], field.metadata["en"])
+
+
+def _shown_default(field: dataclasses.Field) -> Any:
+    return "" if field.default in (dataclasses.MISSING, None) else field.default
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message, fix=text(f"用 {self.prog} --help 看全部选项", f"see {self.prog} --help"))
+
+
+def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentParser:
+    usage = f"{prog} [{text('选项', 'options')}]"
+    looks: dict[str, Any] = {"usage": usage, "description": description, "formatter_class": Help}
+    switches = [field.name for field in _fields(cls) if field.default is True]
+    if switches:
+        off = ", ".join("--no-" + name for name in switches)
+        looks["epilog"] = text(f"默认打开的选项这样关：{off}", f"what is on by default is turned off so: {off}")
+    parser = _Parser(prog=prog, allow_abbrev=False, add_help=False, **looks)
+    parser.add_argument("-h", "--help", action="help", help=text("显示这些说明", "show this help"))
+    types = typing.get_type_hints(cls)
+    for field in _fields(cls):
+        name, kind = field.name, types[field.name]
+        default = _shown_default(field)
+        note = "" if default == "" else text(f"（默认 {default}）", f" (default {default})")
+        options: dict[str, Any] = {"dest": name, "default": None, "help": (_why(field) + note).replace("%", "%%")}
+        flags = _spellings(name)
+        hidden = dict(options, help=argparse.SUPPRESS)
+        valued: dict[str, Any] = {"nargs": "?", "const": _NO_VALUE, **options}
+        if kind is bool:
+            parser.add_argument(*flags, nargs="?", const="true", metavar="", **options)
+            parser.add_argument(*_spellings("no-" + name), action="store_const", const="false", **hidden)
+        elif typing.get_origin(_plain(kind)) is list:
+            parser.add_argument(*flags, action="append", metavar="…", **valued)
+        elif field.metadata["bare"]:
+            parser.add_argument(
+                *flags, nargs="?", const=field.metadata["bare"], metavar=_metavar(kind, field), **options
+            )
+            parser.add_argument(*_spellings("no-" + name), action="store_const", const="off", **hidden)
+        else:
+            parser.add_argument(*flags, metavar=_metavar(kind, field), **valued)
+    return parser
+
+
+def _spellings(name: str) -> list[str]:
+    spellings = [f"--{name}", "--" + name.replace("_", "-"), "--" + name.replace("-", "_")]
+    return list(dict.fromkeys(spellings))
+
+
+def _metavar(kind: Any, field: dataclasses.Field) -> str:
+    if field.metadata["choices"]:
+        return "|".join(field.metadata["choices"])
+    return {"int": "N", "float": "X"}.get(getattr(_plain(kind), "__name__", ""), "…")
+
+
+def _plain(kind: Any) -> Any:
+    """Optional[X] -> X."""
+    inner = [one for one in typing.get_args(kind) if one is not type(None)]
+    return inner[0] if typing.get_origin(kind) is typing.Union and inner else kind
+
+
+def _unknown_flag(word: str, cls: Any) -> str:
+    if not word.startswith("-"):
+        return text(f"多余的参数 {word!r}", f"unexpected argument {word!r}")
+    names = [field.name for field in _fields(cls)]
+    if word.startswith("--no"):
+        kinds = typing.get_type_hints(cls)
+        names += ["no-" + field.name for field in _fields(cls) if kinds[field.name] is bool or field.metadata["bare"]]
+    flags = [flag for name in names for flag in _spellings(name)]
+    wanted = word.split("=")[0]
+    near = difflib.get_close_matches(wanted, flags, n=1, cutoff=0.5)
+    hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
+    return text(f"没有 {wanted} 这个选项{hint}", f"unknown flag {wanted}{hint}")
+
+
+def _convert(raw: str, kind: Any, field: dataclasses.Field) -> Any:
+    """One flag's text -> its value; ValueError with a sentence for the user."""
+    kind = _plain(kind)
+    value: Any = raw
+    if raw is _NO_VALUE:
+        raise ValueError(text(f"--{field.name} 后面要有一个值", f"--{field.name} needs a value"))
+    if kind is bool:
+        if raw.lower() not in TRUE + FALSE:
+            raise ValueError(_expected(field, text("true 或 false", "true or false"), raw))
+        value = raw.lower() in TRUE
+    elif kind is int:
+        if not re.fullmatch(r"[+-]?\d(_?\d){0,30}", raw.strip()):
+            raise ValueError(_expected(field, text("整数", "a whole number"), raw))
+        value = int(raw)
+    elif kind is float:
+        try:
+            value = float(raw)
+        except ValueError:
+            raise ValueError(_expected(field, text("数字", "a number"), raw)) from None
+    elif field.metadata["choices"]:
+        value = raw.lower()
+    _check(value, kind, field)
+    return value
+
+
+def _expected(field: dataclasses.Field, wanted: str, got: Any) -> str:
+    return text(f"--{field.name} 要的是{wanted}，得到 {got!r}", f"--{field.name} needs {wanted}, got {got!r}")
+
+
+def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:
+    if value is None and type(None) in typing.get_args(kind):
+        return
+    kind, limits = _plain(kind), field.metadata
+    if typing.get_origin(kind) is list:
+        return
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        names = {int: ("整数", "a whole number"), float: ("数字", "a number"), bool: ("True 或 False", "True or False")}
+        raise ValueError(_expected(field, text(*names.get(kind, ("文字", "text"))), value))
+    choices: Optional[tuple] = limits["choices"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        hint = text(f"，最接近的是 {near[0]}", f", the nearest is {near[0]}") if near else ""
+        raise ValueError(_expected(field, text(" ", "one of ") + ", ".join(choices), value) + hint)
+    if kind not in (int, float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(_expected(field, text("有限的数", "a finite number"), value))
+    for bound, bad, sign in (
+        (limits["minimum"], lambda b: value < b, ">="),
+        (limits["maximum"], lambda b: value > b, "<="),
+        (limits["above"], lambda b: value <= b, ">"),
+    ):
+        if bound is not None and bad(bound):
+            raise ValueError(_expected(field, text(f" {sign} {bound} 的值", f"a value {sign} {bound}"), value))

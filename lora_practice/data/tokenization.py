@@ -1,0 +1,223 @@
+"""Conversation -> Example: token ids, and which of them are trained.
+
+`labels` equal `input_ids` where a token is trained and -100 elsewhere; they are not shifted (the model shifts
+them). The mask is found by rendering prefixes of the conversation with the tokenizer's own chat template, so
+it needs no `{% generation %}` marks in the template.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import counted, text
+from lora_practice.data.chat_template import answer_tail, end_of_turn, render, token_ids_of
+from lora_practice.data.conversations import Conversation
+
+IGNORED = -100
+ROWS_AT_ONCE = 512  # rows tokenised in one call: flat memory, and the tokenizer's own threads have work
+CHUNK_CHARACTERS = 4_000_000  # or fewer rows, when they are long
+CHARACTERS_PER_TOKEN = 64  # a first guess, far above the usual 4: how much of a long text is tokenised at first
+
+
+@dataclass(frozen=True)
+class Example:
+    """`input_ids` and `labels`, two lists of equal length T; `lengths` are the parts of a packed row."""
+
+    input_ids: list[int]
+    labels: list[int]
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass
+class Lost:
+    """What did not reach the model, each kind with its count and the first `shown` origins."""
+
+    shown: int = 3
+    counts: dict[str, int] = field(default_factory=dict)
+    origins: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, origin: str) -> None:
+        """Count one row under `kind`."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        first = self.origins.setdefault(kind, [])
+        if len(first) < self.shown:
+            first.append(origin)
+
+    def lines(self, max_length: int) -> list[str]:
+        """One sentence for each kind of loss."""
+        sentence = {
+            "cut": text(
+                f"行超过 max_length={max_length}，结尾被截掉（学不到何时停）",
+                f"cut at max_length={max_length}: the ending is lost",
+            ),
+            "nothing": text("行没有可学的内容，已跳过", "left out: nothing to train on"),
+            "rewritten": text(
+                "行的前几轮没有训练：模板会改写历史",
+                "trained on the last answer only: the template rewrites history",
+            ),
+        }
+        return [
+            f"{text(str(n), counted(n, 'row'))} {sentence[kind]}: {', '.join(self.origins[kind][:3])}"
+            for kind, n in self.counts.items()
+        ]
+
+
+class Encoder:
+    """Turns conversations into examples with one tokenizer, one `max_length`, one choice of labels."""
+
+    def __init__(self, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> None:
+        self.tokenizer, self.max_length, self.assistant_only = tokenizer, max_length, assistant_only_loss
+        self.lost = Lost()
+        self.lengths = array("i")  # tokens of each row before it is cut; of a very long one at least 2 * max_length
+
+    def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
+        """Yield an example for each row that has something to train on; the rest is counted in `lost`."""
+        for chunk in _chunks(conversations):
+            pieces = [self.segments(self._shortened(one)) for one in chunk]
+            ids = iter(self._ids([words for row in pieces for words, _ in row]))
+            for conversation, row in zip(chunk, pieces):
+                example = self._join([(next(ids), trained) for _, trained in row], conversation.origin)
+                if example is not None:
+                    yield example
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; of a long one perhaps only the first 2 * max_length or more.
+
+        Only the first max_length are kept in the end. The other half keeps the place where a text is cut, and so
+        may be split otherwise, away from them.
+        """
+        reach = self.max_length * CHARACTERS_PER_TOKEN
+        found = token_ids_of(self.tokenizer, [words[:reach] for words in texts]) if texts else []
+        for number, words in enumerate(texts):
+            taken = reach
+            while taken < len(words) and len(found[number]) < 2 * self.max_length:
+                taken *= 4
+                found[number] = token_ids_of(self.tokenizer, words[:taken])
+        return found
+
+    def _shortened(self, conversation: Conversation) -> Conversation:
+        """Without the turns that lie behind 2 * max_length tokens: they need not even be rendered."""
+        turns, limit = conversation.messages, 2 * self.max_length
+        if len(turns) <= limit and sum(len(turn["content"]) for turn in turns) <= limit * CHARACTERS_PER_TOKEN:
+            return conversation
+        tokens = 0
+        for number, turn in enumerate(turns, 1):
+            tokens += len(self._ids([turn["content"]])[0])
+            if tokens > limit and turn["role"] == "assistant":
+                return Conversation(turns[: number + 2], conversation.origin)  # the last answer is cut off for sure
+        return conversation
+
+    def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        """The rendered conversation cut into (text, trained) parts.
+
+        A trained part is an answer with its end-of-turn token: what the model must write after the prompt
+        that `inference.py` gives it, and no more. Each part is tokenised on its own, as it is at inference.
+        """
+        if conversation.raw_text:
+            bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+            starts_with_bos = bool(self.tokenizer("")["input_ids"])
+            return [(bos if starts_with_bos else "", False), (conversation.raw_text + eos, True)]
+        messages = conversation.as_dicts()
+        whole = self._render(messages, conversation)
+        parts: list[tuple[str, bool]] = []
+        done, rewritten = 0, False
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            is_last = index == len(messages) - 1
+            before = self._render(messages[:index], conversation, add_generation_prompt=True)
+            after = whole if is_last else self._render(messages[: index + 1], conversation)
+            start = len(before)
+            end = self._end_of_answer(after)
+            if not after.startswith(before) or whole[:end] != after[:end] or start < done:
+                if is_last:
+                    raise _unstable_template(conversation.origin)
+                rewritten = True
+                continue
+            parts += [(whole[done:start], False), (whole[start:end], True)]
+            done = end
+        if rewritten:
+            self.lost.add("rewritten", conversation.origin)
+        parts.append((whole[done:], False))
+        return [part for part in parts if part[0]]
+
+    def _end_of_answer(self, rendered: str) -> int:
+        """Where the answer that `rendered` ends with ends itself: after its end-of-turn token, before a line break.
+
+        The template's own tail is measured, not searched for: an answer may hold or be a piece of the mark.
+        """
+        tail, kept = self._tail
+        return len(rendered) - len(tail) + kept if rendered.endswith(tail) else len(rendered)
+
+    @functools.cached_property
+    def _tail(self) -> tuple[str, int]:
+        """The template's tail, and how many characters of it reach to the end of its end-of-turn token."""
+        tail, mark = answer_tail(self.tokenizer), end_of_turn(self.tokenizer)
+        return tail, tail.find(mark) + len(mark) if mark else len(tail)
+
+    def _render(self, messages: list[dict[str, str]], row: Conversation, add_generation_prompt: bool = False) -> str:
+        return render(self.tokenizer, messages, row.origin, prompt=add_generation_prompt)
+
+    def _join(self, parts: list[tuple[list[int], bool]], origin: str) -> Optional[Example]:
+        input_ids = [token for ids, _ in parts for token in ids]
+        everything = not self.assistant_only
+        labels = [token if trained or everything else IGNORED for ids, trained in parts for token in ids]
+        length = answered = 0  # tokens up to here, and up to the end of the last answer
+        for ids, trained in parts:
+            length += len(ids)
+            answered = length if trained else answered
+        self.lengths.append(length)
+        if answered > self.max_length:
+            self.lost.add("cut", origin)
+        input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+        if count_trained(labels) == 0:
+            self.lost.add("nothing", origin)
+            return None
+        return Example(input_ids, labels)
+
+
+def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    chunk: list[Conversation] = []
+    characters = 0
+    for one in conversations:
+        chunk.append(one)
+        characters += len(one.raw_text) + sum(len(turn["content"]) for turn in one.messages)
+        if len(chunk) >= ROWS_AT_ONCE or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def count_trained(labels: list[int]) -> int:
+    """Tokens that have a loss: the first of a row never has one, nothing stands before it."""
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def preview(tokenizer: Any, example: Example) -> str:
+    """The row as the model sees it, trained parts marked 〔so〕.
+
+    Runs are decoded whole, since one Chinese character may be several tokens.
+    """
+    shown = ""
+    for trained, run in itertools.groupby(zip(example.input_ids, example.labels), lambda pair: pair[1] != IGNORED):
+        words = tokenizer.decode([token for token, _ in run])
+        shown += f"〔{words}〕" if trained else words
+    return shown
+
+
+def _unstable_template(origin: str) -> UserError:
+    return UserError(
+        text(
+            "聊天模板会改写提示的开头，无法确定哪些 token 该训练",
+            "the chat template rewrites the prompt: no honest mask",
+        ),
+        where=origin,
+        fix=text("换一个 --chat_template_path", "choose another --chat_template_path"),
+    )

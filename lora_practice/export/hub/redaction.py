@@ -1,0 +1,197 @@
+"""Local paths -> public names, in the texts of an output folder that leaves this machine.
+
+A base model in a local folder becomes its Hub name (or, lacking one, the folder's bare name); this folder and
+the working directory become ".", the home directory "~"; paths are dropped from run_record.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import text
+from lora_practice.storage.json_files import RECORD, parse_object, read_object, read_record
+
+# "base_model: X", "- X" below it, or the tag "- base_model:adapter:X"
+CARD_LINE = re.compile(r"(\s*(?:-\s*)?(?:base_model:\s*(?:adapter:|finetune:|merge:)?)?)(['\"]?)(.+?)\2\s*$")
+
+LONGEST_CARD_LINE = 2000  # characters; matching takes their square
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as this machine spells it (`local`, longest first) and as others can (`public`)."""
+
+    local: tuple[str, ...] = ()
+    public: str = ""
+    on_hub: bool = True
+
+
+def base_names(folder: Path) -> Base:
+    """Read the base model's names from run_record.json, adapter_config.json and config.json.
+
+    Raises:
+        UserError: a config is not JSON.
+    """
+    model = (read_record(folder) or {}).get("model") or {}
+    named = _read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = named or _read_object(folder / "config.json").get("_name_or_path")
+    hub_id = model.get("hub_id")
+    spellings = {name for name in (named, model.get("path")) if isinstance(name, str) and name}
+    if model.get("kind") == "folder" and isinstance(model.get("name"), str):
+        spellings.add(model["name"])
+    local = {name for name in spellings if name != hub_id and (hub_id or _is_local(name))}
+    if not local:
+        return Base()
+    ordered = tuple(sorted(local, key=len, reverse=True))
+    public = hub_id or re.split(r"[\\/]", ordered[0].rstrip("\\/"))[-1]
+    return Base(ordered, public, on_hub=bool(hub_id))
+
+
+def private_roots(folder: Path, base: Base) -> dict[str, str]:
+    """Each absolute path that must not be sent -> what stands in for it; longest first."""
+    roots: dict[str, str] = {}
+    home = os.path.expanduser("~")
+    for path, public in ((home, "~"), (os.getcwd(), "."), (folder.absolute(), "."), (folder.resolve(), ".")):
+        roots[str(path)] = public
+    roots.update({name: base.public for name in base.local if is_absolute(name)})
+    recorded = read_record(folder) or {}
+    named = [(recorded.get("data") or {}).get("path"), *(recorded.get("settings") or {}).values()]
+    for path in named:  # data that lies elsewhere keeps its name, not its place
+        if isinstance(path, str) and is_absolute(path):
+            roots.setdefault(path, Path(path).name)
+    for path in list(roots):  # a Windows path is also written with / or, inside JSON, with doubled backslashes
+        roots.setdefault(path.replace("\\", "\\\\"), roots[path])
+        roots.setdefault(path.replace("\\", "/"), roots[path])
+    wanted = [path for path in roots if len(re.sub(r"[\\/:]", "", path)) > 1]  # "/" and "C:\\" hide nothing
+    return {path: roots[path] for path in sorted(wanted, key=len, reverse=True)}
+
+
+def rewrite(name: str, data: bytes, base: Base, roots: dict[str, str]) -> bytes:
+    """The text file `name` as it may be sent; the very same bytes when there is nothing to hide.
+
+    Raises:
+        UserError: run_record.json or adapter_config.json is not JSON, or README.md is not UTF-8.
+    """
+    short = PurePosixPath(name).name
+    try:
+        content = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if short != "README.md":
+            return data
+        raise UserError(text("不是 UTF-8", "is not UTF-8"), name, text("另存为 UTF-8", "save it as UTF-8")) from error
+    before = content
+    if short == RECORD:
+        content = _without_paths(content, name)
+    elif short == "adapter_config.json" and base.local:
+        content = _with_public_base(content, name, base)
+    elif short == "README.md" and base.local:
+        content = _with_public_card(content, base)
+    for root, public in roots.items():
+        if root in content:
+            # the path itself, not a part of a longer name
+            pattern = r"(?<![\w.-])" + re.escape(root) + r"(?![\w-])"
+            content = re.sub(pattern, lambda _, public=public: public, content)  # type: ignore[misc]
+    return data if content == before else content.encode("utf-8")
+
+
+def mend_manifest(data: bytes, folder: str, changed: dict[str, tuple[int, str]], gone: set[str]) -> bytes:
+    """A checkpoint's manifest that fits what is sent: `changed` is name -> (bytes, sha256); `gone` stay.
+
+    Names are those in the repository; `folder` is the manifest's own ("." at the top).
+    """
+    manifest = _parse_object(data.decode("utf-8"), folder)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return data
+    for relative in list(files):
+        name = (PurePosixPath(folder) / relative).as_posix()
+        if name in gone:
+            del files[relative]
+        elif name in changed and isinstance(files[relative], dict):
+            size, sha256 = changed[name]
+            files[relative] = {**files[relative], "size": size, "sha256": sha256}
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def is_absolute(path: str) -> bool:
+    """Whether it names a place on some machine, Windows or not."""
+    return path.startswith(("/", "~/")) or PureWindowsPath(path).is_absolute()
+
+
+def _is_local(name: str) -> bool:
+    """Whether this base model name is a path here rather than a name on the Hub."""
+    looks = is_absolute(name) or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    return looks or Path(name).is_dir()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _parse_object(content: str, where: str) -> dict[str, Any]:
+    try:
+        return parse_object(content.encode("utf-8"))
+    except ValueError as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(text(f"读不了：{reason}", f"cannot be read: {reason}"), where)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_paths(content: str, where: str) -> str:
+    """run_record.json without any field whose value is an absolute path."""
+    record = _parse_object(content, where)
+    cleaned = _drop_paths(record)
+    return content if cleaned == record else _dump(cleaned)
+
+
+def _drop_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_paths(one) for key, one in value.items() if not _is_path(one)}
+    if isinstance(value, list):
+        return [_drop_paths(one) for one in value if not _is_path(one)]
+    return value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and is_absolute(value) and "\n" not in value
+
+
+def _with_public_base(content: str, where: str, base: Base) -> str:
+    config = _parse_object(content, where)
+    if config.get("base_model_name_or_path") not in base.local:
+        return content
+    config["base_model_name_or_path"] = base.public
+    return _dump(config)
+
+
+def _with_public_card(content: str, base: Base) -> str:
+    """README.md whose metadata names the base on the Hub, or no base: the Hub refuses a path there."""
+    front = re.match(r"\ufeff?---\r?\n.*?\r?\n---", content, re.DOTALL)
+    if not front:
+        return content
+    lines = []
+    for line in front.group().splitlines(keepends=True):
+        found = CARD_LINE.match(line) if len(line) < LONGEST_CARD_LINE else None
+        if not found or found.group(3) not in base.local:
+            lines.append(line)
+        elif base.on_hub:
+            lines.append(f"{found.group(1)}{base.public}\n")
+    return "".join(lines) + content[front.end() :]

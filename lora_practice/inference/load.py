@@ -1,0 +1,163 @@
+"""Load what was trained and let it answer: an output folder, a checkpoint, a merged folder or a Hub name."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.console.errors import UserError, at_home, reason_of
+from lora_practice.console.text import tell, text
+from lora_practice.inference.chat_model import ChatModel, decoder_of, talker
+from lora_practice.machine.device import Machine, fits_in_fp32
+from lora_practice.model import adapter_config, adapter_files
+from lora_practice.model.adapter_files import WEIGHTS
+from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes
+from lora_practice.run.folder import checkpoints
+from lora_practice.run.resume import another_base, cached_as_before
+from lora_practice.sources import embedded
+from lora_practice.sources.find import Source, fetch_repository, find_model
+from lora_practice.storage.json_files import read_record
+
+
+def load_chat_model(
+    model_dir: str,
+    machine: Machine,
+    base_model: Optional[str] = None,
+    keep_base: bool = False,
+    shelf: Optional[dict[Path, Any]] = None,
+) -> ChatModel:
+    """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
+
+    With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too. What is loaded with
+    the same `shelf`, a dict that is empty at first, holds the weights of a common base once (the 16-bit
+    copy that a decoder makes of a base in fp32 is its own).
+
+    Raises:
+        UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
+    """
+    folder = _local_folder(model_dir)
+    here = Source("folder", str(folder), folder)
+    has_adapter = (folder / "adapter_config.json").is_file()
+    base = find_base(folder, base_model) if has_adapter else here
+    on_cpu = machine.device == "cpu"
+    dtype = "stored" if on_cpu else machine.precision
+    if dtype == "fp32" and not fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory):
+        dtype = "fp16"
+    model = load_base(base, dtype) if shelf is None else _from_shelf(shelf, base, dtype)
+    if has_adapter:
+        model = with_adapter(model, folder)
+    tokenizer = tokenizer_for(model, here, base, base_model)
+    decoder = decoder_of(model)
+    if decoder is None:
+        model = model.float() if on_cpu else model
+        if has_adapter and not keep_base:  # merged in memory it answers the same, faster
+            model = model.merge_and_unload()
+    return talker(model.to(machine.device), tokenizer, decoder)
+
+
+def _from_shelf(shelf: dict[Path, Any], base: Source, dtype: str) -> Any:
+    """A model with modules of its own, for an adapter to change, around the weights on the shelf."""
+    assert base.path is not None
+    place = base.path.resolve()
+    if place not in shelf:
+        shelf[place] = load_base(base, dtype)
+    kept = shelf[place]
+    return copy.deepcopy(kept, {id(one): one for one in (*kept.parameters(), *kept.buffers())})
+
+
+def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[str] = None) -> Any:
+    """The tokenizer in the folder `here`, or where it has none the base's (`base_model`'s for a plain model).
+
+    Raises:
+        UserError: it is not the one that the base was trained with, or too large for the model.
+    """
+    assert here.path is not None and base.path is not None
+    tokens, has_adapter = here, base is not here
+    if not (here.path / "tokenizer_config.json").is_file() and (has_adapter or base_model):
+        tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base-model")
+        zh, en = f"文件夹里没有分词器，用 {tokens.name} 的", f"no tokenizer in the folder: using {tokens.name}'s"
+        tell(text(zh, en))
+    elif has_adapter:
+        adapter_files.check_same_tokens(here.path, base.path)
+    if has_adapter and (other := another_base(read_record(here.path) or {}, base)):
+        tell(text("注意：", "note: ") + other)
+    tokenizer = load_tokenizer(tokens)
+    check_vocabulary(model, tokenizer, tokens.name)
+    return tokenizer
+
+
+def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
+    """The base that this adapter was trained on, found on this machine again.
+
+    The adapter's own word comes first; an embedded base is found in the cache wherever that is now.
+    """
+    if base_model:
+        return find_model(base_model, is_default=False, flag="--base-model")
+    trained_on = (read_record(folder) or {}).get("model") or {}
+    named = adapter_config.base_name(folder, trained_on, own=embedded.MODEL.folder)
+    if trained_on.get("kind") == "embedded" or adapter_config.last_part(named) == embedded.MODEL.folder:
+        return find_model("", is_default=True, want_embedded=True)
+    if kept := cached_as_before({"model": trained_on}, named):
+        return kept
+    found = find_model(named, is_default=False, flag="--base-model")
+    if found.kind == "folder":  # chosen by what lies in the folder, which may have come from elsewhere
+        tell(text(f"底座：{found.path}", f"base: {found.path}"))
+    return found
+
+
+def _local_folder(model_dir: str) -> Path:
+    folder = at_home(model_dir)
+    if folder.is_dir():
+        if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            zh, en = (
+                "里面没有训练好的模型（没有 adapter_config.json）",
+                "no trained model here (no adapter_config.json)",
+            )
+            fix = text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py")
+            if saved := checkpoints(folder):
+                fix = text(f"训练还没完成，可以先用 {saved[-1]}", f"the run is unfinished; try {saved[-1]}")
+            raise UserError(text(zh, en), model_dir, fix)
+        return folder
+    if folder.exists() or model_dir.count("/") != 1 or model_dir.startswith((".", "/", "~", "outputs/")):
+        raise UserError(
+            text("没有这个文件夹", "no such folder"),
+            where=model_dir,
+            fix=text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py"),
+        )
+    return fetch_repository(model_dir)
+
+
+def with_adapter(base: Any, folder: Path) -> Any:
+    """The PEFT model of `base` and the adapter in `folder`.
+
+    Raises:
+        UserError: the adapter is damaged, or of another base.
+    """
+    from peft import PeftModel
+
+    if not (folder / WEIGHTS).is_file():  # PEFT would look for it on the Hub
+        what = text(f"缺少 {WEIGHTS}，适配器不完整", f"{WEIGHTS} is missing: the adapter is not whole")
+        fix = text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
+        raise UserError(what, str(folder), fix)
+    adapter_files.check_modules(base, adapter_config.read_adapter_config(folder), folder)
+    try:
+        with warnings.catch_warnings():  # `misfit` says it in one line
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(base, str(folder))
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes PEFT raise nearly anything
+        raise _damaged(reason_of(error), folder) from error
+    if reason := adapter_files.misfit(model, folder):
+        raise _damaged(reason, folder)
+    changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
+    if changes and max(changes) == 0:
+        tell(text("注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"))
+    return model
+
+
+def _damaged(reason: str, folder: Path) -> UserError:
+    what = text(f"适配器与底座不配或已损坏：{reason}", f"the adapter is damaged or of another base: {reason}")
+    return UserError(what, where=str(folder))

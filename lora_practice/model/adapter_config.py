@@ -1,0 +1,110 @@
+"""adapter_config.json, which may come from anyone: checked before PEFT sees it.
+
+It can name code to be imported, places to be read, and patterns that take for ever to match.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import text
+from lora_practice.storage.json_files import read_object
+
+CONFIG = "adapter_config.json"
+LARGEST_RANK = 65_536
+MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base's weights
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+# PEFT matches these against every layer's name, some as patterns; a stranger's pattern may take for ever
+LAYER_LISTS = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save")
+LAYER_TABLES = ("rank_pattern", "alpha_pattern")
+LAYER_NAME = re.compile(r"[\w.-]{1,300}", re.ASCII)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter.
+
+    Raises:
+        UserError: it cannot be read, is of another kind of adapter, or asks for code of its own.
+    """
+    try:
+        config = read_object(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            text(f"{CONFIG} 读不了：{reason}", f"{CONFIG} cannot be read: {reason}"), str(folder)
+        ) from error
+    kind, rank, alpha = config.get("peft_type"), config.get("r"), config.get("lora_alpha", 8)
+    # PEFT would import what these two name
+    code = [name for name in ("auto_mapping", "megatron_config") if config.get(name)]
+    start, problem = str(config.get("init_lora_weights")).lower(), ""
+    if kind != "LORA":
+        problem = text(f"不是 LoRA 适配器：{str(kind)[:40]!r}", f"not a LoRA adapter: {str(kind)[:40]!r}")
+    elif not isinstance(rank, int) or not 0 < rank <= LARGEST_RANK:
+        problem = text(f"秩 r 不对：{str(rank)[:40]!r}", f"no rank can be r = {str(rank)[:40]!r}")
+    elif not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
+        problem = text(f"lora_alpha 不对：{str(alpha)[:40]!r}", f"no lora_alpha: {str(alpha)[:40]!r}")
+    elif code:
+        problem = text(f"{code[0]} 要运行别的代码", f"{code[0]} asks for other code to be run")
+    elif start.startswith(MOVED):  # on the base as it is its answers would be wrong
+        problem = text(f"它配的是改过的底座（{start[:20]}）", f"it belongs to a base that was changed ({start[:20]})")
+    elif not_names := next((name for name in LAYER_LISTS if not _are_names(config.get(name))), ""):
+        problem = text(f"{not_names} 不是层名的列表", f"{not_names} is no list of names of layers")
+    elif not_names := next((name for name in LAYER_TABLES if not _is_table(config.get(name))), ""):
+        problem = text(f"{not_names} 不是层名和数字的表", f"{not_names} is no table of layers and numbers")
+    if problem:
+        fix = text("这里只用训练脚本写出的 LoRA 适配器", "use a LoRA adapter such as the training script writes")
+        raise UserError(problem, str(folder / CONFIG), fix)
+    return config
+
+
+def _are_names(value: Any) -> bool:
+    """Whether it is nothing, a layer's name, or a list of them."""
+    values = value if isinstance(value, list) else [value or "none"]
+    return all(isinstance(one, str) and LAYER_NAME.fullmatch(one) for one in values)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is nothing, or layers' names with a rank or an alpha each."""
+    value = {} if value is None else value
+    numbers = list(value.values()) if isinstance(value, dict) and _are_names(list(value)) else [None]
+    return all(isinstance(one, (int, float)) and 0 < one <= LARGEST_RANK for one in numbers)
+
+
+def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
+    """The base that the adapter names; `trained_on` is the "model" of its run_record.json.
+
+    A path counts only where the record of a run on this machine names it too: a folder from elsewhere must not
+    choose what is read here. One that ends in `own`, the embedded model's folder, is a name: that model is found in
+    today's cache, wherever the cache was then.
+
+    Raises:
+        UserError: it names no base, another one than the record, or a place outside.
+    """
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    fix = text("用 --base-model 指定底座", "name the base with --base-model")
+    if not isinstance(named, str) or not named:
+        raise UserError(text("适配器没写底座是谁", "the adapter names no base"), str(folder / CONFIG), fix)
+    known = [one for one in map(trained_on.get, ("name", "path", "hub_id")) if isinstance(one, str) and one]
+    shown = repr(named if len(named) < 100 else named[:100] + "...")
+    if known and last_part(named) not in map(last_part, known):
+        what = text(
+            f"底座写的是 {shown}，记录里却是 {known[0][:100]!r}",
+            f"the base is {shown} here and {known[0][:100]!r} in run_record.json",
+        )
+        raise UserError(what, str(folder / CONFIG), fix)
+    is_download = folder.parent.name == "snapshots"  # of the Hub's cache
+    trusted = last_part(named) == own or (named in known and not is_download)
+    if not HUB_NAME.fullmatch(named) and not trusted:
+        what = text(
+            f"底座 {shown} 不是 Hub 上的名字，不去读它", f"its base {shown} is no name on the Hub: it is not read"
+        )
+        raise UserError(what, str(folder / CONFIG), fix)
+    return named
+
+
+def last_part(name: str) -> str:
+    """The last part of a path of any system, or of a Hub name."""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]

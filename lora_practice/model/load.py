@@ -1,0 +1,158 @@
+"""Base model, tokenizer and LoRA: three things loaded, each in one function."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.console.errors import NO_FAILURE, UserError, reason_of
+from lora_practice.console.text import tell, text
+from lora_practice.machine.device import Machine, fits_in_fp32
+from lora_practice.sources.find import Source, find_template
+
+DTYPES = {"stored": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = False) -> Any:
+    """The base model's tokenizer, with a chat template, a pad token, and the template's end of turn as eos.
+
+    Args:
+        template: folder, .jinja file or Hub name whose template is borrowed where the base has none.
+        template_is_meant: the user named it, so it also replaces a template that the base has.
+
+    Raises:
+        UserError: there is no template, it uses special tokens that this tokenizer does not have, or the tokenizer
+            cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    from lora_practice.data.chat_template import token_ids_of
+
+    tokenizer = _from_folder(AutoTokenizer, base.path, text("分词器", "tokenizer"))
+    if template and (template_is_meant or tokenizer.chat_template is None):
+        _take_template(tokenizer, find_template(template))
+    if tokenizer.chat_template is None:
+        raise UserError(
+            text("这个模型没有聊天模板", "this model has no chat template"),
+            where=base.name,
+            fix="--chat_template_path HuggingFaceTB/SmolLM2-135M-Instruct",
+        )
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(text("聊天模板不止一个", "the chat template is not one text"), where=base.name)
+    _check_template_tokens(tokenizer)
+    _end_turns_with_template(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    token_ids_of(tokenizer, "Hello", base.name)  # some fail at every text
+    return tokenizer
+
+
+def load_base(base: Source, dtype: str, **quantised: Any) -> Any:
+    """The base model in `dtype` ("fp32", "fp16", "bf16", or "stored": as its files have it), from safetensors only.
+
+    `quantised`: see `variants.four_bit`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # a name is looked up in torch; "auto" is transformers' own word
+    options = {"dtype": getattr(torch, DTYPES[dtype], "auto"), "use_safetensors": True, "local_files_only": True}
+    options.update(quantised)
+    thing = text("模型", "model")
+    model, found = _from_folder(AutoModelForCausalLM, base.path, thing, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would draw them at random
+        zh, en = f"缺 {len(missing)} 个张量，如 {missing[0]}", f"{len(missing)} tensors missing, such as {missing[0]}"
+        raise _unloadable(thing, text(zh, en), base.path)
+    return model
+
+
+def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
+    """UserError if the tokenizer has ids that the model has no embedding for."""
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise UserError(
+            text(
+                f"分词器与模型不配：token 编号到 {largest}，模型只有 {rows} 行",
+                f"the tokenizer is not this model's: its ids reach {largest}, the model has {rows} rows",
+            ),
+            where=where,
+            fix=text("用模型自己的分词器文件", "use the tokenizer files that came with the model"),
+        )
+
+
+def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
+    """fp32 weights wherever they fit (autocast then loses nothing); half on a card too small for them.
+
+    The fast path keeps its residual stream in fp32 by itself, so on a CPU its weights may lie in bf16.
+    """
+    if machine.device == "cpu":
+        return "bf16" if machine.precision == "bf16" and fast != "off" else "fp32"
+    return "fp32" if fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory) else machine.precision
+
+
+def stored_bytes(folder: Optional[Path]) -> int:
+    """What the weights of a model's folder take on disk; 0 where there are none."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+
+
+def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any) -> Any:
+    """What `loader` makes of a folder; Python code that lies in it is never run."""
+    try:
+        return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except NO_FAILURE:
+        raise
+    except BaseException as error:  # a damaged file makes transformers and tokenizers raise nearly anything
+        raise _unloadable(thing, reason_of(error), folder) from error
+
+
+def _unloadable(thing: str, reason: str, folder: Optional[Path]) -> UserError:
+    return UserError(
+        text(f"{thing}读不了：{reason}", f"the {thing} cannot be loaded: {reason}"),
+        where=str(folder),
+        fix=text("文件可能损坏或不完整，重新下载", "a file may be damaged or missing: fetch it again"),
+    )
+
+
+def _take_template(tokenizer: Any, template: Path) -> None:
+    if template.is_file():
+        try:
+            tokenizer.chat_template = template.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(text("聊天模板不是 UTF-8", "the chat template is not UTF-8"), str(template)) from error
+        return
+    from transformers import AutoTokenizer
+
+    other = _from_folder(AutoTokenizer, template, text("聊天模板", "chat template"))
+    if other.chat_template is None:
+        raise UserError(text("这里没有聊天模板", "there is no chat template here"), where=str(template))
+    tokenizer.chat_template = other.chat_template
+
+
+def _check_template_tokens(tokenizer: Any) -> None:
+    """A mark such as <|im_start|> that is no single token would be learnt letter by letter."""
+    marks = set(re.findall(r"<\|[^|<>\s]+\|>", tokenizer.chat_template))
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted(mark for mark in marks if mark not in vocabulary)
+    if missing:
+        raise UserError(
+            text(
+                f"聊天模板用了分词器没有的标记 {missing}",
+                f"the chat template uses marks the tokenizer lacks: {missing}",
+            ),
+            fix=text("换一个与模型相配的 --chat_template_path", "choose a --chat_template_path that fits the model"),
+        )
+
+
+def _end_turns_with_template(tokenizer: Any) -> None:
+    """Generation must stop where the template ends an answer (a base model's own eos is often another one)."""
+    from lora_practice.data.chat_template import end_of_turn
+
+    mark = end_of_turn(tokenizer)
+    if mark is None:
+        tell(text("注意：聊天模板没有结束标记，回答可能停不下来", "note: the template ends answers with no mark"))
+    elif mark != tokenizer.eos_token:
+        tokenizer.eos_token = mark

@@ -1,0 +1,24 @@
+"""Mean loss of any causal language model on prepared rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_practice.data.tokenization import IGNORED, Example
+
+
+def mean_loss(model: Any, rows: Sequence[Example]) -> float:
+    """Nats per trained token over all rows, one row at a time, without dropout."""
+    import torch
+
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row.input_ids], device=model.device)
+            labels = torch.tensor(row.labels[1:])
+            logits = model(input_ids=ids).logits[0, :-1].float().cpu()
+            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+            count += int((labels != IGNORED).sum())
+    return total / count

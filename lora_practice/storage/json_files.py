@@ -1,0 +1,103 @@
+"""JSON that lies in a folder, by us or by a stranger who says so: read within bounds, its shape checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import text
+
+RECORD = "run_record.json"
+LARGEST, DEEPEST = 64 << 20, 50  # bytes; levels of brackets (our own files have five)
+_TEXTS, _OBJECTS = (
+    ("status", "command", "finished_at", "replaces"),
+    ("model", "data", "settings", "machine", "versions"),
+)
+_LISTS, _NAMES = ("losses", "samples", "events"), ("kind", "name", "path", "hub_id", "revision", "note")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such object; the reason, in the user's language.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(text(f"超过 {LARGEST >> 20} MB", f"more than {LARGEST >> 20} MB"))
+    return parse_object(path.read_bytes())
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object in UTF-8 bytes. Raises ValueError with the reason, in the user's language."""
+    too_deep = text("嵌套太深", "nested too deep")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(text("不是 UTF-8", "not UTF-8")) from error
+    except ValueError as error:
+        raise ValueError(text(f"不是有效的 JSON：{error}", f"not valid JSON: {error}")) from error
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    if not isinstance(value, dict):
+        raise ValueError(text("不是 JSON 对象", "not a JSON object"))
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [below for one in level for below in (one.values() if isinstance(one, dict) else one)]
+        level = [one for one in level if isinstance(one, (dict, list))]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def read_record(folder: Path) -> Optional[dict[str, Any]]:
+    """run_record.json of an output folder or of the folder above a checkpoint; None if there is none.
+
+    Raises:
+        UserError: it is damaged, or no record of a run.
+    """
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if not (place / RECORD).is_file():
+            continue
+        try:
+            record = read_object(place / RECORD)
+            fault = _misfit(record)
+        except (OSError, ValueError) as error:
+            fault = getattr(error, "strerror", None) or str(error)
+        if fault:
+            raise UserError(
+                text(f"训练记录读不了：{fault}", f"the record of the run cannot be read: {fault}"),
+                where=str(place / RECORD),
+                fix=text(
+                    "从备份里找回它；只聊天、合并、上传的话，删掉它也行",
+                    "bring it back from a copy; to chat, merge or upload it may also be deleted",
+                ),
+            )
+        return record
+    return None
+
+
+def _misfit(record: dict[str, Any]) -> str:
+    """The first field of a record that is not of its kind; "" if all are. A field may be missing."""
+    wanted: list[tuple[str, Any, type]] = [(name, record.get(name), str) for name in _TEXTS]
+    wanted += [(name, record.get(name), dict) for name in _OBJECTS]
+    wanted += [(name, record.get(name), list) for name in _LISTS]
+    wanted += [
+        (f"{part}.{name}", one.get(name), str)
+        for part, one in record.items()
+        if part in ("model", "data") and isinstance(one, dict)
+        for name in _NAMES
+    ]
+    model = record.get("model")
+    files = model.get("files") if isinstance(model, dict) else None
+    wanted += [("model.files", one, dict) for one in (files, *(files.values() if isinstance(files, dict) else ()))]
+    events = record.get("events")
+    for one in events if isinstance(events, list) else []:
+        event = one if isinstance(one, dict) else {}
+        wanted += [("events.step", event.get("step", ""), int), ("events.regime", event.get("regime", ""), dict)]
+    for name, value, kind in wanted:
+        if value is not None and not isinstance(value, kind):
+            return text(f"{name} 的类型不对", f"{name} is of the wrong kind")
+    return ""

@@ -1,0 +1,150 @@
+"""What a person sees and may do while it trains: a progress bar, and Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import Any, Callable
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lora_practice.console.text import tell, text
+from lora_practice.machine.device import peak_memory
+
+
+class Progress(TrainerCallback):
+    """A bar with step, loss, tokens/s, time left and the most memory so far; plain lines when nobody watches.
+
+    `tokens_seen()` gives the tokens trained on so far in this process.
+    """
+
+    def __init__(self, tokens_seen: Callable[[], int]) -> None:
+        self.tokens_seen = tokens_seen
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.loss, self.live = "", sys.stderr.isatty()
+        self.last = (self.started, self.tokens_seen())
+        words = text("步", "step")
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            disable=not self.live,
+            ncols=min(100, shutil.get_terminal_size().columns - 1),
+            nrows=shutil.get_terminal_size().lines,  # tqdm shows nothing where the terminal says 0
+            bar_format=words + " {n_fmt}/{total_fmt} |{bar}| {desc}",
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.set_description_str(self._words(state), refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last loss belongs to the record
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "eval_loss" in logs:
+            held_out = text("留出损失", "held-out loss")
+            words = f"{held_out} {logs['eval_loss']:.3f}, {text('困惑度', 'perplexity')} {logs['eval_perplexity']:.2f}"
+            self.bar.clear()
+            tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {words}")
+        if not logs or "loss" not in logs:
+            return
+        self.loss = f"loss {logs['loss']:.3f}"
+        self._measure(state)
+        if self.live:
+            self.bar.set_description_str(self._words(state))
+        else:
+            tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {self._words(state)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+    def _measure(self, state: Any) -> None:
+        """Speed since the last logged step and memory now, into the history that checkpoints keep."""
+        now, tokens = time.perf_counter(), self.tokens_seen()
+        (then, before), self.last = self.last, (now, tokens)
+        speed = round((tokens - before) / max(now - then, 1e-9), 1)
+        state.log_history[-1].update(tokens_per_second=speed, memory_mb=round(_memory() / 1e6))
+
+    def _words(self, state: Any) -> str:
+        done, elapsed = state.global_step - self.first_step, time.perf_counter() - self.started
+        if not done:
+            return self.loss
+        left = elapsed / done * (state.max_steps - state.global_step)
+        speed = f"{self.tokens_seen() / elapsed:.0f} tok/s"
+        memory = f"{peak_memory() / 1e9:.1f} GB"
+        parts = (self.loss, speed, text("剩 ", "") + clock(left) + text("", " left"), memory)
+        return ", ".join(part for part in parts if part)
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C, SIGTERM or a closed terminal saves after the running step and stops; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # Windows has none, and nohup asks to be left alone
+        for number in numbers:
+            self.previous[number] = signal.signal(number, self._ask)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asked in the midst of a save: what was to be saved is, and another step may take minutes."""
+        control.should_training_stop |= self.asked
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_the_terminal()
+            self.asked = True  # a shell passes the hang-up on, so a second one is no impatience
+            return
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.asked = True
+        tell(
+            text(
+                "\n收到中断：这一步完成后存盘退出（再按一次立即退出）",
+                "\ninterrupted: saving after this step (once more leaves at once)",
+            )
+        )
+
+
+def _leave_the_terminal() -> None:
+    """Point stdout and stderr nowhere if their terminal is gone: a word to it would be an error and end the run."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def _memory() -> int:
+    """Bytes that this process holds now: on its card where it has one in use, else in main memory."""
+    on_card = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return int(on_card or psutil.Process().memory_info().rss)
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15", 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,210 @@
+"""Exporting a tiny adapter: every form passes the proof, and each way of breaking one fails it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gguf_folders import make_folder
+from limited_disk import small_disk
+from peft import LoraConfig, get_peft_model
+
+from lora_practice.cli import main as cli
+from lora_practice.console.errors import UserError
+from lora_practice.export import gguf, gguf_tokenizer, gguf_writer, llama_cpp, merge, parity
+from lora_practice.model.load import load_base
+from lora_practice.sources.find import Source
+from lora_practice.storage import disk
+
+NO_LLAMA = pytest.mark.skipif(bool(llama_cpp.missing()), reason="xllamacpp is not installed")
+
+
+@pytest.fixture(autouse=True)
+def two_prompts(monkeypatch):
+    monkeypatch.setattr(parity, "PROMPTS", parity.PROMPTS[1:3])
+    monkeypatch.setattr(parity, "LONGEST", 24)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """An output folder as a run leaves it, of a tiny base."""
+    place = tmp_path_factory.mktemp("tiny")
+    base, folder = make_folder(place / "base"), place / "out"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(Source("folder", str(base), base), "fp32"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (base / name).is_file():
+            shutil.copy(base / name, folder)
+    record = {"status": "finished", "model": {"kind": "folder", "name": str(base), "path": str(base)}}
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    (folder / "README.md").write_text("# out\n\nWords.\n", "utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def results(lines) -> dict[str, str]:
+    """Verdicts of the exported forms (the tiny model itself talks on and on)."""
+    return {line.form: line.verdict for line in lines[1:]}
+
+
+@NO_LLAMA
+def test_every_form_passes_and_the_card_says_so_once(run):
+    lines = gguf.to_gguf(run)
+    forms = ["merged/", "merged-f16.gguf", "merged-q8_0.gguf", "adapter.gguf"]
+    assert results(lines) == dict.fromkeys(forms, "PASS"), lines
+    assert {file.name for file in (run / "gguf").iterdir()} == {*forms[1:], "Modelfile"}
+    gguf.prove_gguf(run)
+    card = (run / "README.md").read_text("utf-8")
+    assert (
+        card.startswith("# out\n\nWords.\n\n<!-- proof -->")
+        and card.count(parity.BEGIN) == card.count("| merged/") == 1
+    )
+    assert all(len(line) <= 80 for line in parity.show(lines).splitlines())
+    assert not list(run.glob(".writing-*"))
+
+
+def test_without_llama_cpp_the_gguf_lines_say_so_and_merged_is_still_proved(run, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: 'not checked: pip install -e ".[gguf]"')
+    lines = gguf.to_gguf(run, ["q8_0"])
+    assert results(lines) == {"merged/": "PASS", "merged-q8_0.gguf": "-", "adapter.gguf": "-"}
+    assert "not checked: pip install" in parity.show(lines)
+    assert "FROM ./merged-q8_0.gguf" in (run / "gguf" / "Modelfile").read_text("utf-8")
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
+    (run / "gguf").mkdir()
+    (run / "gguf" / "mine").touch()
+    with pytest.raises(UserError, match=r"already exported.*--overwrite"):
+        gguf.to_gguf(run)
+    assert [file.name for file in (run / "gguf").iterdir()] == ["mine"] and not (run / "merged").exists()
+    gguf.to_gguf(run, ["f16"], replace=True)
+    assert {file.name for file in (run / "gguf").iterdir()} == {"merged-f16.gguf", "adapter.gguf", "Modelfile"}
+
+
+def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, monkeypatch):
+    merge.merge_adapter(run)
+
+    def fail(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(gguf_writer, "write_adapter", fail)
+    before = sorted(run.iterdir())
+    with pytest.raises(RuntimeError, match="a bug"):
+        gguf.to_gguf(run)
+    assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize("step", ["merge", "export"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_the_folder_as_it_was(made, tmp_path, monkeypatch, step):
+    """The check before each write is silenced: what fills the disk may come from another program."""
+    with small_disk(tmp_path / "small", megabytes=5) as place:
+        run = Path(shutil.copytree(made, place / "out"))
+        if step == "export":
+            merge.merge_adapter(run)
+        before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        filler = place / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(place).free - 300_000))
+        monkeypatch.setattr(disk, "free_disk_check", lambda *_: None)
+        with pytest.raises(UserError) as caught:
+            gguf.to_gguf(run)
+        line = str(caught.value)
+        assert "the disk refused a write midway (No space left on device)" in line and "\n" not in line
+        assert line.endswith("-> free some, then run it again; what was there is untouched")
+        assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_proof_that_writes_no_gguf_asks_for_no_room(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    with small_disk(tmp_path / "small", megabytes=8) as place:
+        run = Path(shutil.copytree(made, place / "out"))
+        gguf.to_gguf(run, ["q8_0"])
+        (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free - 100_000))
+        assert results(gguf.prove_gguf(run))["merged/"] == "PASS"
+        card = (run / "README.md").read_bytes()
+        (place / "rest").write_bytes(bytes(shutil.disk_usage(place).free))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli(["export", str(run), "--check"])
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and "Traceback" not in told
+        assert told.splitlines()[-1].startswith("Error: No space left on device -> free some space"), told
+        assert (run / "README.md").read_bytes() == card and not list(run.glob(".*"))
+
+
+def test_what_cannot_be_a_gguf_is_refused_before_anything_is_merged(run):
+    whole = json.loads((run / "tokenizer.json").read_text("utf-8"))
+    (run / "tokenizer.json").write_text(json.dumps({**whole, "pre_tokenizer": {"type": "Whitespace"}}), "utf-8")
+    with pytest.raises(UserError, match="no GGUF can be made"):
+        gguf.to_gguf(run)
+    assert not (run / "merged").exists()
+
+
+def test_a_merge_that_lost_the_adapter_fails(run, monkeypatch):
+    merge.merge_adapter(run)
+    base = Path(json.loads((run / "run_record.json").read_text("utf-8"))["model"]["path"])
+    shutil.copy(base / "model.safetensors", run / "merged")
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
+    lines = gguf.to_gguf(run, ["f16"])
+    assert results(lines)["merged/"] == parity.verdict(lines) == "FAIL"
+
+
+@pytest.mark.parametrize(("skipped", "said"), [("", "PASS"), ("not here", "PASS (1 not checked)")])
+def test_a_pass_says_how_many_forms_were_not_checked(tmp_path, skipped, said):
+    lines = [parity.Line("adapter (PEFT)", 0.0, stopped=4, same_tokens=4)]
+    lines.append(parity.Line("merged-f16.gguf", 0.3, stopped=4, same_tokens=4, skipped=skipped))
+    assert parity.show(lines).splitlines()[-1] == said
+    (tmp_path / "README.md").write_text("# out\n", "utf-8")
+    parity.write_proof(tmp_path, lines, "peft 1")
+    assert f"## Exported forms: {said}\n" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def _wrong_template(monkeypatch) -> None:
+    right = gguf_tokenizer.token_fields
+    other = {"tokenizer.chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"}
+    monkeypatch.setattr(gguf_tokenizer, "token_fields", lambda *args: {**right(*args), **other})
+
+
+def _no_permutation(monkeypatch) -> None:
+    monkeypatch.setattr(gguf_writer, "PERMUTED", {})
+
+
+def _no_scale(monkeypatch) -> None:
+    right = gguf_writer.adapter_config.read_adapter_config
+    monkeypatch.setattr(
+        gguf_writer.adapter_config, "read_adapter_config", lambda folder: {**right(folder), "lora_alpha": 0.001}
+    )
+
+
+@NO_LLAMA
+@pytest.mark.parametrize(
+    ("breakage", "broken", "words"),
+    [
+        (_wrong_template, "merged-f16.gguf", "other template tokens"),
+        (_no_permutation, "merged-f16.gguf", "logits too far off"),
+        (_no_scale, "adapter.gguf", "logits too far off"),
+    ],
+)
+def test_a_broken_export_fails_the_proof(run, monkeypatch, breakage, broken, words):
+    merge.merge_adapter(run)
+    breakage(monkeypatch)
+    lines = gguf.to_gguf(run, ["f16"])
+    line = next(one for one in lines if one.form == broken)
+    assert line.verdict == "FAIL" and words in line.faults

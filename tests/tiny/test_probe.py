@@ -1,0 +1,193 @@
+"""The machine is read as it is: containers of both kinds, drivers of all ages, and this very machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Optional
+
+import psutil
+import pytest
+
+from lora_practice.machine import facts as machine_facts
+from lora_practice.machine import memory
+from lora_practice.machine.device import decide, matmul_gflops, peak_memory
+
+GB = 1 << 30
+ROOT = "/sys/fs/cgroup"
+CPUINFO = "processor: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_bf16\n"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    """Give the machine these files of /proc and /sys and no others, 8 cores, and 16 GB of which 8 are free."""
+    for room in (machine_facts, memory):
+        monkeypatch.setattr(room, "read_system_file", lambda path: {"/proc/cpuinfo": CPUINFO, **files}.get(path, ""))
+    monkeypatch.setattr(machine_facts.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GB, available=8 * GB))
+
+
+def test_without_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {})
+    assert machine_facts.usable_cores() == 8
+    assert memory.memory() == (16 * GB, 8 * GB, 0)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)],
+)
+def test_a_containers_cores(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    pretend(monkeypatch, {f"{ROOT}/cpu.max": quota})
+    assert machine_facts.usable_cores() == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("200000", 2), ("50000", 1), ("", 8)])
+def test_an_old_containers_cores(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    files = {f"{ROOT}/cpu/cpu.cfs_quota_us": f"{quota}\n", f"{ROOT}/cpu/cpu.cfs_period_us": "100000\n"}
+    pretend(monkeypatch, files)
+    assert machine_facts.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "more", "expected"),
+    [
+        (f"{4 * GB}\n", f"{GB}\n", {}, (4 * GB, 3 * GB, 4 * GB)),
+        # cached files give way
+        (f"{4 * GB}", f"{4 * GB}", {"memory.stat": f"anon 1\ninactive_file {2 * GB}\n"}, (4 * GB, 2 * GB, 4 * GB)),
+        ("max", f"{GB}", {}, (16 * GB, 8 * GB, 0)),
+        (f"{100 * GB}", "0", {}, (16 * GB, 8 * GB, 0)),
+        (f"{GB}", f"{2 * GB}", {}, (GB, 0, GB)),
+    ],
+)
+def test_a_containers_memory(
+    monkeypatch: pytest.MonkeyPatch, most: str, used: str, more: dict[str, str], expected: tuple[int, int, int]
+) -> None:
+    files = {"memory.max": most, "memory.current": used, **more}
+    pretend(monkeypatch, {f"{ROOT}/{name}": content for name, content in files.items()})
+    assert memory.memory() == expected
+
+
+def test_an_old_containers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"limit_in_bytes": f"{2 * GB}", "usage_in_bytes": f"{GB}", "stat": f"total_inactive_file {GB // 2}\n"}
+    pretend(monkeypatch, {f"{ROOT}/memory/memory.{name}": content for name, content in files.items()})
+    assert memory.memory() == (2 * GB, 3 * GB // 2, 2 * GB)
+    pretend(monkeypatch, {f"{ROOT}/memory/memory.limit_in_bytes": "9223372036854771712"})
+    assert memory.memory() == (16 * GB, 8 * GB, 0)
+
+
+def test_the_limit_of_a_group_above_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/self/cgroup": "0::/user.slice/job.scope\n", f"{ROOT}/user.slice/cpu.max": "300000 100000"}
+    files.update({f"{ROOT}/user.slice/memory.max": f"{6 * GB}", f"{ROOT}/user.slice/memory.current": f"{2 * GB}"})
+    job = f"{ROOT}/user.slice/job.scope/memory"
+    pretend(monkeypatch, {**files, f"{job}.max": f"{5 * GB}", f"{job}.current": "0"})
+    assert memory.memory() == (5 * GB, 4 * GB, 5 * GB)
+    assert machine_facts.usable_cores() == 3
+
+
+def fake_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """An nvidia-smi that answers with this shell script."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(machine_facts, "read_system_file", lambda path: "")
+
+
+needs_sh = pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
+
+
+@needs_sh
+def test_the_driver_names_a_card_that_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tool(
+        tmp_path, monkeypatch, 'echo "NVIDIA GeForce GTX 1060 6GB, 535.183.01, 6144, 6.1"; echo "second, 1, 1, 1"'
+    )
+    assert machine_facts._driver_facts() == {
+        "gpu": "NVIDIA GeForce GTX 1060 6GB",
+        "driver": "535.183.01",
+        "gpu_memory": 6 * GB,
+        "capability": (6, 1),
+    }
+
+
+@needs_sh
+def test_an_old_driver_does_not_know_the_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query."; exit 2;; esac\n'
+    )
+    fake_tool(tmp_path, monkeypatch, script + 'echo "Quadro K620, 390.157, [N/A]"')
+    assert machine_facts._driver_facts() == {"gpu": "Quadro K620", "driver": "390.157"}
+
+
+@needs_sh
+def test_what_the_driver_complains_of_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tool(tmp_path, monkeypatch, 'echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18')
+    assert machine_facts._driver_facts() == {
+        "driver_trouble": "Failed to initialize NVML: Driver/library version mismatch"
+    }
+    fake_tool(tmp_path, monkeypatch, "exit 9")
+    assert machine_facts._driver_facts() == {"driver_trouble": "nvidia-smi: 9"}
+    module = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.256.02  Thu May  2 14:37:44 UTC 2024\n"
+    monkeypatch.setattr(machine_facts, "read_system_file", lambda path: module)
+    assert machine_facts._driver_facts() == {"driver_trouble": "nvidia-smi: 9", "gpu": "NVIDIA", "driver": "470.256.02"}
+
+
+@needs_sh
+def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_facts, "GPU_TOOL_SECONDS", 0.2)
+    fake_tool(tmp_path, monkeypatch, "exec sleep 30")
+    started = time.monotonic()
+    assert machine_facts._driver_facts() == {"driver_trouble": "nvidia-smi: TimeoutExpired"}
+    assert time.monotonic() - started < 5
+
+
+def test_this_machine_can_be_looked_at() -> None:
+    facts = machine_facts.look(driver_too=True)
+    assert 1 <= facts.cores <= facts.board_cores
+    assert 0 < facts.memory <= facts.memory_total
+    assert facts.torch
+    assert decide(facts).device in ("cpu", "cuda")
+    assert peak_memory() > 10_000_000
+    assert matmul_gflops() > 0.1
+
+
+def test_the_most_memory_is_the_cards_only_where_the_card_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda is awake also where its random numbers were saved, which every step does."""
+    import torch
+
+    from bench.worker import peak_memory_mb
+    from lora_practice.training.plan import most_held
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 7_000_000)
+    assert most_held(torch.device("cuda")) == 7_000_000 < most_held(torch.device("cpu"))
+    assert peak_memory_mb("cuda") == 7.0 < peak_memory_mb("cpu")
+
+
+def test_the_processor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {})
+    facts = machine_facts.look()
+    assert (facts.cpu, facts.cpu_bf16, facts.instructions) == ("Some CPU", True, ("avx2", "avx512_bf16"))
+
+
+@pytest.mark.parametrize(("word", "known"), [("AVX2", ("avx2",)), ("AVX512", ("avx2", "avx512f")), ("DEFAULT", None)])
+def test_elsewhere_torch_knows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, word: str, known: Optional[tuple[str, ...]]
+) -> None:
+    monkeypatch.setattr(machine_facts, "read_system_file", lambda path: "")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: word)
+    assert machine_facts.look().instructions == known  # None: unknown, which is not the same as none
+
+
+def test_a_torch_that_does_not_load_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    facts = machine_facts.look()
+    assert "torch" in facts.torch_trouble
+    assert (facts.torch, facts.cuda_usable) == ("", False)
+
+
+def test_an_unreadable_file_says_nothing(tmp_path: Path) -> None:
+    assert machine_facts.read_system_file(str(tmp_path / "missing")) == ""

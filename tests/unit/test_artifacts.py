@@ -1,0 +1,492 @@
+"""The output folder's states: what may be claimed, what is kept, what counts as whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_practice.console.errors import UserError
+from lora_practice.run import folder as run_folder
+from lora_practice.run.folder import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints
+from lora_practice.run.resume import FREE_ON_RESUME, check_same_settings
+from lora_practice.storage import disk, manifest
+from lora_practice.storage import lock as storage_lock
+
+SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
+LOST = "another run or other files are in this folder by now"
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+
+
+def claim(path: Path, resume: bool = False, overwrite: bool = False, **changed: Any) -> OutputFolder:
+    return OutputFolder.claim(str(path), resume, overwrite, {**SETTINGS, **changed})
+
+
+def refusal(path: Path, **options: Any) -> str:
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        claim(path, **options)
+    assert sorted(path.parent.rglob("*")) == before  # claiming touches nothing
+    return str(caught.value)
+
+
+def start(path: Path, kind: str = "hub") -> OutputFolder:
+    folder = claim(path)
+    folder.begin({"settings": SETTINGS, "model": {"kind": kind}, "data": {"kind": "file"}})
+    return folder
+
+
+def add_checkpoint(folder: OutputFolder, step: int, keep: int | None = None) -> Path:
+    with folder.staging(1) as staging:
+        staged = staging / f"checkpoint-{step}"
+        staged.mkdir()
+        (staged / "adapter_model.safetensors").write_bytes(b"weights %d" % step)
+        folder.add_checkpoint(staged, keep)
+    return folder.path / f"checkpoint-{step}"
+
+
+def finish(folder: OutputFolder, word: str = "new") -> None:
+    with folder.staging(1) as staging:
+        (staging / "adapter_config.json").write_text("{}")
+        (staging / "adapter_model.safetensors").write_text(word)
+        folder.finish(staging, {"settings": SETTINGS, "steps": 7, "finished_at": "2024-05-06 07:08"})
+
+
+def status(folder: OutputFolder) -> str:
+    return json.loads((folder.path / RECORD).read_text("utf-8"))["status"]
+
+
+def names(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
+    assert claim(tmp_path / "a" / "b").checkpoint is None
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    assert claim(tmp_path / "empty").path == tmp_path / "empty"
+
+
+def test_from_beginning_to_end(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    assert status(folder) == "running"
+    add_checkpoint(folder, 5)
+    finish(folder)
+    assert status(folder) == "finished"
+    assert names(folder.path) == ["adapter_config.json", "adapter_model.safetensors", "checkpoint-5", RECORD]
+
+
+def test_a_folder_that_is_deleted_during_the_run_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = start(tmp_path / "run")
+    shutil.rmtree(folder.path)
+    checkpoint = add_checkpoint(folder, 5)
+    assert f"{folder.path} is gone: made anew" in capsys.readouterr().err
+    assert claim(tmp_path / "run", resume=True).checkpoint == checkpoint
+    finish(folder)
+    assert status(folder) == "finished"
+
+
+def test_a_file_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert "this is a file, not a folder" in refusal(tmp_path / "run")
+    assert "this is a file, not a folder" in refusal(tmp_path / "run" / "below")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.name == "posix" and os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+    else:  # root may write everywhere
+        monkeypatch.setattr(run_folder.os, "access", lambda *_: False)
+    assert f"{tmp_path}: no permission to write" in refusal(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+def test_what_a_killed_write_left_in_an_empty_folder_is_nobodys(tmp_path: Path) -> None:
+    """The kill came after the folder was made and before its record was in place."""
+    run = tmp_path / "run"
+    (run / ".writing-abc" / "checkpoint-1").mkdir(parents=True)
+    (run / f".{RECORD}.4711").write_text("{")
+    assert "there is no run to resume here" in refusal(run, resume=True)
+    start(run)
+    assert names(run) == [RECORD]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / f".{RECORD}.mine").touch()
+    assert "holds other files" in refusal(tmp_path / "other")
+
+
+def test_someone_elses_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.doc").write_text("mine")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        assert "holds other files" in refusal(tmp_path / "run", **options)
+
+
+def test_a_finished_run_is_named_and_kept(tmp_path: Path) -> None:
+    finish(start(tmp_path / "run"))
+    for options in ({}, {"resume": True}):
+        line = refusal(tmp_path / "run", **options)
+        assert "a finished run is here (2024-05-06 07:08, 7 steps)" in line
+        assert "--overwrite" in line
+
+
+def test_an_unfinished_run_offers_resume(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    assert "(no checkpoint yet)" in refusal(tmp_path / "run")
+    add_checkpoint(folder, 5)
+    line = refusal(tmp_path / "run")
+    assert "an unfinished run is here (checkpoint-5)" in line
+    assert "--resume" in line
+    assert claim(tmp_path / "run", resume=True).checkpoint == tmp_path / "run" / "checkpoint-5"
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert "there is no run to resume here" in refusal(tmp_path / "run", resume=True)
+
+
+def test_resume_before_the_first_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    start(tmp_path / "run")
+    assert claim(tmp_path / "run", resume=True).checkpoint is None
+    assert "beginning at the first step" in capsys.readouterr().err
+
+
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    finish(start(tmp_path / "run"), "old")
+    folder = claim(tmp_path / "run", overwrite=True)
+    assert names(tmp_path) == ["run"]  # nothing happens before begin
+    folder.begin({"settings": SETTINGS})
+    kept = next(path for path in tmp_path.iterdir() if path.name.startswith("run.replaced-"))
+    assert str(kept) in capsys.readouterr().err
+    assert (kept / "adapter_model.safetensors").read_text() == "old"
+    finish(folder)
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_text() == "new"
+
+
+@pytest.mark.parametrize("fault", ["missing file", "other bytes", "no manifest", "manifest is no JSON"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, fault: str, capsys: pytest.CaptureFixture) -> None:
+    folder = start(tmp_path / "run")
+    whole, damaged = add_checkpoint(folder, 9), add_checkpoint(folder, 10)
+    if fault == "missing file":
+        (damaged / "adapter_model.safetensors").unlink()
+    elif fault == "other bytes":
+        (damaged / "adapter_model.safetensors").write_bytes(b"weights 99")
+    elif fault == "no manifest":
+        (damaged / CHECKPOINT_MANIFEST).unlink()
+    else:
+        (damaged / CHECKPOINT_MANIFEST).write_text("{")
+    assert claim(tmp_path / "run", resume=True).checkpoint == whole
+    assert "checkpoint-10 is not whole" in capsys.readouterr().err
+
+
+def test_no_whole_checkpoint_is_left(tmp_path: Path) -> None:
+    (add_checkpoint(start(tmp_path / "run"), 1) / "adapter_model.safetensors").unlink()
+    assert "no whole checkpoint is left" in refusal(tmp_path / "run", resume=True)
+
+
+def test_a_copied_checkpoint_is_whole(tmp_path: Path) -> None:
+    """Other times, the same bytes."""
+    checkpoint = add_checkpoint(start(tmp_path / "run"), 1)
+    shutil.copytree(checkpoint, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert manifest.folder_fault(tmp_path / "copy", CHECKPOINT_MANIFEST) == ""
+
+
+def test_changed_settings_are_named(tmp_path: Path) -> None:
+    add_checkpoint(start(tmp_path / "run"), 1)
+    line = refusal(tmp_path / "run", resume=True, lora_r=8, seed=7)
+    assert "lora_r: 6 -> 8, seed: 42 -> 7" in line
+    assert claim(tmp_path / "run", resume=True, logging_steps=1).checkpoint is not None
+
+
+def test_every_setting_must_stay_as_it_was_but_those_that_cannot_change_the_result(tmp_path: Path) -> None:
+    from fine_tuning_practice import TrainSettings
+
+    plain = dataclasses.asdict(TrainSettings())
+    assert set(FREE_ON_RESUME) < set(plain)
+    for name in plain:
+        before = {"settings": {**plain, name: "another"}}
+        if name in FREE_ON_RESUME:
+            check_same_settings(tmp_path, before, plain)
+            continue
+        with pytest.raises(UserError, match=f"{name}: another -> "):
+            check_same_settings(tmp_path, before, plain)
+    check_same_settings(tmp_path, {"settings": {}}, plain)  # of a version that knew fewer settings
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    """The Hub may be reachable by now: another base under the same adapter would be another run."""
+    assert not start(tmp_path / "run", kind="embedded").began_with("model", "embedded")
+    folder = claim(tmp_path / "run", resume=True)
+    assert folder.began_with("model", "embedded")
+    assert not folder.began_with("data", "embedded")
+
+
+def test_an_interrupted_finish_is_an_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = start(tmp_path / "run")
+    add_checkpoint(folder, 3)
+    moved: list[str] = []
+
+    def replace_once(source: Any, target: Any) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(str(target))
+        shutil.move(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.os, "replace", replace_once)
+        finish(folder)
+    assert status(folder) == "running"
+    assert not list(folder.path.glob(".writing-*"))
+    again = claim(tmp_path / "run", resume=True)
+    again.begin({"settings": SETTINGS})
+    finish(again)
+    assert status(again) == "finished"
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    add_checkpoint(folder, 3)
+    (folder.path / ".writing-abc" / "checkpoint-6").mkdir(parents=True)
+    again = claim(tmp_path / "run", resume=True)
+    again.begin({"settings": SETTINGS})
+    assert names(folder.path) == ["checkpoint-3", RECORD]
+
+
+def test_the_oldest_checkpoints_make_room(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    for step in (2, 10, 9, 100):
+        add_checkpoint(folder, step)
+    (folder.path / "checkpoint-2-best").mkdir()
+    (folder.path / "checkpoint-x").mkdir()
+    assert [path.name for path in run_folder.checkpoints(folder.path)] == [
+        *("checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-100")
+    ]
+    add_checkpoint(folder, 101, keep=2)
+    assert [path.name for path in run_folder.checkpoints(folder.path)] == ["checkpoint-100", "checkpoint-101"]
+    assert (folder.path / "checkpoint-2-best").is_dir()
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_whole_ones(tmp_path: Path) -> None:
+    """After --resume from step 20 with keep=1, the damaged 30 must not count as the one to keep."""
+    folder = start(tmp_path / "run")
+    add_checkpoint(folder, 20)
+    (add_checkpoint(folder, 30) / "adapter_model.safetensors").unlink()
+    again = claim(tmp_path / "run", resume=True)
+    new = add_checkpoint(again, 25, keep=1)
+    assert run_folder.newest_whole_checkpoint(again.path) == new
+    rewritten = add_checkpoint(again, 30, keep=1)
+    assert run_folder.checkpoints(again.path) == [rewritten]
+
+
+def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / RECORD
+    manifest.write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        manifest.write_whole(file, "\ud800")
+    assert file.read_text() == "old"
+
+
+def test_a_checkpoints_record_is_the_runs(tmp_path: Path) -> None:
+    checkpoint = add_checkpoint(start(tmp_path / "run", kind="embedded"), 1)
+    record = run_folder.read_record(checkpoint)
+    assert record is not None
+    assert record["model"]["kind"] == "embedded"
+    (tmp_path / "run" / RECORD).write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        run_folder.read_record(checkpoint)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}], ids=str)
+def test_a_checkpoint_is_not_the_folder_of_a_run(tmp_path: Path, options: dict[str, bool]) -> None:
+    checkpoint = add_checkpoint(start(tmp_path / "run"), 5)
+    line = refusal(checkpoint, **options)
+    assert "this is a checkpoint" in line and f"--output_dir {tmp_path / 'run'}" in line
+
+
+def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(start(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path / "run")
+    assert "in use" in refusal(Path("."), overwrite=True)
+    assert "in use" in refusal(tmp_path / "run", overwrite=True)
+
+
+def test_a_card_that_is_rewritten_is_still_known_as_the_runs_own(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    finish(folder)
+    card = folder.path / "README.md"
+    run_folder.rewrite_card(folder.path, "someone's own words")
+    assert "README.md" not in json.loads((folder.path / RECORD).read_text("utf-8"))["files"]
+    record = json.loads((folder.path / RECORD).read_text("utf-8"))
+    record["files"]["README.md"] = manifest.sha256(card)
+    folder.write_record(record)
+    run_folder.rewrite_card(folder.path, "with a proof")
+    known = json.loads((folder.path / RECORD).read_text("utf-8"))["files"]["README.md"]
+    assert known == manifest.sha256(card) and card.read_text("utf-8") == "with a proof"
+
+
+@pytest.fixture
+def another_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """A process that has begun a run in tmp_path/run and goes on with it."""
+    pytest.importorskip("fcntl", reason="Windows has no such lock")
+    code = (
+        "import sys; from lora_practice.run.folder import OutputFolder\n"
+        "folder = OutputFolder.claim(sys.argv[1], False, False, {})\n"
+        "folder.begin({'settings': {}}); print('begun', flush=True); sys.stdin.read()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_that_another_run_is_writing_to_is_refused_until_that_run_ends_or_is_killed(
+    tmp_path: Path, another_run: subprocess.Popen
+) -> None:
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        line = refusal(tmp_path / "run", **options)
+        assert "another run is writing to this folder -> wait for its end" in line
+    claim(tmp_path / "run", overwrite=True, plan=True)  # a plan writes nothing
+    another_run.kill()
+    another_run.wait()
+    assert claim(tmp_path / "run", resume=True).resumed["status"] == "running"
+    claim(tmp_path / "run", overwrite=True).begin({"settings": SETTINGS})
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_that_looked_at_a_folder_at_once_only_one_begins(tmp_path: Path, resume: bool) -> None:
+    if resume:
+        start(tmp_path / "run")
+    first, second = (claim(tmp_path / "run", resume) for _ in range(2))
+    first.begin({"settings": SETTINGS, "started_at": "now"})
+    before = (tmp_path / "run" / RECORD).read_bytes()
+    with pytest.raises(UserError, match=LOST):
+        second.begin({"settings": SETTINGS})
+    assert (tmp_path / "run" / RECORD).read_bytes() == before
+
+
+def test_a_run_whose_folder_another_run_has_by_now_writes_nothing_into_it(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = start(tmp_path / "run")
+    shutil.rmtree(folder.path)
+    another = request.getfixturevalue("another_run")
+    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    writes = (lambda: add_checkpoint(folder, 5), lambda: folder.note("memory", 1, "less", {}), lambda: finish(folder))
+    for ended in (False, True):  # the record of a run that has ended is not ours either
+        if ended:
+            another.kill()
+            another.wait()
+        for write in writes:
+            with pytest.raises(UserError, match=LOST if ended else "another run is writing to this folder"):
+                write()
+        assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_a_folder_that_is_made_anew_is_held_like_the_one_before(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="Windows has no such lock")
+    folder = start(tmp_path / "run")
+    look = "import sys; from lora_practice.run.folder import OutputFolder; OutputFolder.claim(sys.argv[1], 0, 1, {})"
+    for step in (5, 6):
+        add_checkpoint(folder, step)
+        done = subprocess.run([sys.executable, "-c", look, str(folder.path)], capture_output=True, text=True)
+        assert "another run is writing to this folder" in done.stderr
+        shutil.rmtree(folder.path)
+        folder.path.mkdir()  # by hand, or by a tool that brings it back
+
+
+def test_a_folder_that_was_moved_away_meanwhile_is_taken_and_the_one_in_its_place_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs with --overwrite: the slower has opened the folder when the quicker moves it and makes its own."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no such lock")
+    finish(start(tmp_path / "run"))
+    slow, late = (claim(tmp_path / "run", overwrite=True) for _ in range(2))
+    lock = fcntl.flock
+
+    def quicker(handle: int, how: int) -> None:
+        (tmp_path / "run").rename(tmp_path / "run.replaced")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "new").touch()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", quicker)
+    with pytest.raises(UserError, match=LOST):
+        slow.begin({"settings": SETTINGS})
+    monkeypatch.setattr(fcntl, "flock", lock)
+    for _ in ("another's folder", "and one that is not even a run's"):
+        with pytest.raises(UserError, match=LOST):
+            late.begin({"settings": SETTINGS})
+        assert names(tmp_path / "run") == ["new"] and names(tmp_path) == ["run", "run.replaced"]
+    shutil.rmtree(tmp_path / "run")  # nothing is left to be replaced
+    late.begin({"settings": SETTINGS})
+    assert status(late) == "running" and names(tmp_path) == ["run", "run.replaced"]
+
+
+def test_of_two_runs_that_replace_one_at_once_the_first_does_and_what_it_replaces_stays_until_its_end(
+    tmp_path: Path,
+) -> None:
+    """The second comes when the first has made its folder and does not hold it yet."""
+    finish(start(tmp_path / "run"), "old")
+    first, second = (claim(tmp_path / "run", overwrite=True) for _ in range(2))
+    hold = first._hold
+
+    def hold_late(*known: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=LOST):
+            second.begin({"settings": SETTINGS})
+        hold(*known)
+
+    first._hold = hold_late  # type: ignore[method-assign]
+    first.begin({"settings": SETTINGS})
+    aside, *others = tmp_path.glob("run.*")
+    assert (aside / "adapter_model.safetensors").read_text() == "old" and not others
+    finish(first)
+    assert names(tmp_path) == ["run"]
+
+
+def test_what_came_in_the_place_of_a_run_that_is_to_be_replaced_is_left_alone(tmp_path: Path) -> None:
+    finish(start(tmp_path / "run"))
+    folder = claim(tmp_path / "run", overwrite=True)
+    for file in (tmp_path / "run").iterdir():  # the same folder, but for what is in it
+        file.unlink()
+    (tmp_path / "run" / "thesis.doc").write_text("mine")
+    with pytest.raises(UserError, match=LOST):
+        folder.begin({"settings": SETTINGS})
+    assert names(tmp_path) == ["run"] and names(tmp_path / "run") == ["thesis.doc"]
+
+
+def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        storage_lock.time, "time", lambda: 1e9
+    )  # without a clock of its own a board begins there each time
+    for word in ("first", "second", "third"):
+        folder = claim(tmp_path / "run", overwrite=word != "first")
+        folder.begin({"settings": SETTINGS})
+        (folder.path / "adapter_config.json").write_text(word)
+    kept = [one / "adapter_config.json" for one in tmp_path.glob("run.replaced-*")]
+    assert sorted(one.read_text() for one in kept) == ["first", "second"]
+    finish(folder)
+    assert [one.parent.name for one in kept if one.exists()] == [min(one.parent.name for one in kept)]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, 5), (2, 2), (9, 5)])
+def test_the_newest_checkpoints_are_left_of_those_that_kills_had_spared(tmp_path, keep, left):
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    disk.drop_older(checkpoints(tmp_path), keep)
+    assert [one.name for one in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 4, 6, 8, 10)[-left:]]

@@ -1,0 +1,205 @@
+"""Whether the Hub is there is decided at once, variables work wherever they are set, and a token is checked first."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fresh_process import in_a_process
+from hub_server import WRITE_TOKEN, HubServer
+
+from lora_practice.console.errors import UserError
+from lora_practice.sources import environment
+
+CLOSED = "http://127.0.0.1:9"
+pytestmark = pytest.mark.usefixtures("no_hub")
+
+
+def refusal(call: Any, *args: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# Is the Hub there?
+
+
+def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
+        assert environment.hub_endpoint() == hub.url
+        assert environment.hub_is_reachable()
+        assert environment.hub_is_reachable()
+        assert len(hub.requests) == 1  # asked once
+    assert os.environ["HF_HUB_OFFLINE"] == ""
+
+
+def test_a_hub_that_is_down_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.fail(403)
+        assert environment.hub_is_reachable()  # a refusal is an answer
+        environment.hub_is_reachable.cache_clear()
+        hub.fail(503)
+        assert not environment.hub_is_reachable()
+
+
+@pytest.mark.parametrize("endpoint", [CLOSED, "hf-mirror.com", "http://127.0.0.1:port", "http://nowhere.invalid"])
+def test_no_hub_is_decided_at_once(endpoint: str, monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    started = time.monotonic()
+    assert not environment.hub_is_reachable()
+    assert time.monotonic() - started < 5
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not [warning for warning in recwarn if "Thread" in str(warning.category)]
+
+
+def test_a_hub_that_hangs_is_given_up_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        assert not environment.hub_is_reachable()
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("word", ["1", "true", "ON", "yes"])
+def test_offline_on_request_asks_nobody(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", word)
+        assert not environment.hub_is_reachable()
+        assert hub.requests == []
+
+
+# Variables
+
+
+def test_transformers_cache_still_works(tmp_path: Path) -> None:
+    code = "from lora_practice.sources.environment import prepare_environment as p; p()\n"
+    code += "import huggingface_hub.constants as c; print(c.HF_HUB_CACHE)"
+    done = in_a_process(code, tmp_path, TRANSFORMERS_CACHE=str(tmp_path / "old"))
+    assert done.stdout.strip() == str(tmp_path / "old")
+    assert done.stderr.strip() == (
+        f"transformers 5 ignores TRANSFORMERS_CACHE: using it as HF_HUB_CACHE={tmp_path / 'old'}"
+    )
+    done = in_a_process(code, tmp_path, TRANSFORMERS_CACHE=str(tmp_path / "old"), HF_HUB_CACHE=str(tmp_path / "new"))
+    assert done.stdout.strip() == str(tmp_path / "new")
+    assert done.stderr == ""
+
+
+def test_the_env_file_is_read_and_the_real_environment_wins(tmp_path: Path) -> None:
+    lines = ["HF_ENDPOINT=https://mirror.example/", f"HF_HOME={tmp_path / 'home'}", "HF_TOKEN=from_file"]
+    (tmp_path / ".env").write_text("\n".join(lines), "utf-8-sig")  # as Windows' Notepad saves it
+    code = "from lora_practice.sources.environment import prepare_environment as p, hub_endpoint as e; p()\n"
+    code += "import os, huggingface_hub.constants as c; print(e(), c.ENDPOINT, c.HF_HOME, os.environ['HF_TOKEN'])"
+    done = in_a_process(code, tmp_path, HF_TOKEN="from_environment")
+    mirror = "https://mirror.example"
+    assert done.stdout.split() == [mirror, mirror, str(tmp_path / "home"), "from_environment"]
+
+
+def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("# 我的密钥\nX=1\n".encode("gbk"))
+    assert ".env is not UTF-8" in refusal(environment.prepare_environment)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize(("started", "refused"), [("", False), ("1", False), ("2", True), ("many", True)])
+def test_several_processes_of_a_launcher_do_not_train(
+    name: str, started: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from fine_tuning_practice import main
+
+    monkeypatch.setenv(name, started)
+    with pytest.raises(SystemExit):  # or the next thing that is wrong is said
+        main(["--embedded", "--dataset_path", "nothing.jsonl", "--output_dir", "out"])
+    said = capsys.readouterr().err
+    assert (f"one process trains, but {started} were started" in said) is refused
+    assert ("no such data file" in said) is not refused
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_launcher_set_for_accelerate_does_not_change_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """accelerate would compute in bf16 what the record calls fp32."""
+    said = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no", "LOCAL_RANK": "0"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    environment.leave_launcher()
+    assert not set(said) & set(os.environ)
+    assert capsys.readouterr().err == "not followed here: ACCELERATE_MIXED_PRECISION=bf16\n"
+    environment.leave_launcher()
+    assert capsys.readouterr().err == ""
+
+
+def test_where_data_sets_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert environment.datasets_cache() == tmp_path / "hf" / "datasets"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "own"))
+    assert environment.datasets_cache() == tmp_path / "own"
+
+
+# Logging in
+
+
+def test_a_token_is_checked_first(hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    environment.check_login(skip=False)
+    shown = capsys.readouterr().err
+    assert "logged in to Hugging Face as alice" in shown
+    assert WRITE_TOKEN not in shown
+
+
+def test_a_token_that_is_refused(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_someone_else")
+    line = refusal(environment.check_login, skip=False)
+    assert "the Hub does not accept HF_TOKEN" in line
+    assert "hf_of" not in line
+
+
+def test_a_hub_that_cannot_say_stops_nobody(hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    hub.fail(500, "whoami", times=20)
+    environment.check_login(skip=False)
+    assert "did not say" in capsys.readouterr().err
+    hub.faults.clear()
+    hub.drop("whoami", times=20)
+    environment.check_login(skip=False)
+    assert "did not say" in capsys.readouterr().err
+
+
+def test_skipping_the_login_sends_no_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "")
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    environment.check_login(skip=True)
+    assert os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
+    assert hub.requests == []
+
+
+def test_an_endpoint_that_is_a_place_on_this_disk_is_no_hub(
+    no_hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "models?limit=1").touch()
+    (tmp_path / "api" / "models").touch()
+    monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri())
+    assert not environment.hub_is_reachable()
+
+
+def test_a_dot_env_chooses_neither_a_compiler_nor_where_keys_and_kernels_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was downloaded may hold a `.env`, and a command may be run in it."""
+    for name in ("CXX", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LD_PRELOAD", "HF_REPO_ID"):
+        monkeypatch.delenv(name, raising=False)
+    lines = ["CXX=./evil.sh", "XDG_CONFIG_HOME=./evil", "XDG_CACHE_HOME=./evil", "LD_PRELOAD=x.so", "HF_REPO_ID=a/b"]
+    (tmp_path / ".env").write_text("\n".join(lines), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    environment.prepare_environment()
+    assert os.environ.pop("HF_REPO_ID") == "a/b"
+    assert not {"CXX", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LD_PRELOAD"} & set(os.environ)
