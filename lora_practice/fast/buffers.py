@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from lora_practice.fast.matmul import rows_buffer
+from lora_practice.fast.matmul import row_pitch
 
 
 class Buffers:
@@ -20,19 +20,25 @@ class Buffers:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity  # rows
-        self._held: dict[tuple, torch.Tensor] = {}
+        self._held: dict[tuple, torch.Tensor] = {}  # (rows, row pitch)
+        self._zeroed: dict[tuple, int] = {}  # rows whose gap to the next one is zero
 
     def rows(
         self, name: tuple, n: int, width: int, dtype: torch.dtype, device: torch.device, most: Optional[int] = None
     ) -> torch.Tensor:
-        """(n, width), contents undefined, laid out as `rows_buffer` does; good until the name is asked for again.
+        """(n, width), values undefined, laid out as by `rows_buffer`; good until the name is asked for again.
 
         most: rows that this name will ever want, if fewer than a micro-batch has.
         """
         held = self._held.get(name)
         if held is None or held.shape[0] < n:
-            held = self._held[name] = rows_buffer(max(n, most or self.capacity), width, dtype, device)
-        return held[:n]
+            rows = max(n, most or self.capacity)
+            held = self._held[name] = torch.empty(rows, row_pitch(width, dtype, device), dtype=dtype, device=device)
+            self._zeroed[name] = 0
+        if n > self._zeroed[name]:
+            held[self._zeroed[name] : n, width:] = 0  # see `rows_buffer`
+            self._zeroed[name] = n
+        return held[:n, :width]
 
 
 def return_freed_memory() -> None:

@@ -28,19 +28,28 @@ def by_onednn(dtype: torch.dtype, device_type: str) -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and _vendor() == "AuthenticAMD"
 
 
-def rows_buffer(n: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Uninitialised (n, width) that the products read and write at full speed.
+def row_pitch(width: int, dtype: torch.dtype, device: torch.device | None = None) -> int:
+    """Elements from one row of a (n, width) buffer to the next, for products at full speed.
 
     oneDNN asks for rows without gaps (a weight with gaps falls back to a loop a hundred times slower). MKL asks for a
     row pitch that is a multiple of 16 elements but never of 4 KiB: rows whose addresses differ by that fall into the
     same cache sets, and float32 products that write 3072 or 49152 columns lose up to half their speed.
     """
     if by_onednn(dtype, "cpu" if device is None else device.type):
-        return torch.empty(n, width, dtype=dtype, device=device)
+        return width
     pitch = (width + 15) // 16 * 16
-    if pitch * dtype.itemsize % 1024 == 0:
-        pitch += 16
-    return torch.empty(n, pitch, dtype=dtype, device=device)[:, :width]
+    return pitch + 16 if pitch * dtype.itemsize % 1024 == 0 else pitch
+
+
+def rows_buffer(n: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """(n, width) with uninitialised values at that pitch; what lies between the rows is zero.
+
+    It must be finite: oneDNN's AMX kernels read rows in tiles of 32 columns, past the width, and multiply what they
+    find there by zeros of the other operand. NaN times zero is NaN.
+    """
+    buffer = torch.empty(n, row_pitch(width, dtype, device), dtype=dtype, device=device)
+    buffer[:, width:] = 0
+    return buffer[:, :width]
 
 
 def matmul_transposed(x: torch.Tensor, matrix: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
