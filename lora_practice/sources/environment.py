@@ -59,10 +59,23 @@ def prepare_environment() -> None:
         )
     os.environ.pop("TRANSFORMERS_CACHE", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    let_waiting_threads_sleep()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # renames announced for the libraries' next major version say nothing to a learner
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels from the Hub, which it can do without
+
+
+def let_waiting_threads_sleep() -> None:
+    """Let OpenMP threads that wait for each other spin only shortly; what the user has set for it stays.
+
+    libgomp, which torch and the kernels share on Linux, reads it once, when torch is imported. By default its threads
+    spin for milliseconds. Beside another busy program they burn the very time that the thread they wait for needs:
+    training takes two to nine times longer. A spin of about a microsecond keeps the speed of a quiet machine;
+    OMP_WAIT_POLICY=PASSIVE, no spin at all, costs it a tenth (`python -m bench.busy`, docs/performance.md).
+    """
+    if not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def leave_launcher() -> None:
