@@ -12,7 +12,7 @@ from random import Random
 
 from journey_harness import ROOT, environment, run
 
-DOOR = str(ROOT / "tests" / "killed_door.py")
+DOOR = str(ROOT / "tests" / "killed_entry_point.py")
 
 
 @dataclass(frozen=True)

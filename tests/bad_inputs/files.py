@@ -1,6 +1,6 @@
 """Data files that no run can use: a name, how the file is made, and a part of the English complaint.
 
-A body is bytes, or a function that makes the file at a path. Single bad rows are in unit/test_bad_inputs.py.
+A body is bytes, or a function that makes the file at a path. Single bad rows are in rows.py.
 """
 
 from __future__ import annotations

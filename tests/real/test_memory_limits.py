@@ -10,12 +10,12 @@ import pytest
 from journey_harness import ROOT, refused, run, succeeded
 
 sys.path.insert(0, str(ROOT / "tests"))
-from limited_door import can_limit
+from limited_entry_point import can_limit
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not can_limit(), reason="needs root and a control group of memory"
 )
-DOOR = str(ROOT / "tests" / "limited_door.py")
+DOOR = str(ROOT / "tests" / "limited_entry_point.py")
 # two steps of four rows of about 126 tokens, which on the plain path take about 300 MB each
 STEPS = ("--embedded", "--max_steps", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1")
 STEPS += ("--per_device_train_batch_size", "4", "--lora_dropout", "0", "--save_strategy", "no")

@@ -1,6 +1,6 @@
 """Properties of the way from a file to labels, on inputs that nobody would think of (hypothesis, the same each time).
 
-What valid rows read back as is in test_round_trip.py; that shared prefixes keep each label is in test_fast_plan.py.
+Valid rows read back: see test_round_trip.py. Shared prefixes keep each label: see test_fast_step_plan.py.
 """
 
 from __future__ import annotations

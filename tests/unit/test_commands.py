@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_doors import CLI, HEAVY, run
+from test_entry_points import CLI, HEAVY, run
 
 from lora_practice.cli import app
 from lora_practice.console.terminal import columns

@@ -1,4 +1,4 @@
-"""Door 1 in a control group with so much memory and no more: `limited_door.py MEGABYTES flag...` (0: no limit).
+"""`fine_tuning_practice.py` under a memory limit: `limited_entry_point.py MEGABYTES flag...` (0: no limit).
 
 The limit is the kernel's own (cgroup v1 or v2, as root) and holds from the first page on. Beyond it the kernel kills.
 """

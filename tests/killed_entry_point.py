@@ -1,12 +1,12 @@
 """Door 1 in a process that is killed with signal 9 at one of its own changes on the disk.
 
-    python tests/killed_door.py EVENT PART N MILLISECONDS OUT [flags of the door]
+    python tests/killed_entry_point.py EVENT PART N MILLISECONDS OUT [flags of the entry point]
 
 The N-th audit event whose name begins with EVENT and whose path, below the folder OUT, holds PART (a path counts
 once); MILLISECONDS later, or right before the change if that is 0. Python's own file operations are audited; what Rust
 and C++ write (safetensors, torch, tokenizers) is not, and is hit by a delay.
 
-    python tests/killed_door.py serve
+    python tests/killed_entry_point.py serve
 
 Loads the libraries once and forks a process for each line of JSON on stdin, [[EVENT, PART, N, MILLISECONDS, OUT],
 seconds, flags, log]: with `seconds` above 0 it is killed then. Answers with its exit code, negative for a signal.
