@@ -57,7 +57,6 @@ def main() -> None:
 
 def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     """(trainer, engine or None): plain TRL, or TRL's loop with the engine's step."""
-    import torch
     from trl import SFTTrainer
 
     from fine_tuning_practice import TrainSettings
@@ -117,7 +116,7 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
         data_collator=collate if ours else without_parts,
     )
     if ours:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[variant.dtype]
+        dtype = load_model.torch_dtype(variant.dtype)
         trainer.engine = fast.build(trainer.model.to(spec["device"]), dtype, seed=42, **variant.engine)
         trainer.folder = OutputFolder(Path(spec["scratch"]))
         lengths = [len(ids) for ids in dataset["input_ids"]]

@@ -12,11 +12,11 @@ from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 from lora_practice.export import gguf_tokenizer, gguf_writer, llama_cpp, parity
-from lora_practice.export.merge import MERGED, _weights, merge_adapter, merge_sentence
+from lora_practice.export.merge import MERGED, merge_adapter, merge_sentence
 from lora_practice.export.ollama import modelfile, template_turns
 from lora_practice.inference.load import find_base
 from lora_practice.model import adapter_config, adapter_files
-from lora_practice.model.load import load_tokenizer
+from lora_practice.model.load import load_tokenizer, stored_bytes
 from lora_practice.sources.find import Source
 from lora_practice.storage.disk import staging
 
@@ -47,7 +47,7 @@ def to_gguf(folder: Path, kinds: Sequence[str] = gguf_writer.PRECISIONS, replace
     if not (folder / MERGED).exists():
         tell(merge_sentence(*merge_adapter(folder)))
     tell(text("正在写 GGUF……", "writing GGUF ..."))
-    with staging(folder, 3 * _weights(folder / MERGED)) as scratch:
+    with staging(folder, 3 * stored_bytes(folder / MERGED)) as scratch:
         whole, old = scratch / GGUF, scratch / "old"
         whole.mkdir()
         _write_gguf(folder, whole, kinds, config)
@@ -72,7 +72,7 @@ def prove_gguf(folder: Path) -> list[parity.Line]:
         text("用同样的问题检查每一种形式，约半分钟……", "asking every form the same questions, about half a minute ...")
     )
     on_base = (folder / GGUF / "adapter.gguf").is_file() and not llama_cpp.missing()
-    with staging(folder, _weights(base.path) if on_base else 0) as scratch:
+    with staging(folder, stored_bytes(base.path) if on_base else 0) as scratch:
         base_gguf = scratch / "base.gguf"  # adapter.gguf is proved on top of it
         if on_base:
             gguf_writer.write_model(base.path, _token_fields(base.path, folder), "f16", base_gguf)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.model import adapter_config, adapter_files
+from lora_practice.model import adapter_config
 
 PRECISIONS = ("f16", "q8_0")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # by their "model_type"; GGUF calls them the same
@@ -100,7 +100,7 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
     lora = adapter_config.read_adapter_config(folder)
     problem = adapter_problem(lora)
     if problem:
-        raise UserError(problem, str(folder / adapter_files.CONFIG))
+        raise UserError(problem, str(folder / adapter_config.CONFIG))
     writer = gguf.GGUFWriter(target, config["model_type"])
     writer.add_type("adapter")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -108,7 +108,7 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
     writer.add_float32("adapter.lora.alpha", lora["lora_alpha"] * (lora["r"] ** 0.5 if lora.get("use_rslora") else 1))
     names = _names(config)
     with safe_open(
-        folder / adapter_files.WEIGHTS, "pt"
+        folder / adapter_config.ADAPTER_WEIGHTS, "pt"
     ) as file:  # numpy, which has no bfloat16, could not read every one
         for name in file.keys():  # noqa: SIM118
             module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")

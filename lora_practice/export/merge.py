@@ -78,11 +78,6 @@ def merge_sentence(target: Path, difference: float) -> str:
     )
 
 
-def _weights(model: Path) -> int:
-    """Bytes of a model's weights on disk."""
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
-
-
 def stored_dtype(base: Source) -> str:
     """The torch dtype in which the base's weights lie on disk, such as "float16"."""
     assert base.path is not None

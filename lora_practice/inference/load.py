@@ -12,7 +12,7 @@ from lora_practice.console.text import tell, text
 from lora_practice.inference.chat_model import ChatModel, decoder_of, talker
 from lora_practice.machine.device import Machine, fits_in_fp32
 from lora_practice.model import adapter_config, adapter_files
-from lora_practice.model.adapter_files import WEIGHTS
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes
 from lora_practice.run.folder import checkpoints
 from lora_practice.run.resume import another_base, cached_as_before
@@ -137,8 +137,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
     """
     from peft import PeftModel
 
-    if not (folder / WEIGHTS).is_file():  # PEFT would look for it on the Hub
-        what = text(f"缺少 {WEIGHTS}，适配器不完整", f"{WEIGHTS} is missing: the adapter is not whole")
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would look for it on the Hub
+        what = text(f"缺少 {ADAPTER_WEIGHTS}，适配器不完整", f"{ADAPTER_WEIGHTS} is missing: the adapter is not whole")
         fix = text("重新训练，或从备份里找回它", "train again, or bring it back from a copy")
         raise UserError(what, str(folder), fix)
     adapter_files.check_modules(base, adapter_config.read_adapter_config(folder), folder)

@@ -13,7 +13,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.storage.json_files import read_object
 
-CONFIG = "adapter_config.json"
+CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the two files of an adapter
 LARGEST_RANK = 65_536
 MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base's weights
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)

@@ -13,9 +13,7 @@ from typing import Any
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.model import pissa
-from lora_practice.model.adapter_config import CONFIG
-
-WEIGHTS = "adapter_model.safetensors"
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS, CONFIG
 
 
 def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
@@ -102,7 +100,7 @@ def _check_rank(config: dict[str, Any], folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
     except (SafetensorError, OSError, IndexError):  # damaged: said where the weights are read
         return
@@ -123,7 +121,7 @@ def misfit(model: Any, folder: Path) -> str:
     from safetensors import safe_open
 
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         found = set(file.keys())
     missing = sorted(set(wanted) - found)
     if missing:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from lora_practice.console.errors import NO_FAILURE, UserError, reason_of
 from lora_practice.console.text import tell, text
 from lora_practice.machine.device import Machine, fits_in_fp32
 from lora_practice.sources.find import Source, find_template
 
-DTYPES = {"stored": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # precision -> its name in torch
 
 
 def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = False) -> Any:
@@ -51,16 +54,14 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
 def load_base(base: Source, dtype: str, **quantised: Any) -> Any:
     """The base model in `dtype` ("fp32", "fp16", "bf16", or "stored": as its files have it), from safetensors only.
 
-    `quantised`: see `variants.four_bit`.
+    `quantised`: keyword arguments of `quantization.four_bit`, for a base in 4 bits.
     """
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # a name is looked up in torch; "auto" is transformers' own word
-    options = {"dtype": getattr(torch, DTYPES[dtype], "auto"), "use_safetensors": True, "local_files_only": True}
-    options.update(quantised)
+    wanted = "auto" if dtype == "stored" else torch_dtype(dtype)  # "auto" is transformers' own word
+    options = {"dtype": wanted, "use_safetensors": True, "local_files_only": True, **quantised}
     thing = text("模型", "model")
     model, found = _from_folder(AutoModelForCausalLM, base.path, thing, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
@@ -92,6 +93,13 @@ def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
     if machine.device == "cpu":
         return "bf16" if machine.precision == "bf16" and fast != "off" else "fp32"
     return "fp32" if fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory) else machine.precision
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The torch dtype of "fp32", "fp16" or "bf16"."""
+    import torch
+
+    return getattr(torch, DTYPES[precision])
 
 
 def stored_bytes(folder: Optional[Path]) -> int:

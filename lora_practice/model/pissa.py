@@ -16,9 +16,10 @@ from typing import Any
 from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 
 STARTS = ("default", "pissa", "pissa_niter_4", "olora")  # of init_lora_weights
-_WEIGHTS, _START = "adapter_model.safetensors", "_practice_start"
+_START = "_practice_start"
 
 
 def moves_base(settings: Any) -> bool:
@@ -69,9 +70,9 @@ def save_as_lora(model: Any, folder: Path) -> None:
     start = vars(model).get(_START)
     if start is None:
         return
-    found = load((folder / _WEIGHTS).read_bytes())  # not mapped: Windows writes over no file that is
+    found = load((folder / ADAPTER_WEIGHTS).read_bytes())  # not mapped: Windows writes over no file that is
     both = {name: _beside(name, value, start[name].to(value)) for name, value in found.items()}
-    save_file(both, folder / _WEIGHTS, {"format": "pt"})
+    save_file(both, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     config = copy.deepcopy(model.peft_config["default"])
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # the same scale with twice the rank
     config.r, config.init_lora_weights, config.inference_mode = 2 * config.r, True, True
@@ -91,7 +92,7 @@ def load_again(model: Any, folder: Path) -> bool:
     start = vars(model).get(_START)
     if start is None:
         return False
-    both, rank = load_file(folder / _WEIGHTS), model.peft_config["default"].r
+    both, rank = load_file(folder / ADAPTER_WEIGHTS), model.peft_config["default"].r
     for name in both:
         if "lora_A" in name:
             other = name.replace("lora_A", "lora_B")

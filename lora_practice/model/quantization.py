@@ -9,7 +9,9 @@ from lora_practice.console.text import text
 
 
 def four_bit(device: str, precision: str) -> dict[str, Any]:
-    """Of `from_pretrained`, for a base whose linear layers lie in 4 bits (NF4 with double quantisation, 2305.14314).
+    """Keyword arguments for `from_pretrained` that load the linear layers in 4 bits.
+
+    NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
         UserError: bitsandbytes cannot compute on this machine; a small layer has just been tried.
@@ -17,7 +19,9 @@ def four_bit(device: str, precision: str) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    from lora_practice.model.load import torch_dtype
+
+    dtype = torch_dtype(precision)
     try:
         import bitsandbytes
 

@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.model.adapter_files import WEIGHTS
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 
 # numpy has no bfloat16: its 16 bits are the upper half of a float32
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -84,7 +84,7 @@ def measure(folder: Path, config: Mapping[str, Any]) -> AdapterStats:
     Raises:
         UserError: the weights are missing or cannot be read.
     """
-    tensors = _read(folder / WEIGHTS)
+    tensors = _read(folder / ADAPTER_WEIGHTS)
     halves: dict[str, dict[str, Any]] = {}
     for name, values in tensors.items():
         found = _LORA.fullmatch(name)

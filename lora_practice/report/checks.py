@@ -54,7 +54,7 @@ def check_folder(folder: Path) -> FolderVerdict:
     config: dict[str, Any] = {}
     numbers: Optional[AdapterStats] = None
     try:
-        if any(item.name in (adapter_files.CONFIG, adapter_files.WEIGHTS) for item in items):
+        if any(item.name in (adapter_config.CONFIG, adapter_config.ADAPTER_WEIGHTS) for item in items):
             config = adapter_config.read_adapter_config(folder)
             numbers = adapter_stats.measure(folder, config)
             findings += numbers.faults
@@ -66,7 +66,7 @@ def check_folder(folder: Path) -> FolderVerdict:
     other = another_base(record, Source("folder", str(base), base)) if base else ""
     findings += foreign + [other] * bool(other) + _on_nothing(record, numbers)
     names = {item.name for item in items}
-    if adapter_files.CONFIG in names and any(n.startswith("model") and n.endswith(".safetensors") for n in names):
+    if adapter_config.CONFIG in names and any(n.startswith("model") and n.endswith(".safetensors") for n in names):
         zh = "适配器和合并的权重在一层：transformers 5 会把适配器加两遍"
         findings.append(text(zh, "adapter and merged weights lie together: transformers 5 adds the adapter twice"))
     refused = [*(numbers.faults if numbers is not None else ()), *foreign]  # each of them stops `chat`
@@ -167,7 +167,7 @@ def _uses(
     good = {item.name for item in items if not item.fault}
     merged = not config and "config.json" in good
     wanted = ["tokenizer.json", "tokenizer_config.json"]
-    wanted += ["config.json"] if merged else [adapter_files.CONFIG, adapter_files.WEIGHTS]
+    wanted += ["config.json"] if merged else [adapter_config.CONFIG, adapter_config.ADAPTER_WEIGHTS]
     missing = [name for name in wanted if name not in good]
     if merged and not any(name.startswith("model") and name.endswith(".safetensors") for name in good):
         missing.append("model.safetensors")

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Optional
 
 from lora_practice.console.text import text
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Kind:
 _ALWAYS, _ANSWERS = ("inference", "sharing", "resuming"), ("inference", "sharing")
 KINDS = (
     Kind(
-        ("adapter_model.safetensors",),
+        (ADAPTER_WEIGHTS,),
         *("LoRA 的权重（A 和 B）", "the LoRA weights (A and B)"),
         *("推理、合并、上传", "inference, merging, upload"),
         _ALWAYS,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 from lora_practice.run.folder import RECORD, checkpoints, step_of
 from lora_practice.sources import embedded
 from lora_practice.storage.disk import free_disk_check
@@ -25,7 +26,7 @@ TRAINING = (
 )
 # what a run ends with: its result, and the state from which it would go on
 COMPARED = (
-    "adapter_model.safetensors",
+    ADAPTER_WEIGHTS,
     *(f"checkpoint-{STEPS}/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")),
 )
 DISK_BYTES = 300_000_000

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any, Optional
 
-import torch
 from transformers import PrinterCallback
 
 from lora_practice import compat, fast
@@ -16,6 +15,7 @@ from lora_practice.data.collator import Collator, packed_dataset
 from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import Rows
 from lora_practice.machine.device import Machine
+from lora_practice.model.load import torch_dtype
 from lora_practice.model.lora import keep_trained_in_fp32
 from lora_practice.model.pissa import ranks_saved
 from lora_practice.run import record
@@ -113,7 +113,7 @@ def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.E
     """
     if settings.fast == "off" or (settings.fast == "auto" and machine.device != "cpu"):
         return None
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.precision]
+    dtype = torch_dtype(machine.precision)
     try:
         return fast.build(model.to(machine.device), dtype, seed=settings.seed)
     except fast.NotServed as missing:

@@ -20,6 +20,7 @@ from lora_practice.console.text import text
 from lora_practice.data.examples import Examples
 from lora_practice.machine.device import Machine, matmul_gflops, peak_memory
 from lora_practice.model import pissa
+from lora_practice.model.load import stored_bytes
 from lora_practice.model.pissa import moves_base, ranks_saved
 from lora_practice.run.folder import step_of
 from lora_practice.run.record import about
@@ -170,7 +171,7 @@ def _disk(trainer: PracticeTrainer, base: Source, steps: int, merge: bool) -> in
     adapter = trained * pissa.ranks_saved(model)
     files = [one for one in Path(base.path or "").glob("*.json") if one.is_file()]
     tokenizer = sum(one.stat().st_size for one in files)
-    merged = sum(one.stat().st_size for one in Path(base.path or "").glob("*.safetensors")) if merge else 0
+    merged = stored_bytes(base.path) if merge else 0
     number = _checkpoints(trainer, steps)
     return adapter + tokenizer + number * (adapter + 2 * trained + tokenizer) + merged
 
