@@ -18,7 +18,7 @@ from lora_practice.export import llama_cpp
 from lora_practice.inference.chat_model import decoder_of, talker
 from lora_practice.inference.load import find_base, tokenizer_for, with_adapter
 from lora_practice.model.load import load_base
-from lora_practice.run.folder import PROOF, rewrite_card
+from lora_practice.run.folder import CARD, PROOF, rewrite_card
 from lora_practice.sources.find import Source
 
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer must end
@@ -148,7 +148,7 @@ def _unchecked(lines: Sequence[Line]) -> int:
 
 def write_proof(folder: Path, lines: Sequence[Line], versions: str) -> None:
     """Put the proof into DIR/README.md, in place of an earlier one; a folder without a card is left alone."""
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.is_file():
         return
     rows = [

@@ -23,14 +23,11 @@ from lora_practice.report import figures, folder_text, loss_curve
 from lora_practice.report.checks import USES, FolderVerdict, check_folder
 from lora_practice.report.figures import MARK
 from lora_practice.run import model_card
-from lora_practice.run.folder import PROOF, RECORD
+from lora_practice.run.folder import CARD, PROOF, RECORD, is_runs_own_card
+from lora_practice.run.settings import shown_settings
 from lora_practice.storage import manifest
 
-PAGE, PICTURE, CARD = "report.html", "curves.png", "README.md"
-HIDDEN = (  # what makes the run no other than it is
-    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json"),
-    *("run_inference", "merge_adapter", "skip_login", "report_to"),
-)
+PAGE, PICTURE = "report.html", "curves.png"
 
 
 def write_report(
@@ -140,15 +137,10 @@ def _settings(
     record: Mapping[str, Any], reasons: Mapping[str, tuple[Any, str]]
 ) -> Sequence[tuple[str, Any, bool, str]]:
     """(name, value, whether it is not the default, why) of everything that makes the run what it is."""
-    values: Mapping[str, Any] = record.get("settings") or {}
-    hidden = [*HIDDEN]  # where the embedded ones were used, these name something else
-    hidden += ["model_name", "chat_template_path"] if record["model"].get("kind") == "embedded" else []
-    hidden += ["dataset_path", "dataset_name"] if record["data"].get("kind") == "embedded" else []
-    names = [name for name in values if name not in hidden]
     rows = []
-    for name in names:
-        default, why = reasons.get(name, (values[name], ""))
-        rows.append((name, values[name], values[name] != default, why))
+    for name, value in shown_settings(record).items():
+        default, why = reasons.get(name, (value, ""))
+        rows.append((name, value, value != default, why))
     return rows
 
 
@@ -170,7 +162,7 @@ def _check_ours(file: Path) -> None:
 def _keep(folder: Path, record: dict[str, Any]) -> None:
     """Write the record anew, and README.md too where it is still the card that the run wrote: an edited one stays."""
     card, written = folder / CARD, record.get("files") or {}
-    if card.is_file() and written.get(CARD) == manifest.sha256(card):
+    if is_runs_own_card(folder, record):
         _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
         manifest.write_whole(card, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""))
         record["files"] = {**written, CARD: manifest.sha256(card)}

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -24,7 +24,7 @@ from lora_practice.storage import disk, lock, manifest, signature
 from lora_practice.storage.json_files import RECORD, read_record
 
 DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
-CHECKPOINT_MANIFEST = "checkpoint.json"
+CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
 PROOF = ("<!-- proof -->", "<!-- /proof -->")  # in the card, around what `export` found
 
 
@@ -203,14 +203,19 @@ class OutputFolder:
         self.write_record(self._record)
 
 
+def is_runs_own_card(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether DIR/README.md is still the card that the run of this `record` wrote, not edited or replaced since."""
+    card, written = folder / CARD, record.get("files") or {}
+    return card.is_file() and written.get(CARD) == manifest.sha256(card)
+
+
 def rewrite_card(folder: Path, content: str) -> None:
-    """Write DIR/README.md anew; a record that knew it as the run's own, not as edited, goes on knowing it so."""
-    card, record = folder / "README.md", read_record(folder) or {}
-    written = record.get("files") or {}
-    own = card.is_file() and written.get(card.name) == manifest.sha256(card)
+    """Replace DIR/README.md; where it was the run's own card, the record knows the new one as its own."""
+    card, record = folder / CARD, read_record(folder) or {}
+    own = is_runs_own_card(folder, record)
     manifest.write_whole(card, content)
     if own:
-        record["files"] = {**written, card.name: manifest.sha256(card)}
+        record["files"] = {**record["files"], CARD: manifest.sha256(card)}
         manifest.write_whole(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
 

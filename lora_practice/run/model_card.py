@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.console.text import without_tokens
+from lora_practice.run.settings import shown_settings
 
 
 def card(record: dict[str, Any]) -> str:
@@ -24,7 +25,7 @@ def card(record: dict[str, Any]) -> str:
                 "## Data\n\n" + _data_words(data),
                 "## How it went\n\n" + _losses(record),
                 _samples(record),
-                "## Settings\n\n" + _table(settings, model, data),
+                "## Settings\n\n" + _settings_table(record),
                 "## Use\n\n" + _usage(true_base),
                 f"Trained on {record['machine']['device']} in {record['machine']['precision']} "
                 f"({record['machine']['gpu'] or record['machine']['cpu']}), {record['seconds']} s, "
@@ -105,15 +106,10 @@ def _quoted(words: str) -> str:
     return json.dumps(words, ensure_ascii=False)
 
 
-def _table(settings: dict[str, Any], model: dict[str, Any], data: dict[str, Any]) -> str:
-    hidden = ["output_dir", "overwrite", "resume", "trust_checkpoint", "run_inference", "merge_adapter"]
-    hidden += ["skip_login", "report_to", "plan", "json"]
-    # where the embedded ones were used, these name something else
-    hidden += ["model_name"] if model["kind"] == "embedded" else []
-    hidden += ["dataset_path", "dataset_name"] if data["kind"] == "embedded" else []
-    rows = [f"| {name} | `{value}` |" for name, value in settings.items() if name not in hidden]
+def _settings_table(record: dict[str, Any]) -> str:
+    rows = [f"| {name} | `{value}` |" for name, value in shown_settings(record).items()]
     table = "\n".join(["| setting | value |", "|---|---|", *rows])
-    if (settings.get("init_lora_weights") or "default") != "default":
+    if (record["settings"].get("init_lora_weights") or "default") != "default":
         table += (
             "\n\nThe adapter has twice this rank: what was trained, less what it began with. It fits the base as it is."
         )

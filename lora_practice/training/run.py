@@ -9,7 +9,7 @@ from typing import Any
 from lora_practice.console.text import tell, text
 from lora_practice.data.tokenization import Example
 from lora_practice.run import model_card
-from lora_practice.run.folder import OutputFolder, checkpoints
+from lora_practice.run.folder import CARD, OutputFolder, checkpoints
 from lora_practice.storage import disk
 from lora_practice.training.evaluation import BEST, attach, evaluations, held_out_loss, perplexity, take_best, was_over
 from lora_practice.training.plan import most_held
@@ -82,7 +82,7 @@ def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
     notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
     with trainer.folder.staging(30_000_000) as staging:
         trainer.save_model(str(staging))
-        (staging / "README.md").write_text(model_card.card(notes), "utf-8")
+        (staging / CARD).write_text(model_card.card(notes), "utf-8")
         trainer.folder.finish(staging, notes)
     (trainer.folder.path / BEST).unlink(missing_ok=True)
 
@@ -90,5 +90,5 @@ def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
 def write_card(folder: OutputFolder, notes: dict[str, Any]) -> None:
     """Write card and record of a finished run anew, when something was added to them."""
     with folder.staging(100_000) as staging:
-        (staging / "README.md").write_text(model_card.card(notes), "utf-8")
+        (staging / CARD).write_text(model_card.card(notes), "utf-8")
         folder.finish(staging, notes)
