@@ -1,4 +1,4 @@
-"""把一次训练的记录写成 docs/first-run.md。 / Writes docs/first-run.md from the record of a run.
+"""把一次训练的记录写成 docs/first-run.md 和 README 的图。 / Writes docs/first-run.md and README's picture from a run.
 
     python fine_tuning_practice.py --embedded --eval_subset_size 90 --logging_steps 5 --run_inference \
         --output_dir outputs/first-run
@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,77 +18,144 @@ from lora_practice.console.errors import UserError, entry_point
 from lora_practice.inference.samples import SAMPLE_TOKENS
 from lora_practice.run.folder import read_record
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "first-run.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+CHINESE = """# 第一次完整训练
 
-
-def page(record: dict[str, Any]) -> str:
-    """The page, Chinese first; every number comes from the record."""
-    data, machine, held = record["data"], record["machine"], record["held_out_loss"]
-    losses = [(entry["step"], entry["loss"]) for entry in record["losses"]]
-    low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
-    curve = "\n".join(
-        [
-            "```mermaid",
-            "xychart-beta",
-            f'  x-axis "step" {losses[0][0]} --> {losses[-1][0]}',
-            f'  y-axis "loss" {int(low * 2) / 2} --> {int(high * 2 + 1) / 2}',
-            f"  line [{', '.join(f'{loss:.3f}' for _, loss in losses)}]",
-            "```",
-        ]
-    )
-    table = "\n".join(["| step | loss |", "|---|---|", *(f"| {step} | {loss:.3f} |" for step, loss in losses)])
-    answers = "\n\n".join(
-        f"**{one['prompt']}**\n\n- 底座 / base: {_one_line(one['base'])}\n- 微调 / adapter: {_one_line(one['adapter'])}"
-        for one in record["samples"]
-    )
-    return f"""# 第一次完整训练 / A first full run
+[English](first-run.en.md)
 
 ```bash
-{record["command"]}
-python scripts/first_run_page.py {record["settings"]["output_dir"]}
+{command}
+python scripts/first_run_page.py {folder}
 ```
 
-内置模型，全部 {data["rows_read"]} 段不重复的内置对话，其中 {data["rows_held_out"]} 段留出不训练：
-{data["rows_trained"]} 行、{data["tokens"]} token（训练其中 {data["trained_tokens"]} 个），{record["steps"]} 步，
-{record["seconds"]:.0f} 秒，{record["tokens_per_second"]:.0f} token/s，内存峰值 {record["peak_memory_mb"]} MB
-（{machine["cpu"]}，{machine["cores"]} 核，{machine["precision"]}）。
+内置模型，全部 {read} 段不重复的内置对话，其中 {held_out} 段作验证集，不参与训练：\
+{trained} 行、{tokens} token（训练其中 {trained_tokens} 个），{steps} 步，\
+{seconds} 秒，{speed} token/s，内存峰值 {memory} MB（{cpu}，{cores} 核，{precision}）。
 
-The embedded model on all {data["rows_read"]} distinct embedded conversations, {data["rows_held_out"]} of them held out:
-{data["rows_trained"]} rows, {data["tokens"]} tokens ({data["trained_tokens"]} trained), {record["steps"]} steps in
-{record["seconds"]:.0f} s, {record["tokens_per_second"]:.0f} tokens/s, peak memory {record["peak_memory_mb"]} MB
-({machine["cpu"]}, {machine["cores"]} cores, {machine["precision"]}).
+![训练曲线](images/first-run.png)
 
-## 损失 / Loss
+## 损失
 
-留出对话的损失：训练前 {held["before"]:.3f}，训练后 {held["after"]:.3f}（每个训练的 token，单位 nat）。
-Held-out loss: {held["before"]:.3f} before, {held["after"]:.3f} after (nats per trained token).
+验证损失：训练前 {before}，训练后 {after}（每个参与训练的 token，单位 nat）。
 
 {curve}
 
 {table}
 
-## 前后的回答 / Answers before and after
+## 前后的回答
 
-底座答得长、自说自话；微调后像数据里那样短短一句。135M 的模型只学了几分钟：学到的是说话的样子，不是知识。
-每个回答最多 {SAMPLE_TOKENS} 个 token，长的在那里截断。
-The base rambles; the adapter answers in one short line, as the data does. A 135M model that learnt for minutes has
-learnt a manner of speaking, not knowledge. An answer has {SAMPLE_TOKENS} tokens at most: a longer one is cut there.
+底座答得长、自说自话；微调后像数据里那样短短一句。135M 的模型只训练了几分钟：学到的是说话的样子，不是知识。\
+每个回答最多 {limit} 个 token，更长的在那里截断。
+
+{answers}
+"""
+ENGLISH = """# A first full run
+
+[中文](first-run.md)
+
+```bash
+{command}
+python scripts/first_run_page.py {folder}
+```
+
+The embedded model on all {read} distinct embedded conversations, {held_out} of them held out:
+{trained} rows, {tokens} tokens ({trained_tokens} trained), {steps} steps in {seconds} s, {speed} tokens/s, peak memory
+{memory} MB ({cpu}, {cores} cores, {precision}).
+
+![training curves](images/first-run.en.png)
+
+## Loss
+
+Validation loss: {before} before, {after} after (nats per trained token).
+
+{curve}
+
+{table}
+
+## Answers before and after
+
+The base rambles; the adapter answers in one short line, as the data does. A 135M model that trained for minutes has
+learned a manner of speaking, not knowledge. An answer has {limit} tokens at most: a longer one is cut there.
 
 {answers}
 """
 
 
-def _one_line(words: str) -> str:
-    return " ".join(words.split())
+def pages(record: dict[str, Any]) -> dict[str, str]:
+    """The page in each language, by the name of its file; every number comes from the record."""
+    data, machine, held_out = record["data"], record["machine"], record["held_out_loss"]
+    facts = {
+        "command": record["command"],
+        "folder": record["settings"]["output_dir"],
+        "read": data["rows_read"],
+        "held_out": data["rows_held_out"],
+        "trained": data["rows_trained"],
+        "tokens": data["tokens"],
+        "trained_tokens": data["trained_tokens"],
+        "steps": record["steps"],
+        "seconds": f"{record['seconds']:.0f}",
+        "speed": f"{record['tokens_per_second']:.0f}",
+        "memory": record["peak_memory_mb"],
+        "cpu": machine["cpu"],
+        "cores": machine["cores"],
+        "precision": machine["precision"],
+        "before": f"{held_out['before']:.3f}",
+        "after": f"{held_out['after']:.3f}",
+        "limit": SAMPLE_TOKENS,
+        **_losses([(entry["step"], entry["loss"]) for entry in record["losses"]]),
+    }
+    return {
+        "first-run.md": CHINESE.format(
+            **facts, answers=_answers(record["samples"], {"reference": "参考", "base": "底座", "adapter": "微调后"})
+        ),
+        "first-run.en.md": ENGLISH.format(
+            **facts, answers=_answers(record["samples"], {name: name for name in ("reference", "base", "adapter")})
+        ),
+    }
+
+
+def _losses(losses: list[tuple[int, float]]) -> dict[str, str]:
+    """The training losses as a Mermaid chart and as a table."""
+    low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
+    chart = [
+        "```mermaid",
+        "xychart-beta",
+        f'  x-axis "step" {losses[0][0]} --> {losses[-1][0]}',
+        f'  y-axis "loss" {int(low * 2) / 2} --> {int(high * 2 + 1) / 2}',
+        f"  line [{', '.join(f'{loss:.3f}' for _, loss in losses)}]",
+        "```",
+    ]
+    table = ["| step | loss |", "|---|---|", *(f"| {step} | {loss:.3f} |" for step, loss in losses)]
+    return {"curve": "\n".join(chart), "table": "\n".join(table)}
+
+
+def _answers(samples: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """A question and the answers to it, each on one line; `names` says how each kind of answer is called."""
+    parts = []
+    for sample in samples:
+        lines = [f"- {names[kind]}: {' '.join(sample[kind].split())}" for kind in names if sample.get(kind)]
+        parts.append(f"**{sample['prompt']}**\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def draw(folder: Path) -> None:
+    """Copy the curves of `lora-practice report` to docs/images, once with Chinese and once with English labels."""
+    (DOCS / "images").mkdir(exist_ok=True)
+    for language, name in (("en", "first-run.en.png"), ("zh", "first-run.png")):
+        command = [sys.executable, "-m", "lora_practice.cli", "report", str(folder)]
+        subprocess.run(command, env={**os.environ, "LORA_PRACTICE_LANG": language}, check=True)
+        shutil.copyfile(folder / "curves.png", DOCS / "images" / name)
 
 
 @entry_point
 def main() -> int:
-    """Write the page for the run in the folder that is named."""
+    """Write the pages and the pictures for the run in the folder that is named."""
     record = read_record(Path(sys.argv[1])) if len(sys.argv) == 2 else None
     if not record or "held_out_loss" not in record or "samples" not in record:
         raise UserError("this needs the folder of a finished run with --eval_subset_size and --run_inference")
-    PAGE.write_text(page(record), "utf-8")
+    for name, page in pages(record).items():
+        (DOCS / name).write_text(page, "utf-8")
+    draw(Path(sys.argv[1]))
     return 0
 
 

@@ -59,7 +59,7 @@ def test_the_corpus_is_large_and_docs_reliability_counts_it() -> None:
     }
     total = sum(counts.values())
     assert total >= 450
-    page = (Path(__file__).resolve().parents[2] / "docs" / "reliability.md").read_text("utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reliability.en.md").read_text("utf-8")
     assert f"\n{total} kinds, " in page
     for thing, count in counts.items():
         assert re.search(rf"^\| {thing}[^|]* \| {count} \|$", page, re.M), (thing, count)

@@ -60,9 +60,8 @@ def test_both_books_have_the_same_entries_in_the_same_order_and_each_is_provoked
     shapes = []
     for language, book in BOOKS.items():
         content = book.read_text("utf-8")
-        assert all(
-            sum(1 + (ord(c) > 0x2E80) for c in line) <= 130 for line in content.splitlines() if "http" not in line
-        )
+        if language == "en":  # a Chinese paragraph is one line: a line break would show as a space
+            assert all(len(line) <= 130 for line in content.splitlines() if "http" not in line)
         assert content.count("\n- " + ("原因：" if language == "zh" else "Cause: ")) == len(TITLES[language])
         assert f"{len(TITLES[language])} " in content.split("\n## ")[0]  # the number in the opening words
         shapes.append([mark for mark, _ in re.findall(r"^(#+ |- )|(https://[^\s)]+/issues/\d+)", content, re.M)])
