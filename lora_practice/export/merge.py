@@ -6,7 +6,6 @@ and then adds the adapter to them once more, without a word (huggingface/peft#13
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_practice.model import adapter_files
 from lora_practice.model.load import load_base
 from lora_practice.sources.find import Source
 from lora_practice.storage.disk import staging
+from lora_practice.storage.safetensors_header import stored_dtype
 
 MERGED = "merged"
 
@@ -50,7 +50,8 @@ def merge_adapter(folder: Path) -> tuple[Path, float]:
     base = find_base(folder)
     model = with_adapter(load_base(base, "fp32"), folder).eval()
     tokenizer = tokenizer_for(model, Source("folder", str(folder), folder), base)
-    stored = stored_dtype(base)  # after loading, which finds a damaged file
+    assert base.path is not None
+    stored = stored_dtype(base.path)  # after loading, which finds a damaged file
     needed = sum(p.numel() for p in model.parameters()) * 4
     probe = tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -76,19 +77,6 @@ def merge_sentence(target: Path, difference: float) -> str:
         f"合并好的模型在 {target}/（与适配器的 logits 最多差 {difference:.4f}）",
         f"the merged model is in {target}/ (its logits differ from the adapter's by {difference:.4f} at most)",
     )
-
-
-def stored_dtype(base: Source) -> str:
-    """The torch dtype in which the base's weights lie on disk, such as "float16"."""
-    assert base.path is not None
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    for file in sorted(base.path.glob("*.safetensors")):
-        with open(file, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
-        if kinds:
-            return names.get(kinds[0], "float32")
-    return "float32"
 
 
 def _set_ends(model: Any, tokenizer: Any) -> None:

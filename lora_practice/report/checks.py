@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_practice.sources import embedded
 from lora_practice.sources.find import Source
 from lora_practice.storage import manifest, signature
 from lora_practice.storage.json_files import read_record
+from lora_practice.storage.safetensors_header import read_headers
 
 USES = ("inference", "sharing", "resuming")
 
@@ -108,7 +108,12 @@ def _of_another_base(
         return [str(error)]
     if base is None or numbers is None:
         return []
-    shapes = _shapes(base)
+    try:
+        headers = read_headers(base)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return [text(f"底座读不了：{reason}", f"the base cannot be read: {reason}")]
+    shapes = {name: tensor.shape for name, tensor in headers.items() if len(tensor.shape) == 2}
     for layer in numbers.layers if shapes else ():
         found = [shape for name, shape in shapes.items() if f".{name}".endswith(f".{layer.module}.weight")]
         if not found:
@@ -125,16 +130,6 @@ def _of_another_base(
     except UserError as error:
         return [str(error)]
     return []
-
-
-def _shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every matrix of a model, from the headers of its files."""
-    shapes = {}
-    for file in sorted(base.glob("*.safetensors")):
-        with open(file, "rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        shapes.update({name: tuple(one["shape"]) for name, one in header.items() if name != "__metadata__"})
-    return {name: shape for name, shape in shapes.items() if len(shape) == 2}
 
 
 def _on_nothing(record: Mapping[str, Any], numbers: Optional[AdapterStats]) -> list[str]:

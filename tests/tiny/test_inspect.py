@@ -119,6 +119,20 @@ def test_what_is_wrong_is_found(folder, damage, finding, inference):
     assert verdict.uses["inference"][0] is inference, verdict.uses
 
 
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\n", (9).to_bytes(8, "little") + b'{"a": ']
+)
+def test_a_base_whose_file_is_no_safetensors_is_a_finding(folder, content):
+    """Such as a Git LFS pointer, whose first eight bytes would be a length of 10**18."""
+    base = check_folder(folder).base
+    whole = (base / "model.safetensors").read_bytes()
+    write("model.safetensors", content)(base)
+    verdict = check_folder(folder)
+    (base / "model.safetensors").write_bytes(whole)
+    assert any("model.safetensors is damaged" in one for one in verdict.findings), verdict.findings
+    assert verdict.uses["inference"][0] is False
+
+
 def test_weights_other_than_the_run_wrote_are_damage_and_an_edited_card_is_not(folder):
     names = ("adapter_model.safetensors", "README.md")
     edit("run_record.json", files={name: manifest.sha256(folder / name) for name in names})(folder)
