@@ -18,8 +18,7 @@ from lora_practice.console.text import text
 from lora_practice.data.bad_row import BLANK, MAX_ROW, BadRow, Lines, Located, RowTooLong, too_long
 from lora_practice.data.encoding import detect_encoding
 from lora_practice.data.json_reader import json_rows
-
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+from lora_practice.sources.find import DATA_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def open_rows(path: str | Path, check_columns: Optional[Callable[[Sequence[str]]
         UserError: missing, a folder, unreadable, empty, of another kind, or in no encoding we know.
     """
     path = Path(path).expanduser()
-    accepted = ", ".join(SUFFIXES)
+    accepted = ", ".join(DATA_SUFFIXES)
     try:
         if path.is_dir():
             raise UserError(
@@ -161,7 +160,7 @@ def open_rows(path: str | Path, check_columns: Optional[Callable[[Sequence[str]]
                 str(path),
                 text("检查路径是否写对", "check the spelling of the path"),
             )
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in DATA_SUFFIXES:
             raise UserError(
                 text(f"不认识的文件类型 {path.suffix!r}", f"unknown kind of file {path.suffix!r}"),
                 str(path),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from lora_practice.machine.memory import group_folders, memory, read_system_file
+from lora_practice.machine.memory import group_folders, memory_state, read_system_file
 
 GPU_TOOL_SECONDS = 5
 _WSL_TOOLS = "/usr/lib/wsl/lib"  # not in every PATH
@@ -22,9 +22,10 @@ _WSL_TOOLS = "/usr/lib/wsl/lib"  # not in every PATH
 class Facts:
     """What is true of a machine. Memory in bytes; `capability` like (7, 5); `kernels` like ("sm_75",).
 
-    `memory` is what can still be taken, `memory_total` what this process could ever have, `memory_limit` a
-    container's limit or 0. `instructions` is None where they cannot be read. `gpu` is the first NVIDIA card that
-    torch or the driver names; `cuda` the CUDA version that torch was built with, empty for a CPU build.
+    `memory` is what can still be taken, `memory_total` what this process could ever have, `memory_limit` a container's
+    limit or 0, `memory_ulimit` what is left below `ulimit -v` or 0. `instructions` is None where they cannot be read.
+    `gpu` is the first NVIDIA card that torch or the driver names; `cuda` the CUDA version that torch was built with,
+    empty for a CPU build.
     """
 
     cores: int = 1
@@ -32,6 +33,7 @@ class Facts:
     memory: int = 0
     memory_total: int = 0
     memory_limit: int = 0
+    memory_ulimit: int = 0
     cpu: str = ""
     cpu_bf16: bool = False
     instructions: Optional[tuple[str, ...]] = None
@@ -59,13 +61,14 @@ def look(driver_too: bool = False) -> Facts:
         known["instructions"] = _instructions(flags)
     if driver_too or not known.get("cuda_usable"):
         known = {**_driver_facts(), **known}
-    total, free, limit = memory()
+    memory = memory_state()
     return Facts(
         cores=usable_cores(),
         board_cores=os.cpu_count() or 1,
-        memory=free,
-        memory_total=total,
-        memory_limit=limit,
+        memory=memory.free,
+        memory_total=memory.total,
+        memory_limit=memory.limit,
+        memory_ulimit=memory.ulimit_left,
         cpu=name,
         cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16"}),
         card_on_bus=_card_on_bus(),

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 CGROUPS = "/sys/fs/cgroup"
 # (kind, limit, used, the key in memory.stat of cached files, which count as used but give way) of cgroup v2 and v1
@@ -16,6 +16,18 @@ _FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+class MemoryState(NamedTuple):
+    """Bytes: `total` installed or allowed by the container, `free` for this process, the container's `limit` or 0.
+
+    `ulimit_left` is what remains below `ulimit -v`, or 0 without such a limit; `free` counts it already.
+    """
+
+    total: int
+    free: int
+    limit: int = 0
+    ulimit_left: int = 0
 
 
 def available_memory(ulimit: bool = True) -> int:
@@ -27,6 +39,16 @@ def available_memory(ulimit: bool = True) -> int:
     limits = [*(left for _, left in group_limits()), *(_ulimit_leaves() if ulimit else ())]
     free = _free()
     return max(0, min([free, *limits] if free else limits or [0]))
+
+
+def memory_state() -> MemoryState:
+    """Read how much memory there is, is free, and is allowed."""
+    import psutil
+
+    installed = psutil.virtual_memory().total
+    limits = [limit for limit, _ in group_limits() if limit < installed]
+    total = min([installed, *limits])
+    return MemoryState(total, available_memory(), total if limits else 0, min(_ulimit_leaves(), default=0))
 
 
 def held_memory() -> int:
@@ -130,14 +152,3 @@ def _psutil() -> Any:
     import psutil  # accelerate brings it
 
     return psutil.Process().memory_info()
-
-
-def memory() -> tuple[int, int, int]:
-    """(total, free, limit) in bytes: what the board or the container's limit allows, what is left, that limit or 0."""
-    import psutil
-
-    board = psutil.virtual_memory()
-    found = [(limit, left) for limit, left in group_limits() if limit < board.total]
-    total = min([board.total, *(limit for limit, _ in found)])
-    free = min([board.available, *(left for _, left in found)])
-    return total, max(0, free), total if found else 0

@@ -25,7 +25,7 @@ SHIPPED = {
     "dataset_path": "HuggingFaceTB/smoltalk",
     "dataset_name": "everyday-conversations",
 }
-DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -123,7 +123,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     if want_embedded and is_default:
         return _embedded_conversations()
     file = at_home(path)
-    if file.exists() or file.suffix.lower() in DATA_FILES or not _is_hub_id(path):
+    if file.exists() or file.suffix.lower() in DATA_SUFFIXES or not _is_hub_id(path):
         if not file.exists():
             raise UserError(
                 text("没有这个数据文件", "no such data file"),

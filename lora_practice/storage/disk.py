@@ -75,8 +75,14 @@ def scraps(folder: Path, name: str) -> list[Path]:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free for this user where `path` is or will be."""
-    return shutil.disk_usage(next(one for one in [path, *path.absolute().parents] if one.exists())).free
+    """Bytes free for this user where `path` is or will be; 0 on a drive that does not exist."""
+    there = nearest_existing(path)
+    return shutil.disk_usage(there).free if there else 0
+
+
+def nearest_existing(path: Path) -> Optional[Path]:
+    """`path` itself or the closest folder above it that exists; None where not even the drive does (Windows)."""
+    return next((one for one in [path.absolute(), *path.absolute().parents] if os.path.exists(one)), None)
 
 
 def refusal(error: Exception) -> Optional[str]:

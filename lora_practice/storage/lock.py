@@ -11,6 +11,7 @@ from typing import Callable, Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
+from lora_practice.storage import disk
 from lora_practice.storage.json_files import read_record
 
 try:
@@ -111,11 +112,11 @@ def check_replaceable(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """UserError where no folder can be made or written."""
-    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not place.is_dir():
+    place = disk.nearest_existing(path)
+    if place is None or not place.is_dir():
         raise UserError(
             text("这是一个文件，不是文件夹", "this is a file, not a folder"),
-            where=str(place),
+            where=str(place or path),
             fix=text("换一个 --output_dir", "choose another --output_dir"),
         )
     if not os.access(place, os.R_OK | os.W_OK | os.X_OK):

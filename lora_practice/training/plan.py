@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -229,8 +228,7 @@ def plan_as_json(plan: Estimate, trainer: PracticeTrainer, settings: Any, machin
 def _free_mb(trainer: PracticeTrainer, machine: Machine) -> tuple[int, int]:
     """Memory and disk."""
     memory = machine.facts.gpu_memory if machine.device == "cuda" else machine.facts.memory
-    there = next(one for one in trainer.folder.path.absolute().parents if one.exists())
-    return round(memory / 1e6), round(shutil.disk_usage(there).free / 1e6)
+    return round(memory / 1e6), round(disk.free_bytes(trainer.folder.path) / 1e6)
 
 
 def changes(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> list[tuple[str, str]]:

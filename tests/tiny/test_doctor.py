@@ -70,6 +70,7 @@ WRONG = [
     (d.SMALL_CONTAINER, {}, MEND, "1.6 GB of memory free; short chats take about 1.5 GB -> give the container more"),
     (dataclasses.replace(d.SMALL_CONTAINER, memory_total=GB, memory=GB // 2), {}, STOP, "1.0 GB of memory"),
     (dataclasses.replace(d.LAPTOP, memory_total=8 * GB, memory=GB), {}, MEND, "close other programs"),
+    (dataclasses.replace(d.LAPTOP, memory=GB, memory_ulimit=GB), {}, MEND, "-> ulimit -v unlimited, or add"),
     (d.OLD_LAPTOP, {}, NOTE, "no AVX2"),
     (d.LAPTOP, {"compiler": None}, MEND, "no C++ compiler"),
     (d.LAPTOP, {"versions": {"torch": "2.13.0", "peft": None}}, STOP, "not installed: peft -> pip install -e ."),

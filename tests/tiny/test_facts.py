@@ -33,7 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
 def test_without_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {})
     assert machine_facts.usable_cores() == 8
-    assert memory.memory() == (16 * GB, 8 * GB, 0)
+    assert memory.memory_state() == (16 * GB, 8 * GB, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,15 @@ def test_a_containers_memory(
 ) -> None:
     files = {"memory.max": most, "memory.current": used, **more}
     pretend(monkeypatch, {f"{ROOT}/{name}": content for name, content in files.items()})
-    assert memory.memory() == expected
+    assert memory.memory_state() == (*expected, 0)
 
 
 def test_an_old_containers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"limit_in_bytes": f"{2 * GB}", "usage_in_bytes": f"{GB}", "stat": f"total_inactive_file {GB // 2}\n"}
     pretend(monkeypatch, {f"{ROOT}/memory/memory.{name}": content for name, content in files.items()})
-    assert memory.memory() == (2 * GB, 3 * GB // 2, 2 * GB)
+    assert memory.memory_state() == (2 * GB, 3 * GB // 2, 2 * GB, 0)
     pretend(monkeypatch, {f"{ROOT}/memory/memory.limit_in_bytes": "9223372036854771712"})
-    assert memory.memory() == (16 * GB, 8 * GB, 0)
+    assert memory.memory_state() == (16 * GB, 8 * GB, 0, 0)
 
 
 def test_the_limit_of_a_group_above_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_the_limit_of_a_group_above_counts_too(monkeypatch: pytest.MonkeyPatch) 
     files.update({f"{ROOT}/user.slice/memory.max": f"{6 * GB}", f"{ROOT}/user.slice/memory.current": f"{2 * GB}"})
     job = f"{ROOT}/user.slice/job.scope/memory"
     pretend(monkeypatch, {**files, f"{job}.max": f"{5 * GB}", f"{job}.current": "0"})
-    assert memory.memory() == (5 * GB, 4 * GB, 5 * GB)
+    assert memory.memory_state() == (5 * GB, 4 * GB, 5 * GB, 0)
     assert machine_facts.usable_cores() == 3
 
 

@@ -111,3 +111,7 @@ def test_the_plan_counts_what_a_shorter_length_would_cut(
     assert told["steps"] == 4 and told["download_mb"] == 93 and told["path"] == "torch"
     assert told["free_disk_mb"] > 0 and told["changes"][0]["flag"] == shorter
     assert not (tmp_path / "out").exists()
+    with small_disk(tmp_path / "small", megabytes=2) as place:
+        trainer.folder = OutputFolder(place)  # a disk of its own is mounted at the output folder itself
+        told = json.loads(training_plan.plan_as_json(plan, trainer, settings, MACHINE))
+        assert told["free_disk_mb"] == 2

@@ -76,7 +76,8 @@ def test_ulimit_v_counts() -> None:
         f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({GB}, {GB}))\n"
         "from lora_practice.machine import memory\n"
         f"assert 0 < memory.available_memory() < {GB}, memory.available_memory()\n"
-        f"assert memory.available_memory(ulimit=False) != memory.available_memory()"
+        f"assert memory.available_memory(ulimit=False) != memory.available_memory()\n"
+        f"state = memory.memory_state(); assert 0 < state.free <= state.ulimit_left < {GB} < state.total, state"
     )
     root = str(Path(__file__).resolve().parents[2])
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": root})

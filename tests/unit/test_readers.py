@@ -15,7 +15,7 @@ from lora_practice.data import encoding
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import Conversation, read_file
 from lora_practice.data.good_rows import collect
-from lora_practice.data.readers import SUFFIXES
+from lora_practice.sources.find import DATA_SUFFIXES
 
 
 @settings(max_examples=300, deadline=None)
@@ -23,7 +23,7 @@ from lora_practice.data.readers import SUFFIXES
     body=st.binary(max_size=200)
     | st.text("[]{}\",:\\ \n\rdata1'", max_size=60).map(str.encode)
     | st.binary(max_size=60).map(lambda tail: b'{"text": "a"}\n' + tail),
-    suffix=st.sampled_from(SUFFIXES),
+    suffix=st.sampled_from(DATA_SUFFIXES),
 )
 def test_arbitrary_bytes_raise_nothing_but_a_user_error(body: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

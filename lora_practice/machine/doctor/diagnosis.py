@@ -52,6 +52,8 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     close = text("关掉别的程序", "close other programs")
     if facts.memory_limit:
         close = text("放宽容器的内存限制", "give the container more memory")
+    if facts.memory_ulimit and facts.memory_ulimit <= free:
+        close = "ulimit -v unlimited"
     if total and total < LEAST_MEMORY:
         what = text(
             f"内存一共只有 {gigabytes(total)}，训练至少要 1.1 GB",

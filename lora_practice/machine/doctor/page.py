@@ -99,6 +99,7 @@ def _machine(facts: Facts, around: Surroundings) -> Iterator[Row]:
     yield "CPU", f"{facts.cpu or '?'}{text('，', ', ')}{cores}{text('；', '; ')}{sets}"
     left, total = gigabytes(facts.memory), gigabytes(facts.memory_total)
     limit = text("（容器的限制）", " (the container's limit)") if facts.memory_limit else ""
+    limit = text("（ulimit -v 的限制）", " (ulimit -v)") if 0 < facts.memory_ulimit <= facts.memory else limit
     yield text("内存", "memory"), text(f"{left} 可用，共 {total}{limit}", f"{left} free of {total}{limit}")
     yield text("显卡", "card"), _card(facts)
     yield text("编译器", "compiler"), around.compiler or text("没有", "none")

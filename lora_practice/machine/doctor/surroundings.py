@@ -6,7 +6,6 @@ Nothing is changed, fetched or written, and no question takes more than a few se
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.machine.facts import Facts
 from lora_practice.sources import embedded, environment
 from lora_practice.sources.find import MODEL_FILES
-from lora_practice.storage import manifest
+from lora_practice.storage import disk, manifest
 from lora_practice.storage.json_files import read_record
 
 ANSWER_SECONDS = 5.0
@@ -125,12 +124,11 @@ def _finished(folder: Path) -> bool:
 
 def place(path: Path) -> Place:
     """Free space where `path` is or will be, whether it may be written, and what it holds (counted for 1 s at most)."""
-    there = next((one for one in [path.absolute(), *path.absolute().parents] if os.path.exists(one)), None)
-    if there is None:  # a drive that is not there
+    there = disk.nearest_existing(path)
+    if there is None:
         return Place(str(path), 0, False, 0)
     size, whole = _size(path, time.monotonic() + COUNT_SECONDS)
-    free = shutil.disk_usage(there).free
-    return Place(str(path), free, there.is_dir() and os.access(there, os.W_OK | os.X_OK), size, whole)
+    return Place(str(path), disk.free_bytes(path), there.is_dir() and os.access(there, os.W_OK | os.X_OK), size, whole)
 
 
 def _size(path: Path, deadline: float) -> tuple[int, bool]:
