@@ -1,7 +1,7 @@
-"""The output folder: claimed before anything is computed, written whole or not at all, checked when read.
+"""The output folder of a run: checked before anything is computed, each file written whole or not at all.
 
-DIR/                      adapter, tokenizer, card and run_record.json of a finished run
-DIR/checkpoint-N/         state after N steps; `checkpoint.json`, written last, means that it is whole
+DIR/                      adapter, tokenizer, model card and run_record.json of a finished run
+DIR/checkpoint-N/         state after N steps; its manifest `checkpoint.json` is written last: it means complete
 DIR/run_record.json       status "running", "interrupted" or "finished", with settings and losses
 """
 
@@ -25,35 +25,41 @@ from lora_practice.storage.json_files import RECORD, read_record
 
 DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
 CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
-PROOF = ("<!-- proof -->", "<!-- /proof -->")  # in the card, around what `export` found
+PROOF = ("<!-- proof -->", "<!-- /proof -->")  # these marks in the card enclose the result of `export`
 
 
 class OutputFolder:
-    """One run's folder. `claim` decides what may happen to it and touches nothing; `begin` makes it."""
+    """The folder of one run: `claim` checks it and writes nothing, `begin` creates it, `finish` completes it.
+
+    Attributes:
+        resumed: record of the run that is resumed; {} for a new run.
+        checkpoint: the checkpoint to resume from; None for a new run.
+        events: what recovery did, for the record: {"step", "kind", "said", "regime"} each.
+    """
 
     def __init__(
         self, path: Path, old: Optional[tuple[int, int]] = None, resumed: Optional[dict[str, Any]] = None
     ) -> None:
-        self.path, self._old = path, old  # the run that this one replaces: see lock.identity
-        self._record: dict[str, Any] = {}  # as last written; below: as it is read
-        self._written: dict[str, Any] = {}
-        self._held: Optional[tuple[int, int]] = None  # the folder that is ours since `begin`: see lock.identity
-        self._let_go: Callable[[], Any] = lambda: None
+        self.path, self._old = path, old  # `old`: lock.identity of the run that this one replaces
+        self._record: dict[str, Any] = {}  # last given to write_record
+        self._written: dict[str, Any] = {}  # the same, as read_record returns it
+        self._locked: Optional[tuple[int, int]] = None  # lock.identity of the folder that is locked since `begin`
+        self._unlock: Callable[[], Any] = lambda: None
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
         self._replaced = lock.kept_aside(path, self.resumed.get("replaces"))
-        # what happened up to the checkpoint that is resumed; what came later will come again, if it must
+        # events after the checkpoint that is resumed belong to steps that are computed again
         at = step_of(self.checkpoint)
-        self.events: list[dict[str, Any]] = [one for one in self.resumed.get("events", []) if one["step"] <= at]
+        self.events: list[dict[str, Any]] = [event for event in self.resumed.get("events", []) if event["step"] <= at]
 
     @classmethod
     def claim(cls, output_dir: str, resume: bool, overwrite: bool, settings: dict[str, Any]) -> OutputFolder:
-        """Look before training.
+        """Check that this run may write to `output_dir`, and find the run to resume there; writes nothing.
 
         Raises:
-            UserError: it is a file, cannot be written, holds a run that is going on, or one that is neither to be
-                resumed nor to be replaced, holds someone else's files, or resuming would change the run or read a
-                stranger's checkpoint.
+            UserError: the path is a file or not writable; another run is writing to the folder; it holds an earlier
+                run and neither `resume` nor `overwrite` is given; it holds files of no run; resuming would change a
+                setting that affects the result, or read a checkpoint that this user did not write here.
         """
         try:
             path = lock.target(Path(output_dir).expanduser())
@@ -64,18 +70,21 @@ class OutputFolder:
         if overwrite and resume:
             raise UserError(
                 text("--overwrite 和 --resume 只能选一个", "--overwrite and --resume contradict each other"),
-                fix=text("继续用 --resume，从头再来用 --overwrite", "--resume goes on, --overwrite begins anew"),
+                fix=text(
+                    "继续用 --resume，重新开始用 --overwrite", "--resume continues the run, --overwrite starts again"
+                ),
             )
         if path.is_dir() and not settings.get("plan"):
-            lock.hold(path)()
+            with _lock_errors():
+                lock.hold(path)()
         record = read_record(path)
         if record is not None and not (path / RECORD).is_file():
             raise UserError(
-                text("这是一个存盘点，不是训练的文件夹", "this is a checkpoint, not the folder of a run"),
+                text("这是一个检查点，不是训练的输出文件夹", "this is a checkpoint, not the folder of a run"),
                 where=str(path),
                 fix=f"--output_dir {path.parent}",
             )
-        if not path.exists() or not any(one for one in path.iterdir() if one not in disk.scraps(path, RECORD)):
+        if not path.exists() or not any(entry for entry in path.iterdir() if entry not in disk.scraps(path, RECORD)):
             if resume:
                 raise UserError(text("这里没有可以继续的训练", "there is no run to resume here"), where=str(path))
             return cls(path)
@@ -92,9 +101,9 @@ class OutputFolder:
             lock.check_replaceable(path)
             return cls(path, old=lock.identity(path))
         if record.get("status") == "finished":
-            raise finished(path, record)
+            raise _finished_error(path, record)
         if not resume:
-            raise unfinished(path, checkpoints(path))
+            raise _unfinished_error(path, checkpoints(path))
         check_same_settings(path, record, settings)
         claimed = cls(path, resumed=record)
         if claimed.checkpoint:
@@ -104,17 +113,18 @@ class OutputFolder:
         return claimed
 
     def began_with(self, thing: str, kind: str) -> bool:
-        """Whether the run that is resumed began with "model" or "data" of this kind, and so must go on with it."""
+        """Whether the resumed run's `thing` ("model" or "data") is of this `kind` ("hub", "embedded", ...)."""
         return (self.resumed.get(thing) or {}).get("kind") == kind
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Make the folder (an earlier run that is replaced is kept aside until this one is finished).
+        """Create and lock the folder; an earlier run that is replaced is renamed until this one is finished.
 
         Raises:
             UserError: another run has begun here since `claim` looked.
         """
         if self._old and self.path.exists():
-            self._replaced = lock.move_aside(self.path, self._old)
+            with _lock_errors():
+                self._replaced = lock.move_aside(self.path, self._old)
             tell(
                 text(
                     f"原来的结果先留在 {self._replaced}，这次完成后才删",
@@ -122,22 +132,22 @@ class OutputFolder:
                 )
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._hold(self.resumed)
-        for stale in disk.scraps(self.path, RECORD):  # of a run that was killed
+        self._lock(self.resumed)
+        for stale in disk.scraps(self.path, RECORD):  # left by a run that was killed
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if self._replaced is not None:
             record["replaces"] = str(self._replaced)
         self.write_record({**record, "status": "running"})
 
-    def note(self, kind: str, step: int, said: str, regime: dict[str, Any]) -> None:
-        """Add to the record what happened after `step` whole steps, and the compute config from there on."""
-        self.events.append({"step": step, "kind": kind, "said": said, "regime": regime})
+    def note(self, kind: str, step: int, message: str, compute_config: dict[str, Any]) -> None:
+        """Add an event to the record: what happened after `step` steps, and the compute config from there on."""
+        self.events.append({"step": step, "kind": kind, "said": message, "regime": compute_config})
         if self._record:
             self.write_record(self._record)
 
     def write_record(self, record: dict[str, Any]) -> None:
-        """Write run_record.json whole, with the events so far, without a token that stands in a command or the data."""
-        self._stay()
+        """Write run_record.json with the events so far; Hub tokens in commands or data are masked."""
+        self._keep_lock()
         self._record = record
         record = {**record, "events": self.events}
         content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
@@ -146,7 +156,7 @@ class OutputFolder:
         self._written = json.loads(content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
-        """Move the finished files in place, the record last: "finished" means that everything is there."""
+        """Move the result's files from `staged` into place, the record last: status "finished" means complete."""
         manifest.flush(staged)
         for file in sorted(staged.iterdir()):
             record.setdefault("files", {})[file.name] = manifest.sha256(file)
@@ -158,9 +168,9 @@ class OutputFolder:
             self._replaced = None
 
     def add_checkpoint(self, staged: Path, keep: Optional[int]) -> None:
-        """Seal a staged `checkpoint-N`, move it in place, and drop the oldest before it, so that `keep` are left.
+        """Sign a staged `checkpoint-N`, move it into place, and delete the oldest so that at most `keep` remain.
 
-        Newer ones than N were passed over as damaged when the run was resumed; they do not count.
+        Checkpoints after N, which were damaged when the run was resumed, are neither counted nor deleted.
         """
         signature.seal(staged, CHECKPOINT_MANIFEST)
         manifest.flush(staged)
@@ -173,33 +183,34 @@ class OutputFolder:
 
     @contextmanager
     def staging(self, needed: int) -> Iterator[Path]:
-        """A hidden folder beside the files, on the same disk; gone afterwards, whatever happened.
+        """A hidden folder inside the output folder, so on the same disk; removed at the end in any case.
 
         Raises:
-            UserError: fewer than `needed` bytes are free, the disk refuses a write midway, or another run is here.
+            UserError: fewer than `needed` bytes are free, a write fails, or another run has taken the folder.
         """
-        self._stay()
-        kept = text("，用 --resume 继续；已有的存盘点都在", ", go on with --resume; earlier checkpoints are kept")
+        self._keep_lock()
+        kept = text("，用 --resume 继续；已有的检查点都在", ", go on with --resume; earlier checkpoints are kept")
         with disk.staging(self.path, needed, kept) as place:
             yield place
 
-    def _hold(self, *known: dict[str, Any]) -> None:
-        """Take the folder that is at `path` now; UserError if another run has it, or its record is none of these."""
-        self._let_go()
-        self._let_go = weakref.finalize(self, lock.hold(self.path))
-        if (read_record(self.path) or {}) not in known:
-            raise lock.lost(self.path)
-        self._held = lock.identity(self.path)
+    def _lock(self, *known: dict[str, Any]) -> None:
+        """Lock the folder that is at `path` now; UserError if another run has it, or its record is none of `known`."""
+        self._unlock()
+        with _lock_errors():
+            self._unlock = weakref.finalize(self, lock.hold(self.path))
+            if (read_record(self.path) or {}) not in known:
+                raise lock.FolderReplaced(self.path)
+        self._locked = lock.identity(self.path)
 
-    def _stay(self) -> None:
-        """Once begun: a folder deleted or moved away is made anew, and one that came in its place is taken first."""
+    def _keep_lock(self) -> None:
+        """Create the folder again if it was deleted or moved since `begin`; lock whatever is in its place."""
         found = lock.identity(self.path)
-        if self._held in (None, found):
+        if self._locked in (None, found):
             return
         if found is None:
-            tell(text(f"{self.path} 不见了，重新建一个", f"{self.path} is gone: made anew"))
+            tell(text(f"{self.path} 不见了，重新创建", f"{self.path} is gone: it is created again"))
             self.path.mkdir(parents=True, exist_ok=True)
-        self._hold({}, self._written)
+        self._lock({}, self._written)
         self.write_record(self._record)
 
 
@@ -220,56 +231,80 @@ def rewrite_card(folder: Path, content: str) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """checkpoint-N folders, by N."""
+    """The checkpoint-N folders in `folder`, in the order of N."""
     found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", p.name)]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Optional[Path]) -> int:
-    """The N of checkpoint-N; 0 for none."""
+    """N of checkpoint-N; 0 for None."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
-    """The newest checkpoint whose manifest fits; damaged newer ones are named. None if there is none at all.
+    """The newest checkpoint whose files match its manifest; None if `folder` has no checkpoint.
+
+    Damaged checkpoints are skipped with a message.
 
     Raises:
-        UserError: there are checkpoints, and every one is damaged.
+        UserError: every checkpoint is damaged.
     """
     found = checkpoints(folder)
     for checkpoint in reversed(found):
         fault = manifest.folder_fault(checkpoint, CHECKPOINT_MANIFEST, thorough=True)
         if not fault:
             return checkpoint
-        tell(text(f"{checkpoint} 不完整（{fault}），不用它", f"{checkpoint} is not whole ({fault}), passed over"))
+        tell(text(f"{checkpoint} 不完整（{fault}），跳过", f"{checkpoint} is not whole ({fault}), passed over"))
     if found:
         raise UserError(
-            text("没有完整的存盘点可以继续", "no whole checkpoint is left to resume from"),
+            text("没有完整的检查点可以继续", "no whole checkpoint is left to resume from"),
             where=str(folder),
-            fix=text("用 --overwrite 重新训练", "train anew with --overwrite"),
+            fix=text("用 --overwrite 重新训练", "train again with --overwrite"),
         )
-    tell(text("还没有存盘点，从头开始", "there is no checkpoint yet: beginning at the first step"))
+    tell(text("还没有检查点，从第一步开始", "there is no checkpoint yet: starting at the first step"))
     return None
 
 
-def finished(path: Path, record: dict[str, Any]) -> UserError:
-    """What to say of a folder with a result that nobody asked to replace."""
+@contextmanager
+def _lock_errors() -> Iterator[None]:
+    """Turn the exceptions of `lock` into a UserError that says what is in the folder."""
+    try:
+        yield
+    except lock.FolderInUse as error:
+        raise UserError(
+            text("另一次训练正在写这个文件夹", "another run is writing to this folder"),
+            where=str(error.folder),
+            fix=text("等它结束，或换一个 --output_dir", "wait until it ends, or choose another --output_dir"),
+        ) from error
+    except lock.FolderReplaced as error:
+        raise UserError(
+            text(
+                "这个文件夹里现在是另一次训练或别的文件，没有动它",
+                "the folder now holds another run or other files; they are left alone",
+            ),
+            where=str(error.folder),
+            fix=text("看看里面是什么，或换一个 --output_dir", "look at what it holds, or choose another --output_dir"),
+        ) from error
+
+
+def _finished_error(path: Path, record: dict[str, Any]) -> UserError:
+    """The error for a folder that holds a finished run, without --overwrite."""
     when, steps = record.get("finished_at", "?"), record.get("steps", "?")
     return UserError(
         text(f"这里已有训练完成的结果（{when}，{steps} 步）", f"a finished run is here ({when}, {steps} steps)"),
         where=str(path),
         fix=text(
-            "要留着它：换一个 --output_dir；要换掉它：--overwrite",
+            "要保留它：换一个 --output_dir；要覆盖它：--overwrite",
             "to keep it, choose another --output_dir; to replace it, --overwrite",
         ),
     )
 
 
-def unfinished(path: Path, checkpoints: list[Path]) -> UserError:
-    """What to say of a folder with a run that stopped midway, whose checkpoints these are."""
-    at = checkpoints[-1].name if checkpoints else text("还没有存盘点", "no checkpoint yet")
+def _unfinished_error(path: Path, checkpoints: list[Path]) -> UserError:
+    """The error for a folder that holds an unfinished run with these checkpoints, without --resume or --overwrite."""
+    at = checkpoints[-1].name if checkpoints else text("还没有检查点", "no checkpoint yet")
     return UserError(
         text(f"这里有一次没完成的训练（{at}）", f"an unfinished run is here ({at})"),
         where=str(path),
-        fix=text("继续：--resume；从头再来：--overwrite", "go on: --resume; begin anew: --overwrite"),
+        fix=text("继续：--resume；重新开始：--overwrite", "go on: --resume; start again: --overwrite"),
     )

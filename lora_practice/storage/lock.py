@@ -1,4 +1,4 @@
-"""The folder of a run: fit to be taken, held while the run goes on, with an earlier run kept aside."""
+"""Locks on a run's folder, checks before it is used, and names for an earlier run that is replaced."""
 
 from __future__ import annotations
 
@@ -19,15 +19,31 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_held: set[tuple[int, int]] = set()  # device and inode of the folders that this process holds
+_held: set[tuple[int, int]] = set()  # device and inode of the folders that this process has locked
+
+
+class FolderInUse(Exception):
+    """Another process has locked the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} is locked by another process")
+        self.folder = folder
+
+
+class FolderReplaced(Exception):
+    """The folder is gone, or another folder or run is in its place."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} is no longer the folder that was found")
+        self.folder = folder
 
 
 def target(path: Path) -> Path:
-    """Where a link leads to; the path itself otherwise. UserError for a link that leads nowhere."""
+    """The path that a link points to; `path` itself where it is no link. UserError for a dangling link."""
     for place in [path, *path.absolute().parents]:
         if place.is_symlink() and not place.exists():
             raise UserError(
-                text("这个链接指向不存在的地方", "this link leads nowhere"),
+                text("这个链接指向的位置不存在", "this link leads nowhere"),
                 where=str(place),
                 fix=text("删掉它，或换一个 --output_dir", "delete it, or choose another --output_dir"),
             )
@@ -35,20 +51,21 @@ def target(path: Path) -> Path:
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Keep other processes from a run's folder until this one ends, however it ends, or calls what is returned.
+    """Lock a run's folder against other processes until this process ends; returns a function that unlocks it.
 
-    A lock on the folder itself, so no file is left behind. None where the system has no such lock (Windows, some
-    network disks).
+    The lock is `flock` on the folder itself, so no file is left behind. Where the system has no such lock (Windows,
+    some network disks) nothing is locked.
 
     Raises:
-        UserError: another process holds it.
+        FolderInUse: another process has locked it.
+        FolderReplaced: it was moved away before it could be locked.
     """
     if fcntl is None:
         return lambda: None
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError as error:  # moved away by a run that replaces it
-        raise lost(folder) from error
+        raise FolderReplaced(folder) from error
     key = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,21 +73,21 @@ def hold(folder: Path) -> Callable[[], None]:
         os.close(handle)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or key in _held:
             return lambda: None
-        raise taken(folder) from error
+        raise FolderInUse(folder) from error
     if identity(folder) != key:  # moved away before the lock was ours
         os.close(handle)
-        raise lost(folder)
+        raise FolderReplaced(folder)
     _held.add(key)
 
-    def let_go() -> None:
+    def unlock() -> None:
         _held.discard(key)
         os.close(handle)
 
-    return let_go
+    return unlock
 
 
 def identity(folder: Path) -> Optional[tuple[int, int]]:
-    """Device and inode of what is there now; None if nothing is."""
+    """(device, inode) of the folder; None if it does not exist."""
     try:
         found = os.stat(folder)
     except FileNotFoundError:
@@ -78,40 +95,19 @@ def identity(folder: Path) -> Optional[tuple[int, int]]:
     return found.st_dev, found.st_ino
 
 
-def taken(folder: Path) -> UserError:
-    """What to say of a folder that another run holds."""
-    return UserError(
-        text("另一次训练正在往这里写", "another run is writing to this folder"),
-        where=str(folder),
-        fix=text("等它结束，或换一个 --output_dir", "wait for its end, or choose another --output_dir"),
-    )
-
-
-def lost(folder: Path) -> UserError:
-    """What to say of a folder that is no more what this run was to write to, whoever has it now."""
-    return UserError(
-        text(
-            "这个文件夹里现在是另一次训练或别的文件，没有动它",
-            "another run or other files are in this folder by now; they are left alone",
-        ),
-        where=str(folder),
-        fix=text("看看里面是什么，或换一个 --output_dir", "look at what it is, or choose another --output_dir"),
-    )
-
-
 def check_replaceable(path: Path) -> None:
-    """UserError for a folder that cannot be renamed and made anew: the current one, one above it, a mount point."""
+    """UserError for a folder that cannot be renamed: the working directory, a folder above it, a mount point."""
     whole = path.resolve()
     if whole in [Path.cwd(), *Path.cwd().parents] or os.path.ismount(whole):
         raise UserError(
-            text("这个文件夹正在用着，换不掉", "this folder is in use and cannot be replaced"),
+            text("这个文件夹正在使用，不能覆盖", "this folder is in use and cannot be replaced"),
             where=str(path),
             fix=text("换一个 --output_dir", "choose another --output_dir"),
         )
 
 
 def check_writable(path: Path) -> None:
-    """UserError where no folder can be made or written."""
+    """UserError if `path` is a file, or no folder can be created or written there."""
     place = disk.nearest_existing(path)
     if place is None or not place.is_dir():
         raise UserError(
@@ -128,7 +124,7 @@ def check_writable(path: Path) -> None:
 
 
 def aside(path: Path) -> Path:
-    """A free name for an earlier run; on a machine without a clock of its own the same second comes again."""
+    """An unused name beside `path` for an earlier run; a clock that was reset may give the same second again."""
     moment = time.time()
     while True:
         name = path.with_name(f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S', time.localtime(moment))}")
@@ -138,28 +134,28 @@ def aside(path: Path) -> Path:
 
 
 def move_aside(path: Path, known: Optional[tuple[int, int]]) -> Path:
-    """Give an earlier run a name beside its own, which is returned; nobody else may have it meanwhile.
+    """Rename an earlier run while it is locked; returns its new path.
 
-    Whatever gets that name is deleted in the end, so it must be the run that was found: `known` by its `identity`.
+    The renamed folder is deleted later, so it must be the run that was found before: `known` is its `identity`.
 
     Raises:
-        UserError: another run has been quicker, or what is there is no run.
+        FolderInUse, FolderReplaced: another run was quicker, or the folder holds no run.
     """
-    let_go = hold(path)
+    unlock = hold(path)
     try:
         if identity(path) != known or read_record(path) is None:
-            raise lost(path)
+            raise FolderReplaced(path)
         place = aside(path)
         os.replace(path, place)
     except FileNotFoundError as error:
-        raise lost(path) from error
+        raise FolderReplaced(path) from error
     finally:
-        let_go()
+        unlock()
     return place
 
 
 def kept_aside(path: Path, named: Optional[str]) -> Optional[Path]:
-    """The earlier run that a record says is kept aside: beside `path` only, since it is deleted in the end."""
+    """Path of the renamed earlier run that a record names; only names beside `path` count, since it is deleted."""
     name = re.split(r"[\\/]", named or "")[-1]
     is_ours = re.fullmatch(re.escape(path.name) + r"\.replaced-[0-9]{8}-[0-9]{6}", name)
     return path.with_name(name) if is_ours else None

@@ -22,7 +22,7 @@ from lora_practice.storage import disk, manifest
 from lora_practice.storage import lock as storage_lock
 
 SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
-LOST = "another run or other files are in this folder by now"
+LOST = "the folder now holds another run or other files"
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_a_folder_that_is_deleted_during_the_run_is_made_anew(tmp_path: Path, ca
     folder = start(tmp_path / "run")
     shutil.rmtree(folder.path)
     checkpoint = add_checkpoint(folder, 5)
-    assert f"{folder.path} is gone: made anew" in capsys.readouterr().err
+    assert f"{folder.path} is gone: it is created again" in capsys.readouterr().err
     assert claim(tmp_path / "run", resume=True).checkpoint == checkpoint
     finish(folder)
     assert status(folder) == "finished"
@@ -159,7 +159,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_resume_before_the_first_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     start(tmp_path / "run")
     assert claim(tmp_path / "run", resume=True).checkpoint is None
-    assert "beginning at the first step" in capsys.readouterr().err
+    assert "starting at the first step" in capsys.readouterr().err
 
 
 def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_finished(
@@ -360,7 +360,7 @@ def test_a_folder_that_another_run_is_writing_to_is_refused_until_that_run_ends_
 ) -> None:
     for options in ({}, {"resume": True}, {"overwrite": True}):
         line = refusal(tmp_path / "run", **options)
-        assert "another run is writing to this folder -> wait for its end" in line
+        assert "another run is writing to this folder -> wait until it ends" in line
     claim(tmp_path / "run", overwrite=True, plan=True)  # a plan writes nothing
     another_run.kill()
     another_run.wait()
@@ -444,14 +444,14 @@ def test_of_two_runs_that_replace_one_at_once_the_first_does_and_what_it_replace
     """The second comes when the first has made its folder and does not hold it yet."""
     finish(start(tmp_path / "run"), "old")
     first, second = (claim(tmp_path / "run", overwrite=True) for _ in range(2))
-    hold = first._hold
+    lock_folder = first._lock
 
-    def hold_late(*known: dict[str, Any]) -> None:
+    def lock_late(*known: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=LOST):
             second.begin({"settings": SETTINGS})
-        hold(*known)
+        lock_folder(*known)
 
-    first._hold = hold_late  # type: ignore[method-assign]
+    first._lock = lock_late  # type: ignore[method-assign]
     first.begin({"settings": SETTINGS})
     aside, *others = tmp_path.glob("run.*")
     assert (aside / "adapter_model.safetensors").read_text() == "old" and not others
