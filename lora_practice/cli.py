@@ -143,10 +143,10 @@ def merge(folder: Folder) -> None:
 def inspect(folder: Folder, json: Json = False) -> None:
     """Print the verdict on FOLDER."""
     from lora_practice.report.checks import check_folder
-    from lora_practice.report.folder_text import lines, verdict_as_json
+    from lora_practice.report.folder_text import verdict_as_json, verdict_lines
 
     verdict = check_folder(folder)
-    for line in [verdict_as_json(verdict)] if json else lines(verdict):
+    for line in [verdict_as_json(verdict)] if json else verdict_lines(verdict):
         print(line)
 
 

@@ -1,4 +1,4 @@
-"""What stands in an adapter's weights, in numbers: rank, parameters, and how far each layer is moved.
+"""Numbers of an adapter's weights: rank, parameters, and how far each matrix is moved from the base's.
 
 numpy only, no torch: 7 MB are read and measured in a few hundredths of a second.
 """
@@ -17,16 +17,15 @@ from lora_practice.console.text import text
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 
 # numpy has no bfloat16: its 16 bits are the upper half of a float32
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])\.(?:[^.]+\.)?weight")
 
 
 @dataclass(frozen=True)
 class ModuleStats:
-    """One module that the adapter changes: W (out, in) becomes W + scale * B A, with A (r, in) and B (out, r).
+    """Numbers of one LoRA module: W (out, in) becomes W + scale * B A, with A (r, in) and B (out, r).
 
-    `norm` is the Frobenius norm of the change, `rms` the root mean square of its entries, which can be compared
-    between modules of different sizes; `top` its largest singular value.
+    `norm` is the Frobenius norm of the change, `top` its largest singular value.
     """
 
     module: str
@@ -39,12 +38,12 @@ class ModuleStats:
 
     @property
     def rms(self) -> float:
-        """norm / sqrt(out * in)."""
+        """Root mean square of the change's entries: norm / sqrt(out * in), comparable between sizes."""
         return self.norm / math.sqrt(self.shape[0] * self.shape[1])
 
     @property
-    def kind(self) -> str:
-        """The module's own name, "q_proj"."""
+    def target(self) -> str:
+        """The module's own name, "q_proj", as `target_modules` lists it."""
         return self.module.rpartition(".")[2]
 
     @property
@@ -56,30 +55,30 @@ class ModuleStats:
 
 @dataclass(frozen=True)
 class AdapterStats:
-    """All layers of an adapter in the model's order, and what is wrong with its tensors in the reader's words."""
+    """All LoRA modules of an adapter in the model's order, and the faults of its tensors in the user's language."""
 
-    layers: tuple[ModuleStats, ...]
+    modules: tuple[ModuleStats, ...]
     parameters: int
     faults: tuple[str, ...]
 
     @property
     def is_zero(self) -> bool:
         """Whether it changes nothing at all: every B is zero, as before the first step."""
-        return bool(self.layers) and all(layer.norm == 0 for layer in self.layers)
+        return bool(self.modules) and all(one.norm == 0 for one in self.modules)
 
     @property
     def norm(self) -> float:
         """Frobenius norm of the whole change."""
-        return math.sqrt(sum(layer.norm**2 for layer in self.layers))
+        return math.sqrt(sum(one.norm**2 for one in self.modules))
 
 
-def number(value: float) -> Optional[float]:
+def finite_or_none(value: float) -> Optional[float]:
     """The value, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
-def measure(folder: Path, config: Mapping[str, Any]) -> AdapterStats:
-    """Read the adapter in `folder`; `config` is its adapter_config.json.
+def measure_adapter(folder: Path, config: Mapping[str, Any]) -> AdapterStats:
+    """The numbers of the adapter in `folder`; `config` is its adapter_config.json.
 
     Raises:
         UserError: the weights are missing or cannot be read.
@@ -90,7 +89,7 @@ def measure(folder: Path, config: Mapping[str, Any]) -> AdapterStats:
         found = _LORA.fullmatch(name)
         if found and values.ndim == 2:
             halves.setdefault(found["module"], {})[found["half"]] = values
-    faults = [_finite(tensors)]
+    faults = [_not_finite(tensors)]
     alone = [module for module, pair in halves.items() if len(pair) == 1]
     if alone:
         faults.append(text(f"{alone[0]} 只有 A 或只有 B", f"{alone[0]} has only one of A and B"))
@@ -99,9 +98,14 @@ def measure(folder: Path, config: Mapping[str, Any]) -> AdapterStats:
         faults.append(text(f"{mixed[0]} 的 A 和 B 秩不同", f"A and B of {mixed[0]} differ in rank"))
     if not halves:
         faults.append(text("里面没有 LoRA 张量", "there are no LoRA tensors in it"))
-    whole = sorted(set(halves) - set(alone) - set(mixed), key=_in_order)
-    layers = tuple(_layer(module, halves[module]["A"], halves[module]["B"], config) for module in whole)
-    return AdapterStats(layers, sum(v.size for v in tensors.values()), tuple(fault for fault in faults if fault))
+    whole = sorted(set(halves) - set(alone) - set(mixed), key=_layer_order)
+    modules = tuple(_module_stats(module, halves[module]["A"], halves[module]["B"], config) for module in whole)
+    return AdapterStats(modules, sum(v.size for v in tensors.values()), tuple(fault for fault in faults if fault))
+
+
+def as_float(values: Any, dtype: str) -> Any:
+    """An array read with NUMPY_TYPES[dtype] as floats: bfloat16 becomes float32, others stay as they are."""
+    return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -112,10 +116,8 @@ def _read(file: Path) -> dict[str, Any]:
         found = deserialize(file.read_bytes())
         tensors = {}
         for name, view in found:
-            values = np.frombuffer(view["data"], dtype=_TYPES[view["dtype"]]).reshape(view["shape"])
-            if view["dtype"] == "BF16":
-                values = (values.astype("<u4") << 16).view("<f4")
-            tensors[name] = values
+            values = np.frombuffer(view["data"], dtype=NUMPY_TYPES[view["dtype"]]).reshape(view["shape"])
+            tensors[name] = as_float(values, view["dtype"])
         return tensors
     except FileNotFoundError:
         raise UserError(text(f"缺少 {file.name}", f"{file.name} is missing"), str(file.parent)) from None
@@ -124,7 +126,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(what, str(file.parent)) from error
 
 
-def _finite(tensors: dict[str, Any]) -> str:
+def _not_finite(tensors: dict[str, Any]) -> str:
     import numpy as np
 
     bad = [name for name, values in tensors.items() if not np.isfinite(values).all()]
@@ -132,8 +134,12 @@ def _finite(tensors: dict[str, Any]) -> str:
     return text(zh, en) if bad else ""
 
 
-def _layer(module: str, a: Any, b: Any, config: Mapping[str, Any]) -> ModuleStats:
-    """The singular values of B A are those of R_B R_A', where B = Q_B R_B and A' = Q_A R_A: r x r, never out x in."""
+def _module_stats(module: str, a: Any, b: Any, config: Mapping[str, Any]) -> ModuleStats:
+    """The numbers of one module from A (r, in) and B (out, r).
+
+    The singular values of B A are those of R_B R_A', where B = Q_B R_B and A' = Q_A R_A (QR decompositions): an r x r
+    product, never out x in.
+    """
     import numpy as np
 
     a64, b64 = a.astype("f8"), b.astype("f8")
@@ -141,15 +147,18 @@ def _layer(module: str, a: Any, b: Any, config: Mapping[str, Any]) -> ModuleStat
         r_b, r_a = np.asarray(np.linalg.qr(b64, mode="r")), np.asarray(np.linalg.qr(a64.T, mode="r"))
         core = r_b @ r_a.T
     rank = int(a.shape[0])
-    scale = scaling(module, rank, config)
+    scale = lora_scale(module, rank, config)
     singular = np.linalg.svd(core, compute_uv=False) * scale if np.isfinite(core).all() else np.array([np.nan])
     shape = (int(b.shape[0]), int(a.shape[1]))
     norm = float(np.sqrt((singular**2).sum()))
     return ModuleStats(module, rank, shape, int(a.size + b.size), scale, norm, float(singular.max()))
 
 
-def scaling(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); alpha_pattern may give a module its own alpha."""
+def lora_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """The factor before B A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+
+    `alpha_pattern` may give a module its own alpha.
+    """
     alpha = config.get("lora_alpha") or rank
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches it
@@ -158,6 +167,6 @@ def scaling(module: str, rank: int, config: Mapping[str, Any]) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _in_order(module: str) -> list[tuple[int, Any]]:
-    """Layer 2 before layer 10."""
+def _layer_order(module: str) -> list[tuple[int, Any]]:
+    """A sort key that puts layer 2 before layer 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]

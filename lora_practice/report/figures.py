@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_practice.console.text import text
-from lora_practice.report.adapter_stats import ModuleStats, number
-from lora_practice.report.loss_curve import POINT, smoothed
+from lora_practice.report.adapter_stats import ModuleStats, finite_or_none
+from lora_practice.report.loss_curve import Point, smoothed
 
 BLUE, ORANGE, GREY = "#3b82c4", "#d9822b", "#8a94a0"
 MARK = "lora-finetune-practice report"  # stands in what we wrote, so that we may replace it
 
 
-def held_out_points(record: Mapping[str, Any]) -> list[POINT]:
+def held_out_points(record: Mapping[str, Any]) -> list[Point]:
     """(step, loss) of the rows never trained on: before, during and after the run, as far as it was measured."""
     points = {int(one["step"]): float(one["loss"]) for one in record.get("evaluations") or ()}
     ends: Mapping[str, Any] = record.get("held_out_loss") or {}
@@ -30,7 +30,7 @@ def held_out_points(record: Mapping[str, Any]) -> list[POINT]:
     return sorted(points.items())
 
 
-def points_of(record: Mapping[str, Any], key: str) -> list[POINT]:
+def logged_points(record: Mapping[str, Any], key: str) -> list[Point]:
     """(step, value) of everything that was logged under `key`, among the losses or the pace."""
     logged = [*(record.get("losses") or ()), *(record.get("pace") or ())]
     return [(int(one["step"]), float(one[key])) for one in logged if one.get(key) is not None]
@@ -38,7 +38,7 @@ def points_of(record: Mapping[str, Any], key: str) -> list[POINT]:
 
 def loss_figure(record: Mapping[str, Any]) -> dict[str, Any]:
     """Training loss as logged, its moving mean, and the held-out loss."""
-    losses, held_out = points_of(record, "loss"), held_out_points(record)
+    losses, held_out = logged_points(record, "loss"), held_out_points(record)
     steps = [step for step, _ in losses]
     logged, mean, unseen = (
         text("训练", "training"),
@@ -64,7 +64,7 @@ def small_figures(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
     )
     found = []
     for key, title, unit in wanted:
-        points = points_of(record, key)
+        points = logged_points(record, key)
         if points:
             figure = _figure([_trace(title, points, BLUE)], unit, height=190, legend=False)
             largest = max((value for _, value in points if math.isfinite(value)), default=0.0)
@@ -75,9 +75,9 @@ def small_figures(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
 
 def layers_figure(layers: Sequence[ModuleStats]) -> dict[str, Any]:
     """A map of the model: a row for each kind of matrix, a column for each layer, stronger where it was moved more."""
-    kinds = list(dict.fromkeys(layer.kind for layer in layers))[::-1]
+    kinds = list(dict.fromkeys(layer.target for layer in layers))[::-1]
     depths = sorted({layer.depth or 0 for layer in layers})
-    moved = {(layer.kind, layer.depth or 0): number(layer.rms) for layer in layers}
+    moved = {(layer.target, layer.depth or 0): finite_or_none(layer.rms) for layer in layers}
     heat = {
         "type": "heatmap",
         "x": depths,
@@ -96,13 +96,13 @@ def layers_figure(layers: Sequence[ModuleStats]) -> dict[str, Any]:
     return figure
 
 
-def png(record: Mapping[str, Any]) -> bytes:
+def curves_png(record: Mapping[str, Any]) -> bytes:
     """The loss and the gradient norm as a picture for the model card, in English as cards are."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word of its font cache, which no reader has to mend
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses, held_out, norms = points_of(record, "loss"), held_out_points(record), points_of(record, "grad_norm")
+    losses, held_out, norms = logged_points(record, "loss"), held_out_points(record), logged_points(record, "grad_norm")
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -125,9 +125,9 @@ def png(record: Mapping[str, Any]) -> bytes:
     return picture.getvalue()
 
 
-def _trace(name: str, points: Sequence[POINT], colour: str, mode: str = "lines", **looks: Any) -> dict[str, Any]:
+def _trace(name: str, points: Sequence[Point], colour: str, mode: str = "lines", **looks: Any) -> dict[str, Any]:
     line = {"color": colour, "width": 2, **looks.pop("line", {})}
-    shown = [number(value) for _, value in points]  # None is a gap in the line
+    shown = [finite_or_none(value) for _, value in points]  # None is a gap in the line
     steps = [step for step, _ in points]
     return {"type": "scatter", "name": name, "x": steps, "y": shown, "mode": mode, "line": line, **looks}
 

@@ -1,4 +1,4 @@
-"""What may stand in an output folder: each file explained, and what needs it."""
+"""Explains each file that may be in an output folder, and which uses need it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Files of one kind. `names` are patterns; `needed_for` any of "inference", "sharing" and "resuming"."""
+class FileKind:
+    """Files of one kind: what they are and when they are used, in both languages.
+
+    names: patterns of `fnmatch`; a folder's ends in "/". needed_for: any of "inference", "sharing", "resuming".
+    """
 
     names: tuple[str, ...]
     zh: str
@@ -23,137 +26,177 @@ class Kind:
 
     @property
     def what(self) -> str:
-        """What it is, in the reader's language."""
+        """What the file is, in the user's language."""
         return text(self.zh, self.en)
 
     @property
     def when(self) -> str:
-        """When it is used."""
+        """When the file is used, in the user's language."""
         return text(self.zh_when, self.en_when)
 
 
 _ALWAYS, _ANSWERS = ("inference", "sharing", "resuming"), ("inference", "sharing")
-KINDS = (
-    Kind(
+FILE_KINDS = (
+    FileKind(
         (ADAPTER_WEIGHTS,),
-        *("LoRA 的权重（A 和 B）", "the LoRA weights (A and B)"),
-        *("推理、合并、上传", "inference, merging, upload"),
+        "LoRA 的权重（A 和 B）",
+        "the LoRA weights (A and B)",
+        "推理、合并、上传",
+        "inference, merging, upload",
         _ALWAYS,
     ),
-    Kind(
+    FileKind(
         ("adapter_config.json",),
-        *("秩、alpha、目标层、底座是谁", "rank, alpha, targets, which base"),
-        *("加载适配器", "loading the adapter"),
+        "秩、alpha、目标模块、底座是哪个",
+        "rank, alpha, target modules, which base",
+        "加载适配器",
+        "loading the adapter",
         _ALWAYS,
     ),
-    Kind(("config.json",), *("模型的形状", "the model's shape"), *("加载模型", "loading the model"), _ANSWERS),
-    Kind(
+    FileKind(("config.json",), "模型结构的参数", "the model's architecture", "加载模型", "loading the model", _ANSWERS),
+    FileKind(
         ("model*.safetensors", "model.safetensors.index.json"),
-        *("完整模型的权重", "the whole model's weights"),
-        *("推理", "inference"),
+        "完整模型的权重",
+        "the whole model's weights",
+        "推理",
+        "inference",
         _ANSWERS,
     ),
-    Kind(
+    FileKind(
         ("generation_config.json",),
-        *("生成的默认参数", "defaults of generation"),
-        *("加载模型", "loading the model"),
+        "生成的默认参数",
+        "defaults of generation",
+        "加载模型",
+        "loading the model",
     ),
-    Kind(
+    FileKind(
         ("tokenizer.json",),
-        *("分词器全部内容", "the whole tokenizer"),
-        *("加载分词器", "loading the tokenizer"),
+        "完整的分词器",
+        "the whole tokenizer",
+        "加载分词器",
+        "loading the tokenizer",
         _ANSWERS,
     ),
-    Kind(
+    FileKind(
         ("tokenizer_config.json",),
-        *("分词器的类、特殊 token、模板", "the tokenizer's class, special tokens, template"),
-        *("加载分词器", "loading the tokenizer"),
+        "分词器的类型、特殊 token、聊天模板",
+        "the tokenizer's class, special tokens, template",
+        "加载分词器",
+        "loading the tokenizer",
         _ANSWERS,
     ),
-    Kind(
+    FileKind(
         ("chat_template.jinja",),
-        *("聊天格式", "the chat format"),
-        *("训练和推理用同一个", "the same in training and inference"),
+        "聊天格式",
+        "the chat format",
+        "训练和推理都用它",
+        "training and inference both use it",
         _ANSWERS,
     ),
-    Kind(
+    FileKind(
         ("special_tokens_map.json", "added_tokens.json"),
-        *("特殊 token 的名字", "names of the special tokens"),
-        *("老版本的读取器", "old readers"),
+        "特殊 token 的名字",
+        "names of the special tokens",
+        "旧版工具",
+        "old tools",
     ),
-    Kind(
+    FileKind(
         ("vocab.json", "merges.txt"),
-        *("词表和合并规则", "vocabulary and merges"),
-        *("老版本和其他工具", "old readers and other tools"),
+        "词表和合并规则",
+        "vocabulary and merges",
+        "旧版和其他工具",
+        "old and other tools",
     ),
-    Kind(
+    FileKind(
         ("run_record.json",),
-        *("参数、版本、机器、loss", "settings, versions, machine, losses"),
-        *("重现、比较、找到底座", "repeating, comparing, finding the base"),
+        "参数、版本、机器、loss",
+        "settings, versions, machine, losses",
+        "重现、比较、找底座",
+        "repeating, comparing, finding the base",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("README.md",),
-        *("这次训练的模型卡", "this run's model card"),
-        *("给人看、上传", "for people, for the upload"),
+        "这次训练的模型卡",
+        "this run's model card",
+        "给人看，上传时用",
+        "for people and the upload",
         ("sharing",),
     ),
-    Kind(
+    FileKind(
         ("training_args.bin",),
-        *("训练参数（pickle，这里从不加载）", "training arguments (a pickle, never loaded here)"),
-        *("回看参数", "looking arguments up"),
+        "训练参数（pickle，这里从不加载）",
+        "training arguments (a pickle, never loaded here)",
+        "查看参数",
+        "looking arguments up",
     ),
-    Kind(("report.html",), *("训练报告", "the report"), *("用浏览器看", "in a browser")),
-    Kind(("curves.png",), *("训练曲线", "the training curves"), *("放进模型卡", "in the model card")),
-    Kind(
+    FileKind(("report.html",), "训练报告", "the report", "用浏览器打开", "opened in a browser"),
+    FileKind(("curves.png",), "训练曲线", "the training curves", "放进模型卡", "in the model card"),
+    FileKind(
         ("optimizer.pt",),
-        *("优化器的动量", "the optimizer's moments"),
-        *("--resume", "--resume"),
+        "优化器的动量",
+        "the optimizer's moments",
+        "--resume",
+        "--resume",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("scheduler.pt", "scaler.pt"),
-        *("学习率和 fp16 缩放走到哪了", "where learning rate and fp16 scale are"),
-        *("--resume", "--resume"),
+        "学习率和 fp16 缩放的状态",
+        "state of the learning rate and the fp16 scale",
+        "--resume",
+        "--resume",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("rng_state*.pth",),
-        *("随机数走到哪了", "where the random numbers are"),
-        *("--resume", "--resume"),
+        "随机数的状态",
+        "state of the random numbers",
+        "--resume",
+        "--resume",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("trainer_state.json",),
-        *("第几步、loss 的历史", "the step, the history of the loss"),
-        *("--resume", "--resume"),
+        "步数、loss 的历史",
+        "the step, the losses so far",
+        "--resume",
+        "--resume",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("checkpoint.json",),
-        *("这个存盘点的清单，最后写", "the checkpoint's manifest, written last"),
-        *("判断它是否完整", "judging whether it is whole"),
+        "这个检查点的清单，最后写",
+        "the checkpoint's manifest, written last",
+        "检查它是否完整",
+        "checking that it is whole",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("checkpoint-*/",),
-        *("第 N 步的全部状态", "the whole state after N steps"),
-        *("--resume；训练完可删", "--resume; not needed after the run"),
+        "检查点：第 N 步的全部状态",
+        "a checkpoint: the whole state after N steps",
+        "--resume；训练完成后可删",
+        "--resume; not needed after the run",
         ("resuming",),
     ),
-    Kind(
+    FileKind(
         ("merged/",),
-        *("合并好的完整模型", "the merged whole model"),
-        *("不装 peft 的地方", "where there is no peft"),
+        "合并后的完整模型",
+        "the merged whole model",
+        "没有 peft 的环境",
+        "where there is no peft",
     ),
-    Kind(
+    FileKind(
         ("gguf/",),
-        *("GGUF 和 Modelfile", "GGUF files, a Modelfile"),
-        *("llama.cpp、Ollama", "llama.cpp, Ollama"),
+        "GGUF 和 Modelfile",
+        "GGUF files, a Modelfile",
+        "llama.cpp、Ollama",
+        "llama.cpp, Ollama",
     ),
 )
 
 
-def file_kind(name: str) -> Optional[Kind]:
+def file_kind(name: str) -> Optional[FileKind]:
     """The kind of a file of this name (a folder's name ends in "/"); None for what no run writes."""
-    return next((kind for kind in KINDS for pattern in kind.names if fnmatchcase(name, pattern)), None)
+    return next((kind for kind in FILE_KINDS for pattern in kind.names if fnmatchcase(name, pattern)), None)

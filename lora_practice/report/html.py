@@ -55,9 +55,9 @@ def write_report(
         raise UserError(what, str(folder), text("用训练的输出文件夹", "name the output folder of a run"))
     for name in (PAGE, PICTURE):
         _check_ours(folder / name)
-    reading = loss_curve.judge_curve(figures.points_of(record, "loss"), figures.held_out_points(record))
+    reading = loss_curve.judge_curve(figures.logged_points(record, "loss"), figures.held_out_points(record))
     record.update({"samples": samples} if samples else {}, curves=PICTURE)
-    manifest.write_whole(folder / PICTURE, figures.png(record))
+    manifest.write_whole(folder / PICTURE, figures.curves_png(record))
     manifest.write_whole(folder / PAGE, report_html(replace(verdict, record=record), reading, reasons))
     if record != verdict.record and record.get("status") == "finished":
         _keep(folder, record)
@@ -71,7 +71,7 @@ def report_html(
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    record, layers = verdict.record, verdict.anatomy.layers if verdict.anatomy else ()
+    record, layers = verdict.record, verdict.adapter.modules if verdict.adapter else ()
     environment = Environment(loader=PackageLoader("lora_practice.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["visible"] = visible
     shown = [("loss", figures.loss_figure(record))]
@@ -93,18 +93,20 @@ def report_html(
         layers=layers,
         moved=sorted((one for one in layers if math.isfinite(one.rms)), key=lambda layer: -layer.rms)[:5],
         settings=_settings(record, reasons),
-        files=[(item, folder_text.explain(item)) for item in verdict.items if item.name not in (PAGE, PICTURE)],
-        uses=[(text(*folder_text.USE_NAMES[use]), *verdict.uses[use]) for use in USES],
+        files=[
+            (item, folder_text.describe_entry(item)) for item in verdict.entries if item.name not in (PAGE, PICTURE)
+        ],
+        uses=[(text(*folder_text.USE_NAMES[use]), verdict.uses[use].possible, verdict.uses[use].why) for use in USES],
         use_names={use: text(*names) for use, names in folder_text.USE_NAMES.items()},
         install=_install(record.get("versions") or {}),
         sample_tokens=SAMPLE_TOKENS,
-        picture=base64.b64encode(figures.png(record)).decode("ascii"),
+        picture=base64.b64encode(figures.curves_png(record)).decode("ascii"),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), mtime=0)).decode("ascii"),
     )
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    losses, held_out = figures.points_of(record, "loss"), figures.held_out_points(record)
+    losses, held_out = figures.logged_points(record, "loss"), figures.held_out_points(record)
     smooth = loss_curve.smoothed([loss for _, loss in losses])
     tiles = [(text("训练 loss（平滑）", "training loss, smoothed"), f"{smooth[0]:.2f} → {smooth[-1]:.2f}")]
     if held_out:

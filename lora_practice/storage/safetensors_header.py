@@ -7,7 +7,7 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_practice.console.text import text
@@ -20,10 +20,14 @@ TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor's entry in a header; `dtype` in safetensors' spelling, such as "BF16"."""
+    """One tensor's entry in a header; `dtype` in safetensors' spelling, such as "BF16".
+
+    start: where its values begin, in bytes from the start of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = field(default=0, compare=False)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -41,8 +45,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         content = handle.read(length)
     try:
         entries = {name: entry for name, entry in parse_object(content).items() if name != "__metadata__"}
-        return {name: TensorInfo(str(one["dtype"]), tuple(map(int, one["shape"]))) for name, one in entries.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        return {
+            name: TensorInfo(str(one["dtype"]), tuple(map(int, one["shape"])), 8 + length + int(one["data_offsets"][0]))
+            for name, one in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(damaged) from error
 
 

@@ -57,7 +57,11 @@ def test_a_trained_folder_is_whole_and_each_file_is_explained(trained, tmp_path)
         assert kind is not None and " yes" in line and words.strip() == f"{kind.en}: {kind.en_when}"
         assert all(use in line for use in kind.needed_for)
     assert "rank 6, alpha 8 (the update times 1.333), 210 matrices, 1,831,680 parameters" in said
-    assert "\n! " not in said and "\ninference  yes  lora-practice chat " in said and "\nresuming   no " in said
+    assert (
+        "\n! " not in said
+        and "\ninference  yes         lora-practice chat " in said
+        and "\nresuming   not needed " in said
+    )
     assert all(f"\n  {kind} " in said for kind in KINDS) and "moved most: model.layers." in said
 
 
@@ -86,7 +90,7 @@ def test_its_numbers_are_those_of_the_weights_that_peft_loads(trained, tmp_path,
     ("spoil", "zh", "en", "usable"),
     [
         (zero("lora_B"), "所有的 B 都是零", "every B is zero", False),
-        (zero("layers.3.mlp.up_proj.lora_B"), "1 层的 B 是零", "B is zero in 1 layer,", False),
+        (zero("layers.3.mlp.up_proj.lora_B"), "1 个 LoRA 模块的 B 是零", "B is zero in 1 LoRA module,", False),
         (trained_with_every_label_ignored, "所有的 B 都是零", "every B is zero", True),
         (edit("run_record.json", steps=0), "一步都没有训练", "not one step was trained", True),
         (
@@ -96,7 +100,7 @@ def test_its_numbers_are_those_of_the_weights_that_peft_loads(trained, tmp_path,
             True,
         ),
         (cut(WEIGHTS, 4_000_000), f"{WEIGHTS}: 已损坏", f"{WEIGHTS}: it is damaged", False),
-        (adapter_of_a_smaller_base, "适配器是别的底座的", "the adapter is of another base", False),
+        (adapter_of_a_smaller_base, "适配器属于另一个底座", "the adapter is of another base", False),
         (edit("adapter_config.json", base_model_name_or_path="gpt2"), "底座写的是 'gpt2'", "the base is 'gpt2'", False),
     ],
     ids=["zero", "a zero layer", "labels", "no step", "no token", "cut off", "other shapes", "other name"],

@@ -55,8 +55,8 @@ def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(varia
     assert VARIANTS[name][1] in said
     verdict = check_folder(folder)
     assert verdict.findings == [] and verdict.uses["inference"][0]
-    assert {layer.rank for layer in verdict.anatomy.layers} == {VARIANTS[name][2]}
-    assert len({layer.kind for layer in verdict.anatomy.layers}) == (2 if "some layers" in name else 7)
+    assert {one.rank for one in verdict.adapter.modules} == {VARIANTS[name][2]}
+    assert len({one.target for one in verdict.adapter.modules}) == (2 if "some layers" in name else 7)
     talker = load_chat.load_chat_model(str(folder), decide(Facts(memory=8 << 30)))
     assert (talker.decoder is None) == (name == "dora")
     assert talker.answer(ASK, max_new_tokens=8)

@@ -15,10 +15,11 @@ from safetensors.numpy import save_file
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.terminal import columns
-from lora_practice.report.adapter_stats import measure, scaling
-from lora_practice.report.checks import check_folder
+from lora_practice.report.adapter_stats import lora_scale, measure_adapter
+from lora_practice.report.base_weights import relative_changes
+from lora_practice.report.checks import Use, check_folder
 from lora_practice.report.file_kinds import file_kind
-from lora_practice.report.folder_text import lines, verdict_as_json
+from lora_practice.report.folder_text import verdict_as_json, verdict_lines
 from lora_practice.storage import manifest, signature
 
 
@@ -43,12 +44,12 @@ def test_norms_are_those_of_the_full_product(tmp_path):
         {f"base_model.model.{name}": value for name, value in zip(names, (a, b))},
         tmp_path / "adapter_model.safetensors",
     )
-    layer = measure(tmp_path, {"lora_alpha": 6}).layers[0]
+    layer = measure_adapter(tmp_path, {"lora_alpha": 6}).modules[0]
     whole = 2.0 * b.astype("f8") @ a.astype("f8")
     assert layer.norm == pytest.approx(np.linalg.norm(whole), rel=1e-6)
     assert layer.top == pytest.approx(np.linalg.svd(whole, compute_uv=False)[0], rel=1e-6)
     assert layer.rms == pytest.approx(math.sqrt((whole**2).mean()), rel=1e-6)
-    assert (layer.module, layer.kind, layer.depth, layer.rank, layer.shape) == (
+    assert (layer.module, layer.target, layer.depth, layer.rank, layer.shape) == (
         "layers.4.q_proj",
         "q_proj",
         4,
@@ -66,7 +67,7 @@ def test_the_scale_is_pefts_own():
         config = LoraConfig(**options, use_rslora=rslora)
         model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)), config)
         for name in ("0", "1"):
-            ours = scaling(name, 4, {**options, "use_rslora": rslora})
+            ours = lora_scale(name, 4, {**options, "use_rslora": rslora})
             assert ours == pytest.approx(model.get_submodule(f"base_model.model.{name}").scaling["default"])
 
 
@@ -74,19 +75,19 @@ def test_bfloat16_weights_are_read_without_torch(folder):
     from safetensors.torch import load_file, save_file
 
     file = folder / "adapter_model.safetensors"
-    exact = measure(folder, {"lora_alpha": 8}).norm
+    exact = measure_adapter(folder, {"lora_alpha": 8}).norm
     import torch
 
     save_file({name: value.to(torch.bfloat16) for name, value in load_file(file).items()}, file)
-    assert measure(folder, {"lora_alpha": 8}).norm == pytest.approx(exact, rel=1e-2)
+    assert measure_adapter(folder, {"lora_alpha": 8}).norm == pytest.approx(exact, rel=1e-2)
 
 
 def test_a_whole_folder_has_no_findings_and_says_what_it_is_good_for(folder):
     verdict = check_folder(folder)
     assert verdict.findings == [] and verdict.base is not None
-    assert verdict.uses["inference"][0] is True
-    assert verdict.uses["resuming"] == (False, "the run is finished")
-    assert verdict.uses["sharing"] == (False, "its base is not on the Hub: nobody else has it")
+    assert verdict.uses["inference"].possible is True
+    assert verdict.uses["resuming"] == Use(False, "the run is finished", needed=False)
+    assert verdict.uses["sharing"] == Use(False, "its base is not on the Hub: nobody else has it")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_what_is_wrong_is_found(folder, damage, finding, inference):
     damage(folder)
     verdict = check_folder(folder)
     assert any(finding in one for one in verdict.findings), verdict.findings
-    assert verdict.uses["inference"][0] is inference, verdict.uses
+    assert verdict.uses["inference"].possible is inference, verdict.uses
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,9 @@ def test_weights_other_than_the_run_wrote_are_damage_and_an_edited_card_is_not(f
     assert check_folder(folder).findings == []
     tensors(lambda t: {n: v * 2 for n, v in t.items()})(folder)
     write("README.md", "# 我的模型\n".encode())(folder)
-    items = {item.name: item for item in check_folder(folder).items}
-    assert items["adapter_model.safetensors"].fault == "not what the run wrote"
-    assert items["README.md"].changed and not items["README.md"].fault
+    entries = {item.name: item for item in check_folder(folder).entries}
+    assert entries["adapter_model.safetensors"].fault == "not what the run wrote"
+    assert entries["README.md"].changed and not entries["README.md"].fault
 
 
 def test_checkpoints_whole_and_not_and_what_can_be_resumed(folder, monkeypatch):
@@ -153,16 +154,50 @@ def test_checkpoints_whole_and_not_and_what_can_be_resumed(folder, monkeypatch):
         checkpoint.mkdir()
         (checkpoint / "optimizer.pt").write_bytes(b"state")
         signature.seal(checkpoint, "checkpoint.json")
-    assert check_folder(folder).uses["resuming"] == (True, "from checkpoint-10: --resume")
+    assert check_folder(folder).uses["resuming"] == Use(True, "from checkpoint-10: --resume")
     (folder / "checkpoint-10" / "optimizer.pt").write_bytes(b"stat")
     verdict = check_folder(folder)
     assert "checkpoint-10/: optimizer.pt is damaged" in verdict.findings
-    assert verdict.uses["resuming"] == (True, "from checkpoint-2: --resume")
-    assert [item.name for item in verdict.items if "checkpoint" in item.name] == ["checkpoint-2/", "checkpoint-10/"]
+    assert verdict.uses["resuming"] == Use(True, "from checkpoint-2: --resume")
+    assert [item.name for item in verdict.entries if "checkpoint" in item.name] == ["checkpoint-2/", "checkpoint-10/"]
     manifest.write_manifest(folder / "checkpoint-2", "checkpoint.json")  # as one from another machine: without a mark
-    able, why = check_folder(folder).uses["resuming"]
-    assert not able and "not saved by you on this machine" in why
+    use = check_folder(folder).uses["resuming"]
+    assert not use.possible and use.needed and "not saved by you on this machine" in use.why
     signature._own_key.cache_clear()
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_an_interrupted_run_has_no_broken_files_but_an_adapter_yet_to_come(folder, language, monkeypatch):
+    monkeypatch.setenv("LORA_PRACTICE_LANG", language)
+    for file in folder.iterdir():
+        if file.name != "run_record.json":
+            file.unlink()
+    edit("run_record.json", status="interrupted")(folder)
+    monkeypatch.chdir(folder.parent)
+    verdict = check_folder(Path("out"))
+    assert verdict.findings == [] and not verdict.uses["inference"].possible
+    words = "\n".join(verdict_lines(verdict))
+    assert ("训练还没完成，完成时才写适配器" if language == "zh" else "the adapter is written at its end") in words
+    assert not any(word in words for word in ("已损坏", "缺少", "damaged", "missing", "adapter_model"))
+    checkpoint = folder / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "optimizer.pt").write_bytes(b"state")
+    manifest.write_manifest(checkpoint, "checkpoint.json")
+    words = "\n".join(verdict_lines(check_folder(Path("out"))))
+    assert "lora-practice chat out/checkpoint-2" in words  # whole, to be copied
+
+
+def test_what_is_missing_and_what_is_damaged_are_told_apart_and_no_name_is_split(folder, monkeypatch):
+    for name in ("tokenizer.json", "tokenizer_config.json", "adapter_config.json"):
+        (folder / name).unlink()
+    write("adapter_model.safetensors", b"")(folder)
+    monkeypatch.chdir(folder.parent)
+    shown = list(verdict_lines(check_folder(Path("out"))))
+    assert all(columns(line) <= 80 for line in shown)
+    start = next(i for i, line in enumerate(shown) if line.startswith("inference"))
+    words = [line.strip() for line in shown[start : start + 2]]
+    assert words[0].endswith("missing: tokenizer.json, tokenizer_config.json,")
+    assert words[1] == "adapter_config.json; damaged: adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
@@ -170,7 +205,9 @@ def test_every_line_fits_eighty_columns_in_both_languages(folder, language, monk
     monkeypatch.setenv("LORA_PRACTICE_LANG", language)
     monkeypatch.chdir(folder.parent)
     write("\x1b[31mnotes.txt", b"someone's")(folder)
-    shown = [line for line in lines(check_folder(Path("out"))) if str(folder.parent.parent) not in line]  # not a path
+    shown = [
+        line for line in verdict_lines(check_folder(Path("out"))) if str(folder.parent.parent) not in line
+    ]  # not a path
     assert all(columns(line) <= 80 for line in shown), [line for line in shown if columns(line) > 80]
     assert not any("\x1b" in line for line in shown)
 
@@ -195,9 +232,9 @@ def test_weights_that_are_no_numbers_are_null_in_json_and_never_the_layer_that_m
     assert broken and all(one["rms"] is None and one["largest_singular_value"] is None for one in broken)
     assert {one["module"].split("layers.")[1][:5] for one in broken} == {"0.mlp"}
     most = max((one for one in layers if one["norm"] is not None), key=lambda one: one["rms"])
-    assert any(line.startswith(f"moved most: {most['module']} ") for line in lines(verdict))
+    assert any(line.startswith(f"moved most: {most['module']} ") for line in verdict_lines(verdict))
     tensors(lambda t: {n: v * float("nan") for n, v in t.items()})(folder)
-    assert not any(line.startswith("moved most") for line in lines(check_folder(folder)))
+    assert not any(line.startswith("moved most") for line in verdict_lines(check_folder(folder)))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -211,7 +248,7 @@ def test_no_torch_is_loaded(folder):
     from fresh_process import in_a_process
 
     code = "import sys; from pathlib import Path; from lora_practice.report import checks, folder_text\n"
-    code += f"print(len(list(folder_text.lines(checks.check_folder(Path({str(folder)!r}))))))\n"
+    code += f"print(len(list(folder_text.verdict_lines(checks.check_folder(Path({str(folder)!r}))))))\n"
     assert int(in_a_process(code + "assert 'torch' not in sys.modules", folder.parent).stdout) > 20
 
 
@@ -226,5 +263,35 @@ def test_every_file_that_the_readme_lists_is_explained():
 def test_of_dora_it_says_that_lengths_are_not_counted(folder):
     edit("adapter_config.json", use_dora=True)(folder)
     verdict = check_folder(folder)
-    assert any("DoRA: what follows counts the update of directions" in line for line in lines(verdict))
+    assert any("DoRA: what follows counts the update of directions" in line for line in verdict_lines(verdict))
     assert json.loads(verdict_as_json(verdict))["dora"] is True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_change_is_told_in_percent_of_the_base_that_is_read_without_torch(tmp_path, dtype):
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    weight = torch.randn(700, 30, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    weights = {"h.0.attn.weight": weight, "h.0.norm.weight": weight[0].clone(), "n.weight": 0 * weight}
+    save_torch(weights, tmp_path / "m.safetensors")
+    changes = {"transformer.h.0.attn": 0.02, "n": 0.1, "not.there": 0.1}
+    found = relative_changes(changes, tmp_path)
+    assert set(found) == {"transformer.h.0.attn"}
+    assert found["transformer.h.0.attn"] == pytest.approx(
+        100 * 0.02 / float(weight.float().square().mean().sqrt()), rel=0.03
+    )
+    assert relative_changes(changes, None) == {}
+
+
+def test_an_adapter_of_a_base_whose_tensors_lack_its_prefix_is_no_strangers(folder):
+    """GPT-2's own files name "h.0.attn", PEFT "transformer.h.0.attn"."""
+    from safetensors.numpy import load_file
+
+    place = Path(json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
+    base = Path(shutil.copytree(place, folder.parent / "base"))
+    weights = load_file(base / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in weights.items()}, base / "model.safetensors")
+    edit("adapter_config.json", base_model_name_or_path=str(base))(folder)
+    edit("run_record.json", model={"kind": "folder", "name": str(base), "path": str(base), "hub_id": None})(folder)
+    assert check_folder(folder).findings == []

@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number_leaves_a_gap_and_is_said(folder):
     losses[11]["loss"] = float("nan")
     edit("run_record.json", losses=losses)(folder)
     page = re.sub("base64,[^\"')]*", "", report(folder))  # a picture may spell it
-    assert "At step 12 the loss is no number any more" in page and "NaN" not in page
+    assert "At step 12 the loss stopped being a number" in page and "NaN" not in page
 
 
 def test_layers_that_are_no_numbers_leave_a_gap_and_the_page_still_draws(folder):
@@ -154,13 +154,13 @@ def test_the_curves_go_into_the_card_that_the_run_wrote(folder):
     report(folder)  # again: once is enough
     assert (folder / "README.md").read_text("utf-8").count("curves.png") == 1
     assert reports.check_folder(folder).findings == [] and not any(
-        one.changed for one in reports.check_folder(folder).items
+        one.changed for one in reports.check_folder(folder).entries
     )
 
 
 def test_matplotlib_says_nothing_of_its_cache(tmp_path):
     (tmp_path / "no-folder").write_text("")  # of which it would warn, as it does of a font cache that is slow to build
-    code = "from lora_practice.report import figures; figures.png({'losses': [{'step': 1, 'loss': 2.0}]})"
+    code = "from lora_practice.report import figures; figures.curves_png({'losses': [{'step': 1, 'loss': 2.0}]})"
     assert in_a_process(code, tmp_path, MPLCONFIGDIR=str(tmp_path / "no-folder")).stderr == ""
 
 
@@ -190,4 +190,4 @@ def test_held_out_losses_come_from_before_during_and_after(folder):
     record["evaluations"] = [{"step": 0, "loss": 3.01}, {"step": 10, "loss": 2.5}]
     assert figures.held_out_points(record) == [(0, 3.01), (10, 2.5), (20, 2.0)]
     assert figures.held_out_points({**record, "best_step": 10}) == [(0, 3.01), (10, 2.5)]
-    assert figures.points_of(record, "loss") == [(10, 2.2)]
+    assert figures.logged_points(record, "loss") == [(10, 2.2)]
