@@ -45,7 +45,8 @@ def test_the_settings_table_is_the_one_that_help_shows(language, monkeypatch):
     update_readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(update_readme)
     monkeypatch.setenv("LORA_PRACTICE_LANG", language)
-    assert update_readme.with_table(README[language], language) == README[language]
+    page = update_readme.PAGES[language].read_text("utf-8")
+    assert update_readme.with_table(page, language) == page
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
