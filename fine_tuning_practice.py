@@ -276,12 +276,12 @@ class TrainSettings:
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice.py") -> int:
     """The whole story: settings, sources, data, model, training, files."""
     settings = parse(
         TrainSettings,
         argv,
-        prog="fine_tuning_practice.py",
+        prog=prog,
         description=text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"),
     )
     from lora_practice.run.resume import cached_as_before, check_same_base, check_same_data, remember

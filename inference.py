@@ -2,7 +2,7 @@
 
 python inference.py                                   聊天 / chat
 python inference.py --prompt "What is AI?"            问一句 / one question
-python inference.py --model-dir outputs/x/checkpoint-250 --prompt Hi --prompt Bye
+python inference.py --model_dir outputs/x/checkpoint-250 --prompt Hi --prompt Bye
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class InferenceSettings:
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, prog: str = "inference.py") -> int:
     """Load once, then answer each prompt, or chat."""
     settings = parse(
         InferenceSettings,
         argv,
-        prog="inference.py",
+        prog=prog,
         description=text("和训练好的模型聊天", "talk to what was trained"),
     )
     from lora_practice.inference import samples

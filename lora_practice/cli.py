@@ -1,7 +1,7 @@
-"""`lora-practice VERB ...`: choose, import that room, print. No logic.
+"""`lora-practice COMMAND ...`: each command imports the module that does its work and prints what it returns.
 
-To add a verb, write a function here: `@verb(zh, en)` above it, its parameters as typer reads them, its heavy imports
-inside it. What it returns is the exit code (None is 0); a user's mistake is a UserError, as everywhere.
+To add a command, write a function here: `@command(zh, en)` above it, its parameters as typer reads them, its heavy
+imports inside it. What it returns is the exit code (None is 0); a user's mistake is a UserError, as everywhere.
 """
 
 # annotations stay objects here: on Python 3.9 typer finds no Annotated in a string
@@ -15,57 +15,77 @@ import typer
 from lora_practice.console.commands import app, command, run_command
 from lora_practice.console.errors import UserError, entry_point
 from lora_practice.console.text import tell, text
+from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 
 # arguments and options that commands share, as typer reads them
+DEFAULT_FOLDER = Path(DEFAULT_OUTPUT_DIR)
 Folder = Annotated[
-    Path, typer.Argument(metavar=text("文件夹", "FOLDER"), help=text("训练结果的文件夹", "the output folder of a run"))
+    Path,
+    typer.Argument(
+        metavar=text("文件夹", "FOLDER"),
+        help=text("训练结果所在的文件夹", "output folder of a run"),
+    ),
 ]
 Other = Annotated[
-    Optional[Path], typer.Argument(metavar=text("另一个", "OTHER"), help=text("另一个训练结果", "another result"))
+    Optional[Path],
+    typer.Argument(
+        metavar=text("另一个", "OTHER"),
+        help=text("另一个训练结果；不写就和底座比较", "another output folder; without it the base is compared with"),
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help=text("输出 JSON，给程序读", "print JSON, for a program"))]
+Json = Annotated[bool, typer.Option("--json", help=text("输出 JSON，供程序读取", "print JSON, for a program"))]
 Tokens = Annotated[
-    int, typer.Option(min=1, metavar="N", help=text("回答最多多少 token", "tokens in an answer at most"))
+    int,
+    typer.Option(
+        "--max_new_tokens", min=1, metavar="N", help=text("每个回答最多多少个 token", "most tokens in an answer")
+    ),
 ]
-System = Annotated[str, typer.Option(metavar="…", help=text("系统提示", "system prompt"))]
+System = Annotated[str, typer.Option("--system", metavar="…", help=text("系统提示词", "system prompt"))]
 Prompts = Annotated[
-    Optional[list[str]], typer.Option(metavar="…", help=text("要问的话，可以写多次", "what to ask, repeatable"))
+    Optional[list[str]],
+    typer.Option("--prompt", metavar="…", help=text("要问的问题，可以写多次", "what to ask, repeatable")),
 ]
 Answers = Annotated[
-    bool, typer.Option("--answers", help=text("现在让底座和微调各答四个问题", "let base and adapter answer now"))
+    bool,
+    typer.Option(
+        "--answers", help=text("现场让底座和微调后的模型各答几个问题", "let base and adapter answer some questions now")
+    ),
 ]
 DataFile = Annotated[Path, typer.Argument(metavar=text("文件", "FILE"), help="JSONL, JSON, CSV, TSV, Parquet")]
 Show = Annotated[
     Optional[int],
     typer.Option(
+        "--show",
         min=1,
         metavar="N",
         help=text(
-            "按模型看到的样子显示第 N 行，标出训练的部分", "show row N as the model sees it, trained parts marked"
+            "按模型看到的样子显示第 N 行，标出参与训练的部分", "show row N as the model sees it, trained parts marked"
         ),
     ),
 ]
 MaxLength = Annotated[
-    int,
-    typer.Option("--max_length", "--max-length", min=8, metavar="N", help=text("同训练的 --max_length", "as in train")),
+    int, typer.Option("--max_length", min=8, metavar="N", help=text("同训练的 --max_length", "as in train"))
 ]
 ModelName = Annotated[
     str,
     typer.Option(
         "--model_name",
-        "--model-name",
-        help=text("用谁的分词器；默认是内置模型的", "whose tokenizer; by default the embedded model's"),
+        metavar="…",
+        help=text("用哪个模型的分词器；默认用内置模型的", "whose tokenizer; by default the embedded model's"),
     ),
 ]
 TemplatePath = Annotated[
-    str, typer.Option("--chat_template_path", "--chat-template-path", help=text("同训练的参数", "as in train"))
+    str,
+    typer.Option("--chat_template_path", metavar="…", help=text("同训练的 --chat_template_path", "as in train")),
 ]
-Only = Annotated[Optional[str], typer.Option(metavar="f16|q8_0", help=text("只写一种精度", "write one precision only"))]
+Only = Annotated[
+    Optional[str], typer.Option("--only", metavar="f16|q8_0", help=text("只写一种精度", "write one precision only"))
+]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help=text("换掉已有的 文件夹/gguf", "replace an earlier FOLDER/gguf"))
+    bool, typer.Option("--overwrite", help=text("替换已有的 文件夹/gguf", "replace an earlier FOLDER/gguf"))
 ]
 Check = Annotated[
-    bool, typer.Option("--check", help=text("什么都不导出，只重做证明", "export nothing, only prove again"))
+    bool, typer.Option("--check", help=text("不导出，只重新验证已有的 GGUF", "export nothing, only verify again"))
 ]
 
 
@@ -87,17 +107,29 @@ def _upload_settings() -> Any:
     return UploadSettings
 
 
+def _check_trained(folder: Path) -> None:
+    """Refuse the default folder where nothing has been trained yet.
+
+    Raises:
+        UserError: `folder` is the default one and does not exist.
+    """
+    if folder == DEFAULT_FOLDER and not folder.is_dir():
+        what = text("没有这个文件夹：还没有训练过", "no such folder: nothing has been trained yet")
+        fix = text("先训练：lora-practice train，或写出文件夹", "train first: lora-practice train, or name a folder")
+        raise UserError(what, str(folder), fix)
+
+
 @command("训练（选项同 fine_tuning_practice.py）", "fine-tune (options of fine_tuning_practice.py)", _train_settings)
 def train(ctx: typer.Context) -> None:
-    """Door 1."""
+    """Run fine_tuning_practice.py's main."""
     from fine_tuning_practice import main
 
-    main(ctx.args)
+    main(ctx.args, ctx.command_path)
 
 
 @command(
-    "检查数据文件：格式、长度、重复、每个问题和改法",
-    "look through a data file: shape, lengths, copies, each problem and its cure",
+    "检查数据文件：格式、长度、重复，列出每个问题和改法",
+    "check a data file: shape, lengths, copies, each problem and its cure",
 )
 def check_data(
     path: DataFile,
@@ -118,19 +150,23 @@ def check_data(
 
 @command(
     "和训练好的模型聊天（选项同 inference.py）",
-    "talk to what was trained (options of inference.py)",
+    "chat with the trained model (options of inference.py)",
     _inference_settings,
 )
 def infer(ctx: typer.Context) -> None:
-    """Door 2."""
+    """Run inference.py's main."""
     from inference import main
 
-    main(ctx.args)
+    main(ctx.args, ctx.command_path)
 
 
-@command("把适配器合并成完整模型，写到 文件夹/merged", "merge the adapter into a whole model, in FOLDER/merged")
-def merge(folder: Folder) -> None:
+@command(
+    "把适配器合并进底座，完整模型写到 文件夹/merged",
+    "merge the adapter into the base: a whole model in FOLDER/merged",
+)
+def merge(folder: Folder = DEFAULT_FOLDER) -> None:
     """Write FOLDER/merged."""
+    _check_trained(folder)
     from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
@@ -139,9 +175,13 @@ def merge(folder: Folder) -> None:
     tell(export_merge.merge_sentence(*export_merge.merge_adapter(folder)))
 
 
-@command("看懂一个训练结果：每个文件、改了哪些层、能做什么", "what an output folder holds, and what it is good for")
-def inspect(folder: Folder, json: Json = False) -> None:
-    """Print the verdict on FOLDER."""
+@command(
+    "看懂一个训练结果：有哪些文件、改了哪些层、能做什么",
+    "what an output folder holds, and what it can be used for",
+)
+def inspect(folder: Folder = DEFAULT_FOLDER, json: Json = False) -> None:
+    """Print what FOLDER holds and what it can be used for."""
+    _check_trained(folder)
     from lora_practice.report.checks import check_folder
     from lora_practice.report.folder_text import verdict_as_json, verdict_lines
 
@@ -150,9 +190,10 @@ def inspect(folder: Folder, json: Json = False) -> None:
         print(line)
 
 
-@command("一页看懂一次训练：写 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
-def report(folder: Folder, answers: Answers = False) -> None:
+@command("一页看懂一次训练：写出 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
+def report(folder: Folder = DEFAULT_FOLDER, answers: Answers = False) -> None:
     """Write FOLDER/report.html and FOLDER/curves.png."""
+    _check_trained(folder)
     from fine_tuning_practice import TrainSettings
     from lora_practice.console.settings import reasons
     from lora_practice.report.html import write_report
@@ -177,9 +218,13 @@ def _machine() -> Any:
     return decide(look())
 
 
-@command("在终端里聊天：历史、多行、随时换成底座听听", "chat at the terminal; /adapter off lets you hear the base")
-def chat(folder: Folder, system: System = "", max_new_tokens: Tokens = 256) -> None:
-    """Talk to what is in FOLDER; from a pipe, one question a line."""
+@command(
+    "在终端里聊天：记住历史、可输入多行、随时切换到底座",
+    "chat at the terminal; /adapter off switches to the base",
+)
+def chat(folder: Folder = DEFAULT_FOLDER, system: System = "", max_new_tokens: Tokens = 256) -> None:
+    """Chat with the model in FOLDER; from a pipe, one question a line."""
+    _check_trained(folder)
     machine = _machine()
     from lora_practice.inference import chat
     from lora_practice.inference import load as load_chat
@@ -188,9 +233,12 @@ def chat(folder: Folder, system: System = "", max_new_tokens: Tokens = 256) -> N
     chat.chat_loop(str(folder), talker, system, max_new_tokens=max_new_tokens)
 
 
-@command("底座和微调（或两个文件夹）并排回答，比较留出数据的损失", "base and adapter, or two folders, side by side")
+@command(
+    "底座与微调后（或两个训练结果）并排回答，并比较验证损失",
+    "base and adapter, or two output folders, side by side",
+)
 def compare(
-    folder: Folder,
+    folder: Folder = DEFAULT_FOLDER,
     other: Other = None,
     prompt: Prompts = None,
     system: System = "",
@@ -198,6 +246,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Show answers and held-out losses."""
+    _check_trained(folder)
     machine = _machine()
     from lora_practice.inference import compare
 
@@ -208,11 +257,14 @@ def compare(
 
 
 @command(
-    "写出 GGUF 和 Modelfile（llama.cpp、Ollama 用），并证明和适配器一致",
-    "write GGUF files and a Modelfile (llama.cpp, Ollama), and prove that they equal the adapter",
+    "写出 GGUF 和 Modelfile（供 llama.cpp、Ollama 使用），并验证与适配器一致",
+    "write GGUF files and a Modelfile (llama.cpp, Ollama), and verify that they equal the adapter",
 )
-def export(folder: Folder, only: Only = None, overwrite: Overwrite = False, check: Check = False) -> int:
-    """Write FOLDER/gguf and prove it; exit code 1 when the proof fails."""
+def export(
+    folder: Folder = DEFAULT_FOLDER, only: Only = None, overwrite: Overwrite = False, check: Check = False
+) -> int:
+    """Write FOLDER/gguf and verify it; exit code 1 when it does not equal the adapter."""
+    _check_trained(folder)
     from lora_practice.export.gguf_writer import PRECISIONS
 
     if only is not None and only not in PRECISIONS:
@@ -235,22 +287,22 @@ def export(folder: Folder, only: Only = None, overwrite: Overwrite = False, chec
 
 @command(
     "上传到 Hugging Face Hub（选项同 scripts/upload_lora_to_hub.py）",
-    "upload to the Hub (options of scripts/upload_lora_to_hub.py)",
+    "upload to the Hugging Face Hub (options of scripts/upload_lora_to_hub.py)",
     _upload_settings,
 )
 def upload(ctx: typer.Context) -> None:
-    """Door 3."""
+    """Run the main of scripts/upload_lora_to_hub.py."""
     from lora_practice.export.hub.upload import main
 
-    main(ctx.args)
+    main(ctx.args, ctx.command_path)
 
 
 @command(
-    "这台机器能不能练：硬件、显卡、网络、要下载什么、哪里不对、怎么改",
-    "can this machine train: hardware, card, network, downloads, what is wrong and its cure",
+    "检查这台机器能否训练：硬件、显卡、网络、要下载的内容，以及问题和改法",
+    "check whether this machine can train: hardware, card, network, downloads, problems and their cures",
 )
 def doctor(json: Json = False) -> int:
-    """See `lora_practice.machine.device.doctor.page`."""
+    """See `lora_practice.machine.doctor.page`."""
     from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
@@ -263,16 +315,19 @@ def doctor(json: Json = False) -> int:
 
 
 @command(
-    "当场证明：resume 杀掉一次训练再继续，比较结果", "see it proved: resume kills a training, goes on, and compares"
+    "当场验证：resume 强行结束一次训练，再继续，并比较结果",
+    "verify on this machine: resume kills a training, goes on, and compares the results",
 )
-def selftest(proof: Annotated[str, typer.Argument(metavar="resume", help=text("证明什么", "what to prove"))]) -> int:
-    """Run a proof of this name."""
+def selftest(
+    proof: Annotated[str, typer.Argument(metavar="resume", help=text("要验证的功能", "what to verify"))],
+) -> int:
+    """Run the self-test of this name."""
     from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.run import selftest as proofs
+    from lora_practice.run.selftest import run_selftest
 
-    return proofs.run_selftest(proof)
+    return run_selftest(proof)
 
 
 def _show_version(wanted: bool) -> None:
@@ -290,7 +345,7 @@ def program_options(
         typer.Option("--version", callback=_show_version, is_eager=True, help=text("显示版本", "show the version")),
     ] = False,
 ) -> None:
-    """The options of the program itself."""
+    """Options of the program itself."""
 
 
 @entry_point

@@ -4,8 +4,8 @@ Upload a training result to the Hugging Face Hub: private by default, the token 
 file verified afterwards; secrets and this machine's paths are not sent.
 
 运行 / Run:
-    python scripts/upload_lora_to_hub.py --repo-id NAME/REPO --dry-run    # 先看会发送什么 / look first
-    HF_TOKEN=... python scripts/upload_lora_to_hub.py --repo-id NAME/REPO [--exclude-checkpoints] [--public]
+    python scripts/upload_lora_to_hub.py --repo_id NAME/REPO --dry_run    # 先看会发送什么 / look first
+    HF_TOKEN=... python scripts/upload_lora_to_hub.py --repo_id NAME/REPO [--exclude_checkpoints] [--public]
 """
 
 from __future__ import annotations

@@ -1,53 +1,50 @@
-"""How `lora-practice VERB` looks and fails: typer's commands, with this project's help and one-line errors."""
+"""How `lora-practice COMMAND` looks and fails: typer's commands, with this project's help and one-line errors."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.help import Help
+from lora_practice.console.help import Section, default_note, help_page, shown_flag
 from lora_practice.console.text import text
 
 # click's ClickException; typer carries a click of its own from 0.26 on, and stands on the installed one before
-Mistake: Any = typer.BadParameter.__mro__[2]
+ClickError: Any = typer.BadParameter.__mro__[2]
 
 
 class Command(TyperCommand):
     """A command whose parameters typer reads from its function."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The same page as the doors print, in the user's language."""
-        page = _page(ctx, self)
-        for parameter in self.get_params(ctx):
-            if parameter.param_type_name == "argument":
-                page.add_argument(parameter.name, metavar=_metavar(parameter), help=_help_of(parameter))
-        _add_options(page, self.get_params(ctx))
-        formatter.write(page.format_help())
+        """Write the same kind of page as the entry points print, in the user's language."""
+        named = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        arguments = Section(text("参数", "arguments"), [(_metavar(one), _help_of(one)) for one in named])
+        formatter.write(help_page(_usage(ctx, self), self.help or "", [arguments, _options(ctx, self)]))
 
 
 class EntryPointCommand(TyperCommand):
-    """A command whose words go to one of the doors as they are, `--help` too: its function finds them in ctx.args."""
+    """A command that hands its words to an entry point unread, `--help` too: its function finds them in ctx.args."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take every word, read none."""
+        """Keep every word in ctx.args."""
         ctx.args = list(args)
         return []
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """The door's flags: those of the dataclass that ctx.obj() returns."""
-        fields = [one for one in dataclasses.fields(ctx.obj()) if "zh" in one.metadata]
-        typed = incomplete.lstrip("-").replace("-", "_")
+        """The entry point's flags: those of the settings class that ctx.obj() returns."""
+        fields = [field for field in dataclasses.fields(ctx.obj()) if "zh" in field.metadata]
+        typed = shown_flag(incomplete).lstrip("-")
         return [
-            Completion(f"--{one.name}", text(one.metadata["zh"], one.metadata["en"]))
-            for one in fields
-            if incomplete.startswith("-") and one.name.startswith(typed)
+            Completion(f"--{field.name}", text(field.metadata["zh"], field.metadata["en"]))
+            for field in fields
+            if incomplete.startswith("-") and field.name.startswith(typed)
         ]
 
 
@@ -64,17 +61,13 @@ class Commands(TyperGroup):
     """All commands."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """One line for each verb, then the few options of the program itself."""
-        page = _page(ctx, self)
-        listed = page.add_argument_group(text("命令", "commands"))
-        for name, command in self.commands.items():
-            if not command.hidden:
-                listed.add_argument(name, metavar=name, help=command.help)
-        _add_options(page, self.get_params(ctx))
-        formatter.write(page.format_help())
+        """Write one line for each command, then the options of the program itself."""
+        rows = [(name, command.help or "") for name, command in self.commands.items() if not command.hidden]
+        listed = Section(text("命令", "commands"), rows)
+        formatter.write(help_page(_usage(ctx, self), self.help or "", [listed, _options(ctx, self)]))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The verb that the first word names.
+        """The command that the first word names.
 
         Raises:
             UserError: there is none of this name.
@@ -90,7 +83,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     help=text(
-        "在弱机器上动手学 LoRA 微调。每个命令加 --help 看选项。",
+        "用配置不高的电脑动手学 LoRA 微调。每个命令加 --help 查看选项。",
         "Learn LoRA fine-tuning on weak hardware. Each command takes --help.",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -99,17 +92,19 @@ app = typer.Typer(
 )
 
 
-def command(zh: str, en: str, door_settings: Optional[Callable[[], Any]] = None) -> Callable[[Any], Any]:
-    """Make a function a verb of the same name (`check_data` is `check-data`), with one line of help.
+def command(zh: str, en: str, entry_point_settings: Optional[Callable[[], Any]] = None) -> Callable[[Any], Any]:
+    """Make a function a command of the same name (`check_data` is `check-data`), with one line of help.
 
-    With `door_settings`, which returns the dataclass of a door's flags, the words go to that door unread (ctx.args).
+    With `entry_point_settings`, which returns the dataclass of an entry point's flags, the words go to that entry
+    point unread (ctx.args). Flags are accepted with dashes too, and shown with underscores.
     """
-    cls = EntryPointCommand if door_settings else Command
-    return app.command(cls=cls, help=text(zh, en), context_settings={"obj": door_settings})
+    cls = EntryPointCommand if entry_point_settings else Command
+    context = {"obj": entry_point_settings, "token_normalize_func": lambda name: name.replace("-", "_")}
+    return app.command(cls=cls, help=text(zh, en), context_settings=context)
 
 
 def run_command(app: typer.Typer, argv: Sequence[str], prog: str) -> Optional[int]:
-    """Do what the words say; what the verb's function returns is the exit code.
+    """Run the command that the words name; its function's return value is the exit code (None is 0).
 
     Raises:
         UserError: a mistake in the words themselves.
@@ -117,51 +112,61 @@ def run_command(app: typer.Typer, argv: Sequence[str], prog: str) -> Optional[in
     command: Any = typer.main.get_command(app)
     try:
         return command.main(list(argv) or ["--help"], prog_name=prog, standalone_mode=False)
-    except Mistake as error:
-        raise _in_our_words(error) from error
+    except ClickError as error:
+        raise _as_user_error(error, prog) from error
 
 
-def _in_our_words(error: Any) -> UserError:
+def _as_user_error(error: Any, prog: str) -> UserError:
+    """click's error in this project's words."""
     context, kind = error.ctx, type(error).__name__
     parameter = getattr(error, "param", None)
     name = ""
     if parameter is not None:
-        name = parameter.opts[0] if parameter.param_type_name == "option" else _metavar(parameter)
+        name = _shown(parameter) if parameter.param_type_name == "option" else _metavar(parameter)
     if kind == "NoSuchOption":
-        near = list(error.possibilities or [])
+        near = [shown_flag(flag) for flag in error.possibilities or []]
         hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
         what = text(f"没有 {error.option_name} 这个选项{hint}", f"unknown flag {error.option_name}{hint}")
     elif kind == "MissingParameter":
         what = text(f"缺少 {name}", f"{name} is missing")
     elif kind == "BadOptionUsage":
-        what = text(f"{error.option_name} 后面要有一个值", f"{error.option_name} needs a value")
+        flag = shown_flag(error.option_name)
+        what = text(f"{flag} 后面要有一个值", f"{flag} needs a value")
     elif kind == "UsageError":  # the only one left: words too many
         what = text("多余的参数：", "unexpected argument: ") + error.message.rpartition("(")[2].rstrip(").")
+    elif (least := _least(parameter)) is not None:
+        what = text(f"{name} 要的是 >= {least} 的整数", f"{name} needs a whole number >= {least}")
     else:
         what = text(f"{name} 的值不对：{error.message}", f"{name}: {error.message}")
-    path = context.command_path if context else ""
-    return UserError(what, fix=f"{path} --help")
+    return UserError(what, fix=f"{context.command_path if context else prog} --help")
 
 
-def _page(ctx: Any, command: Any) -> argparse.ArgumentParser:
+def _least(parameter: Any) -> Optional[int]:
+    """The smallest value that an option takes, where it takes a whole number: typer 0.26 and later hold it themselves,
+    before they leave it to click's type."""
+    return getattr(parameter, "min", None) or getattr(getattr(parameter, "type", None), "min", None)
+
+
+def _usage(ctx: Any, command: Any) -> str:
     words = [_metavar(one) for one in command.get_params(ctx) if one.param_type_name == "argument"]
     if isinstance(command, Commands):
         words = [text("命令", "COMMAND")]
-    return argparse.ArgumentParser(
-        usage=" ".join([ctx.command_path, *words, text("[选项]", "[options]")]),
-        description=command.help,
-        epilog=command.epilog,
-        formatter_class=Help,
-        add_help=False,
-    )
+    return " ".join([ctx.command_path, *words, text("[选项]", "[options]")])
 
 
-def _add_options(page: argparse.ArgumentParser, parameters: Sequence[Any]) -> None:
-    listed = page.add_argument_group(text("选项", "options"))
-    for parameter in parameters:
-        if parameter.param_type_name == "option" and not parameter.hidden:
-            value: dict[str, Any] = {"action": "store_true"} if parameter.is_flag else {"metavar": _metavar(parameter)}
-            listed.add_argument(*sorted(parameter.opts, key=len), help=_help_of(parameter), **value)
+def _options(ctx: Any, command: Any) -> Section:
+    """The section of options, help first as on the entry points' pages."""
+    options = [one for one in command.get_params(ctx) if one.param_type_name == "option" and not one.hidden]
+    options.sort(key=lambda one: one.name != "help")  # a stable sort: the others keep their order
+    rows = [(f"{_shown(one)} {'' if one.is_flag else _metavar(one)}".rstrip(), _help_of(one)) for one in options]
+    return Section(text("选项", "options"), rows)
+
+
+def _shown(option: Any) -> str:
+    """The flag as it is shown: "-h, --help"; the program's own flags are spelt as typer spells them."""
+    if option.name in ("install_completion", "show_completion"):
+        return option.opts[0]
+    return ", ".join(dict.fromkeys(shown_flag(flag) for flag in sorted(option.opts, key=len)))
 
 
 def _metavar(parameter: Any) -> str:
@@ -173,8 +178,10 @@ def _metavar(parameter: Any) -> str:
 
 def _help_of(parameter: Any) -> str:
     ours = {
-        "help": text("显示这些说明", "show this help"),
-        "install_completion": text("为当前的 shell 装上补全", "install completion for this shell"),
+        "help": text("显示这份说明", "show this help"),
+        "install_completion": text("为当前的 shell 安装补全", "install completion for this shell"),
         "show_completion": text("显示补全脚本", "show the completion script"),
     }
-    return (ours.get(parameter.name) or parameter.help or "").replace("%", "%%")
+    default = parameter.default
+    shown = isinstance(default, (int, str, Path)) and not isinstance(default, bool) and str(default) != ""
+    return (ours.get(parameter.name) or parameter.help or "") + (default_note(default) if shown else "")

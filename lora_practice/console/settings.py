@@ -2,7 +2,7 @@
 
 A field is written `lora_r: int = setting(6, "为什么", "why", minimum=1)`; the two sentences become the help
 text, the README table and the report. `parse` turns `--lora_r 8`, `--lora-r 8` or `--lora_r=8` into the
-dataclass; booleans are `--merge_adapter` / `--no-merge_adapter`.
+dataclass; booleans are `--merge_adapter` / `--no_merge_adapter`. Underscores are what is shown everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Optional, TypeVar
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.help import Help
+from lora_practice.console.help import Section, default_note, help_page, shown_flag
 from lora_practice.console.text import text
 
 T = TypeVar("T")
@@ -35,14 +35,17 @@ def setting(
     above: float | None = None,
     choices: Sequence[str] = (),
     bare: str | None = None,
+    common: bool = False,
+    section: tuple[str, str] = ("", ""),
 ) -> Any:
     """A dataclass field with its line of why and its limits.
 
     `minimum`/`maximum` are inclusive, `above` is exclusive; `bare` is the value that the flag alone stands
-    for (`--gradient_checkpointing` means "on").
+    for (`--gradient_checkpointing` means "on"). `--help` shows the `common` fields first, then the others by
+    `section` (zh, en): the first field of a section names it.
     """
     metadata: dict[str, Any] = {"zh": zh, "en": en, "minimum": minimum, "maximum": maximum, "above": above}
-    metadata.update(choices=tuple(choices), bare=bare)
+    metadata.update(choices=tuple(choices), bare=bare, common=common, section=section)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -68,7 +71,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
         except ValueError as problem:
             issues.append(str(problem))
     if issues:
-        raise UserError("; ".join(issues), fix=text(f"用 {prog} --help 看全部选项", f"see {prog} --help"))
+        raise UserError("; ".join(issues), fix=_see_help(prog))
     result = cls(**chosen)
     validate(result)
     vars(result)["_given"] = frozenset(chosen)
@@ -123,51 +126,74 @@ def _shown_default(field: dataclasses.Field) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
+    """argparse's reading with this project's errors and help page."""
+
+    page = ""
+
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message, fix=text(f"用 {self.prog} --help 看全部选项", f"see {self.prog} --help"))
+        raise UserError(message, fix=_see_help(self.prog))
+
+    def format_help(self) -> str:
+        return self.page
+
+
+def _see_help(prog: str) -> str:
+    return text(f"用 {prog} --help 看全部选项", f"see {prog} --help")
 
 
 def _build_parser(cls: Any, prog: str, description: str) -> argparse.ArgumentParser:
-    usage = f"{prog} [{text('选项', 'options')}]"
-    looks: dict[str, Any] = {"usage": usage, "description": description, "formatter_class": Help}
-    switches = [field.name for field in _fields(cls) if field.default is True]
-    if switches:
-        off = ", ".join("--no-" + name for name in switches)
-        looks["epilog"] = text(f"默认打开的选项这样关：{off}", f"what is on by default is turned off so: {off}")
-    parser = _Parser(prog=prog, allow_abbrev=False, add_help=False, **looks)
-    parser.add_argument("-h", "--help", action="help", help=text("显示这些说明", "show this help"))
+    parser = _Parser(prog=prog, allow_abbrev=False, add_help=False)
+    parser.page = _page(cls, prog, description)
+    parser.add_argument("-h", "--help", action="help")
     types = typing.get_type_hints(cls)
     for field in _fields(cls):
-        name, kind = field.name, types[field.name]
-        default = _shown_default(field)
-        note = "" if default == "" else text(f"（默认 {default}）", f" (default {default})")
-        options: dict[str, Any] = {"dest": name, "default": None, "help": (_why(field) + note).replace("%", "%%")}
-        flags = _spellings(name)
-        hidden = dict(options, help=argparse.SUPPRESS)
-        valued: dict[str, Any] = {"nargs": "?", "const": _NO_VALUE, **options}
-        if kind is bool:
-            parser.add_argument(*flags, nargs="?", const="true", metavar="", **options)
-            parser.add_argument(*_spellings("no-" + name), action="store_const", const="false", **hidden)
-        elif typing.get_origin(_plain(kind)) is list:
-            parser.add_argument(*flags, action="append", metavar="…", **valued)
-        elif field.metadata["bare"]:
-            parser.add_argument(
-                *flags, nargs="?", const=field.metadata["bare"], metavar=_metavar(kind, field), **options
-            )
-            parser.add_argument(*_spellings("no-" + name), action="store_const", const="off", **hidden)
+        options: dict[str, Any] = {"dest": field.name, "default": None}
+        flags, negated = _spellings(field.name), _spellings("no_" + field.name)
+        if types[field.name] is bool:
+            parser.add_argument(*flags, nargs="?", const="true", **options)
+            parser.add_argument(*negated, action="store_const", const="false", **options)
+        elif typing.get_origin(_plain(types[field.name])) is list:
+            parser.add_argument(*flags, action="append", nargs="?", const=_NO_VALUE, **options)
         else:
-            parser.add_argument(*flags, metavar=_metavar(kind, field), **valued)
+            parser.add_argument(*flags, nargs="?", const=field.metadata["bare"] or _NO_VALUE, **options)
+            if field.metadata["bare"]:
+                parser.add_argument(*negated, action="store_const", const="off", **options)
     return parser
 
 
+def _page(cls: Any, prog: str, description: str) -> str:
+    """The text of `--help`: common settings first where the class marks some, then the others by section."""
+    types = typing.get_type_hints(cls)
+    common: list[tuple[str, str]] = [("-h, --help", text("显示这份说明", "show this help"))]
+    sections = [Section(text("选项", "options"), common)]
+    marked = any(field.metadata["common"] for field in _fields(cls))
+    if marked:
+        sections = [Section(text("常用选项", "common options"), common)]
+    rows = common
+    for field in _fields(cls):
+        if marked and any(field.metadata["section"]):
+            rows = []
+            sections.append(Section(text("高级选项 · ", "advanced options: ") + text(*field.metadata["section"]), rows))
+        name = f"--{field.name} {_metavar(types[field.name], field)}".rstrip()
+        row = (name, _why(field) + default_note(_shown_default(field)))
+        (common if field.metadata["common"] else rows).append(row)
+    on = [f"--no_{field.name}" for field in _fields(cls) if field.default is True]
+    ends = text("默认打开的选项这样关闭：", "what is on by default is turned off so: ") + ", ".join(on) if on else ""
+    return help_page(f"{prog} [{text('选项', 'options')}]", description, sections, ends)
+
+
 def _spellings(name: str) -> list[str]:
-    spellings = [f"--{name}", "--" + name.replace("_", "-"), "--" + name.replace("-", "_")]
-    return list(dict.fromkeys(spellings))
+    """All accepted spellings of a flag, the shown one first: `--lora_r`, `--lora-r`; `--no_bf16`, `--no-bf16`."""
+    dashed = name.replace("_", "-")
+    mixed = "no-" + name[len("no_") :] if name.startswith("no_") else name
+    return list(dict.fromkeys([f"--{name}", f"--{dashed}", f"--{mixed}"]))
 
 
 def _metavar(kind: Any, field: dataclasses.Field) -> str:
     if field.metadata["choices"]:
         return "|".join(field.metadata["choices"])
+    if kind is bool:
+        return ""
     return {"int": "N", "float": "X"}.get(getattr(_plain(kind), "__name__", ""), "…")
 
 
@@ -183,10 +209,9 @@ def _unknown_flag(word: str, cls: Any) -> str:
     names = [field.name for field in _fields(cls)]
     if word.startswith("--no"):
         kinds = typing.get_type_hints(cls)
-        names += ["no-" + field.name for field in _fields(cls) if kinds[field.name] is bool or field.metadata["bare"]]
-    flags = [flag for name in names for flag in _spellings(name)]
+        names += ["no_" + field.name for field in _fields(cls) if kinds[field.name] is bool or field.metadata["bare"]]
     wanted = word.split("=")[0]
-    near = difflib.get_close_matches(wanted, flags, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shown_flag(wanted), [f"--{name}" for name in names], n=1, cutoff=0.5)
     hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
     return text(f"没有 {wanted} 这个选项{hint}", f"unknown flag {wanted}{hint}")
 

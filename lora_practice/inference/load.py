@@ -76,7 +76,7 @@ def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[s
     assert here.path is not None and base.path is not None
     tokens, has_adapter = here, base is not here
     if not (here.path / "tokenizer_config.json").is_file() and (has_adapter or base_model):
-        tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base-model")
+        tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base_model")
         zh, en = f"文件夹里没有分词器，用 {tokens.name} 的", f"no tokenizer in the folder: using {tokens.name}'s"
         tell(text(zh, en))
     elif has_adapter:
@@ -94,14 +94,14 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     The adapter's own word comes first; an embedded base is found in the cache wherever that is now.
     """
     if base_model:
-        return find_model(base_model, is_default=False, flag="--base-model")
+        return find_model(base_model, is_default=False, flag="--base_model")
     trained_on = (read_record(folder) or {}).get("model") or {}
     named = adapter_config.base_name(folder, trained_on, own=embedded.MODEL.folder)
     if trained_on.get("kind") == "embedded" or adapter_config.last_part(named) == embedded.MODEL.folder:
         return find_model("", is_default=True, want_embedded=True)
     if kept := cached_as_before({"model": trained_on}, named):
         return kept
-    found = find_model(named, is_default=False, flag="--base-model")
+    found = find_model(named, is_default=False, flag="--base_model")
     if found.kind == "folder":  # chosen by what lies in the folder, which may have come from elsewhere
         tell(text(f"底座：{found.path}", f"base: {found.path}"))
     return found

@@ -57,7 +57,7 @@ def say(talker: ChatModel, messages: Sequence[dict[str, str]], column: int = 0, 
     return answer
 
 
-def cut(talker: ChatModel, flag: str = "--max-new-tokens N") -> str:
+def cut(talker: ChatModel, flag: str = "--max_new_tokens N") -> str:
     """That its last answer goes on, and the flag to hear more of it; empty if the answer ended by itself."""
     if not talker.cut:
         return ""

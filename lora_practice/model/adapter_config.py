@@ -84,7 +84,7 @@ def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
         UserError: it names no base, another one than the record, or a place outside.
     """
     named = read_adapter_config(folder).get("base_model_name_or_path")
-    fix = text("用 --base-model 指定底座", "name the base with --base-model")
+    fix = text("用 --base_model 指定底座", "name the base with --base_model")
     if not isinstance(named, str) or not named:
         raise UserError(text("适配器没写底座是谁", "the adapter names no base"), str(folder / CONFIG), fix)
     known = [one for one in map(trained_on.get, ("name", "path", "hub_id")) if isinstance(one, str) and one]

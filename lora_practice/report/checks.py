@@ -236,7 +236,7 @@ def _sharing_use(
     on_hub = adapter_config.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")
     if config and not on_hub:
         return Use(False, text("底座不在 Hub 上，别人没有", "its base is not on the Hub: nobody else has it"))
-    return Use(True, f"lora-practice upload --local-dir {folder} --repo-id …")
+    return Use(True, f"lora-practice upload --local_dir {folder} --repo_id …")
 
 
 def _resuming_use(folder: Path, record: Mapping[str, Any]) -> Use:

@@ -89,7 +89,7 @@ def how_to_resume(record: dict[str, Any]) -> str:
 
 def farewell(folder: Path, record: dict[str, Any]) -> str:
     """The last lines of a finished run: steps, time, loss, the folder, and the next command."""
-    model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model-dir {shlex.quote(str(folder))}"
+    model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model_dir {shlex.quote(str(folder))}"
     loss = record["losses"][-1]["loss"] if record["losses"] else float("nan")
     command = _runnable(shlex.join(_command("inference.py", "infer")) + model_dir)
     took, expected = f"{record['seconds']:.0f}", f"{record['estimate']['seconds']:.0f}"

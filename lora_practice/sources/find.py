@@ -99,7 +99,7 @@ def fetch_repository(name: str) -> Path:
     """Folder of an adapter or model that lies on the Hub (or in its cache)."""
     found = _snapshot(name, MODEL_FILES, local_only=not hub_is_reachable())
     if found is None:
-        raise _unreachable(name, "--model-dir")
+        raise _unreachable(name, "--model_dir")
     return found
 
 
@@ -232,7 +232,7 @@ def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path
 
 
 def _unreachable(name: str, flag: str) -> UserError:
-    trains = "_" in flag  # the flags of inference.py are spelt --model-dir and --base-model
+    trains = flag not in ("--model_dir", "--base_model")  # those are flags of inference.py
     other = text("用 --embedded 跑内置模型", "use --embedded") if trains else text("写一个本地文件夹", "name a folder")
     return UserError(
         text(

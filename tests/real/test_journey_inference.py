@@ -52,7 +52,7 @@ def test_greedy_answers_are_those_of_transformers_and_peft_by_hand(trained, tmp_
     prompts = [word for prompt in expected for word in ("--prompt", prompt)]
     done = succeeded(infer(tmp_path, "--model-dir", str(trained.folder), *SHORT, *prompts))
     assert done.stdout == "".join(f"> {prompt}\n{answer}\n" for prompt, answer in expected.items())
-    assert done.stderr.count("(cut at 12 tokens: --max-new-tokens N)") == 2
+    assert done.stderr.count("(cut at 12 tokens: --max_new_tokens N)") == 2
     command = [sys.executable, INFER, "--model-dir", str(trained.folder), *SHORT]
     options: dict = {"input": "\n".join(expected), "capture_output": True, "text": True, "encoding": "utf-8"}
     piped = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path / "home"), timeout=300, **options)
@@ -185,7 +185,7 @@ def test_a_chat_on_a_terminal_remembers_and_forgets_on_reset_and_ends_with_ctrl_
         for typed, wanted in ((QUESTION, first), (QUESTION, second), ("/reset", "begun anew"), (QUESTION, first)):
             terminal.type(typed + "\n")
             said = terminal.read_until("you> ")
-            said = said.removeprefix(typed).replace("(cut at 12 tokens: --max-new-tokens N)", "")
+            said = said.removeprefix(typed).replace("(cut at 12 tokens: --max_new_tokens N)", "")
             assert said.strip() == wanted.strip()
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0

@@ -96,7 +96,7 @@ def test_the_first_line_tells_everything_and_the_last_the_exact_next_command(tra
     for words in ("fp32", "SmolLM2-135M-Instruct", "16 rows", "8 steps", "about"):
         assert words in first, first
     assert any("tok/s" in line and "left" in line for line in lines)
-    assert lines[-1].strip() == f"python {INFER} --model-dir out"
+    assert lines[-1].strip() == f"python {INFER} --model_dir out"
 
 
 def test_four_prompts_are_answered_by_base_and_adapter_side_by_side(trained):

@@ -181,4 +181,4 @@ def test_a_record_cannot_climb_out_of_the_hubs_cache(
     edit(RECORD, model={"kind": "hub", "name": "me/base", "hub_id": "me/base", "path": climbing})(out)
     edit("adapter_config.json", base_model_name_or_path="me/base")(out)
     told = refusal(enter(infer, capsys, "--model-dir", "out", "--prompt", "Hi"))
-    assert "--base-model me/base" in told and "cannot be reached" in told
+    assert "--base_model me/base" in told and "cannot be reached" in told

@@ -43,7 +43,7 @@ def test_turns_are_remembered_until_reset(talking, capsys):
 def test_an_answer_that_was_cut_says_so_and_not_in_its_own_words(talking, talker, capsys):
     assert talking.say("hello") and talker.cut == 4
     shown = capsys.readouterr()
-    assert "(cut at 4 tokens: --max-new-tokens N)" in shown.err and "cut at" not in shown.out
+    assert "(cut at 4 tokens: --max_new_tokens N)" in shown.err and "cut at" not in shown.out
     assert "cut at" not in talking.messages[-1]["content"]
     (first,) = talker.write(talker._asked(talking.messages[:1]), 1)
     ending = ChatModel(talker.model, talker.tokenizer, [first], talker.decoder)

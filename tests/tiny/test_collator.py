@@ -85,7 +85,7 @@ def test_packing_is_refused_where_the_mask_would_not_hold(monkeypatch: pytest.Mo
     model = make_model(vocab_size=64, attn_implementation="eager")
     with pytest.raises(UserError) as caught:
         add_lora(model, SimpleNamespace(packing=True), Source("folder", "x"))
-    assert "--no-packing" in str(caught.value)
+    assert "--no_packing" in str(caught.value)
 
 
 def test_a_model_sees_packed_and_padded_rows_as_if_each_stood_alone() -> None:

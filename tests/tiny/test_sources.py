@@ -149,7 +149,7 @@ def test_a_published_adapter(hub: HubServer, tiny_model: Path) -> None:
 
 
 def test_an_adapter_without_a_hub() -> None:
-    assert "--model-dir me/adapter" in refusal(find.fetch_repository, "me/adapter")
+    assert "--model_dir me/adapter" in refusal(find.fetch_repository, "me/adapter")
 
 
 # Chat templates

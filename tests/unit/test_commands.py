@@ -1,8 +1,9 @@
-"""`lora-practice`: every verb has help in both languages, a mistake costs one line, and shells complete it."""
+"""`lora-practice`: every command has help in both languages, a mistake costs one line, and shells complete it."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,13 @@ from test_entry_points import CLI, HEAVY, run
 from lora_practice.cli import app
 from lora_practice.console.terminal import columns
 
-VERBS = [info.callback.__name__.replace("_", "-") for info in app.registered_commands if info.callback]
+COMMANDS = [info.callback.__name__.replace("_", "-") for info in app.registered_commands if info.callback]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_explains_itself_in_both_languages_without_the_libraries(verb: str, tmp_path: Path) -> None:
-    chinese = run(tmp_path, (*CLI, verb), "--help", lang="zh")
-    english = run(tmp_path, (*CLI, verb), "--help", PYTHONPROFILEIMPORTTIME="1")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_explains_itself_in_both_languages_without_the_libraries(command: str, tmp_path: Path) -> None:
+    chinese = run(tmp_path, (*CLI, command), "--help", lang="zh")
+    english = run(tmp_path, (*CLI, command), "--help", PYTHONPROFILEIMPORTTIME="1")
     assert chinese.code == english.code == 0
     assert "选项" in chinese.out
     assert not any("\u4e00" <= letter <= "\u9fff" for letter in english.out)
@@ -29,15 +30,37 @@ def test_a_verb_explains_itself_in_both_languages_without_the_libraries(verb: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_help_names_every_verb(tmp_path: Path) -> None:
+def test_the_help_names_every_command(tmp_path: Path) -> None:
     assert run(tmp_path, CLI).out == run(tmp_path, CLI, "-h").out
     listed = run(tmp_path, CLI, "--help").out
-    assert all(f"  {verb} " in listed for verb in VERBS)
+    assert all(f"  {name} " in listed for name in COMMANDS)
 
 
-def test_a_door_is_the_same_door_behind_its_verb(tmp_path: Path) -> None:
-    for verb, door in (("train", "fine_tuning_practice.py"), ("infer", "inference.py")):
-        assert run(tmp_path, (*CLI, verb), "--help").out == run(tmp_path, (door,), "--help").out
+def test_an_entry_point_calls_itself_as_it_was_started(tmp_path: Path) -> None:
+    """The page is the same but for the name in it, and so is the remedy of a mistake."""
+    for command, script in (("train", "fine_tuning_practice.py"), ("infer", "inference.py")):
+        page = run(tmp_path, (*CLI, command), "--help").out
+        assert page.startswith(f"usage: lora-practice {command} [options]\n")
+        assert page.replace(f"lora-practice {command} [", f"{script} [") == run(tmp_path, (script,), "--help").out
+        mistake = run(tmp_path, (*CLI, command), "--no-such-flag").err
+        assert mistake.endswith(f"-> see lora-practice {command} --help\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_shown_with_underscores_and_sentences_begin_in_one_column(command: str, tmp_path: Path) -> None:
+    page = run(tmp_path, (*CLI, command), "--help", lang="zh").out
+    flags = {word.strip(",.，") for word in page.split() if word.startswith("--")}
+    assert flags and not {flag for flag in flags if "-" in flag[2:]}
+    rows = [re.match(r"  (-h, --help|\S+(?: \S+)??)  +(?=\S)", line) for line in page.splitlines()]
+    assert len({columns(row.group()) for row in rows if row}) == 1
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "report", "chat", "compare", "export"])
+def test_without_a_folder_a_command_takes_the_default_one(command: str, tmp_path: Path) -> None:
+    said = run(tmp_path, (*CLI, command)).err
+    where = "Error: outputs/SmolLM2-FT-MyDataset: no such folder: nothing has been trained yet"
+    assert said == f"{where} -> train first: lora-practice train, or name a folder\n"
+    assert "(default\n" in (page := run(tmp_path, (*CLI, command), "--help").out) or "(default outputs/" in page
 
 
 @pytest.mark.parametrize(
@@ -45,7 +68,14 @@ def test_a_door_is_the_same_door_behind_its_verb(tmp_path: Path) -> None:
     [
         (["mrge"], "没有 mrge 这个命令，是不是 merge？", "no such command: mrge, did you mean merge?"),
         (["--versio"], "没有 --versio 这个选项，是不是 --version？", "unknown flag --versio, did you mean --version?"),
-        (["merge"], "缺少 文件夹", "FOLDER is missing"),
+        (["check-data"], "缺少 文件", "FILE is missing"),
+        (["compare", "a", "--max-new-token=3"], "是不是 --max_new_tokens？", "did you mean --max_new_tokens?"),
+        (["compare", "a", "--max-new-tokens=0"], "--max_new_tokens 要的是 >= 1 的整数", "a whole number >= 1"),
+        (
+            ["chat", "a", "--system"],
+            "--system 后面要有一个值 → lora-practice",
+            "--system needs a value -> lora-practice",
+        ),
         (["merge", "a", "b"], "多余的参数：b", "unexpected argument: b"),
         (["merge", "a", "--x"], "没有 --x 这个选项", "unknown flag --x"),
     ],
@@ -58,7 +88,7 @@ def test_a_mistake_in_the_words_costs_one_line(words: list[str], zh: str, en: st
         assert expected in line
 
 
-def test_a_shell_completes_verbs_and_the_flags_of_a_door(tmp_path: Path) -> None:
+def test_a_shell_completes_commands_and_the_flags_of_an_entry_point(tmp_path: Path) -> None:
     from fine_tuning_practice import TrainSettings
 
     def completed(words: str, index: int) -> list[str]:
@@ -68,6 +98,7 @@ def test_a_shell_completes_verbs_and_the_flags_of_a_door(tmp_path: Path) -> None
     assert completed("lora-practice mer", 1) == ["merge"]
     assert completed("lora-practice train --lora-", 2) == ["--lora_r", "--lora_alpha", "--lora_dropout"]
     assert len(completed("lora-practice train --", 2)) == len(dataclasses.fields(TrainSettings))
+    assert completed("lora-practice compare --max_", 2) == ["--max_new_tokens"]
     assert completed("lora-practice train --lora_r 8 --see", 4) == ["--seed"]
 
 

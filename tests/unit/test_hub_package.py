@@ -109,7 +109,7 @@ def test_a_folder_with_nothing_to_upload_says_so(tmp_path, kind):
         folder.mkdir()
     if kind == "other":
         (folder / "x.txt").write_text("x", "utf-8")
-    with pytest.raises(UserError, match="--local-dir"):
+    with pytest.raises(UserError, match="--local_dir"):
         pack_folder(folder)
 
 

@@ -50,7 +50,7 @@ def test_the_repository_comes_from_the_flag_then_the_id_then_user_and_name():
     "name", ["", "justname", "a/b/c", "a b/c", "a/-b", "a/b--c", "a/b.git", "中/文", "a/" + "b" * 99]
 )
 def test_a_name_that_the_hub_would_refuse_is_refused_here(name):
-    with pytest.raises(UserError, match="--repo-id"):
+    with pytest.raises(UserError, match="--repo_id"):
         resolve_repo_id(name, {})
 
 

@@ -67,6 +67,7 @@ def test_both_spellings(flag: str, joined: bool) -> None:
         (["--deep"], True),
         (["--no-deep"], False),
         (["--no_deep"], False),
+        (["--no-deep", "--deep"], True),
         (["--deep", "--no-deep"], False),
         (["--deep=false"], False),
         (["--deep", "YES"], True),
@@ -80,6 +81,7 @@ def test_a_bare_flag_stands_for_its_value() -> None:
     assert read("--mode").mode == "on"
     assert read("--no-mode").mode == "off"
     assert read("--mode", "AUTO").mode == "auto"
+    assert read("--no_mode").mode == "off"
     assert read("--gradient-checkpointing", cls=TrainSettings).gradient_checkpointing == "on"
 
 
@@ -108,9 +110,9 @@ def test_all_problems_come_in_one_line() -> None:
     ("wrong", "near"),
     [
         ("--lora_rank", "--lora_r"),
-        ("--learning-rte=1", "--learning-rate"),
+        ("--learning-rte=1", "--learning_rate"),
         ("--merge", "--merge_adapter"),
-        ("--no-merge_adaptor", "--no-merge_adapter"),
+        ("--no-merge_adaptor", "--no_merge_adapter"),
         ("--max_seq_length", "--max_length"),
     ],
 )

@@ -172,7 +172,7 @@ def _status_words(status: int, repo_id: str, said: str) -> tuple[str, str]:
         ),
         404: (
             text(f"没有这个仓库或地址{more}", f"no such repository or address{more}"),
-            text("检查 --repo-id 与 HF_ENDPOINT", "check --repo-id and HF_ENDPOINT"),
+            text("检查 --repo_id 与 HF_ENDPOINT", "check --repo_id and HF_ENDPOINT"),
         ),
         409: (
             text(f"与另一次修改冲突{more}", f"in conflict with another change{more}"),

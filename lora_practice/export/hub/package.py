@@ -139,7 +139,7 @@ def _tell_changes(base: Base, rewritten: list[str], left_out: list[str], leaks: 
 
 def _check_folder(folder: Path) -> None:
     train = text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py")
-    fix = text(f"{train}，或用 --local-dir 指定", f"{train}, or name another with --local-dir")
+    fix = text(f"{train}，或用 --local_dir 指定", f"{train}, or name another with --local_dir")
     if not folder.is_dir():
         raise UserError(text("没有这个文件夹", "no such folder"), str(folder), fix)
     if not any(folder.iterdir()):

@@ -22,15 +22,15 @@ def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
     chosen = given.strip() or env.get("HF_REPO_ID", "").strip() or name
     if chosen and "/" not in chosen and user:
         chosen = f"{user}/{chosen}"
-    example = text("例如 --repo-id 你的用户名/my-lora", "for example --repo-id your-name/my-lora")
+    example = text("例如 --repo_id 你的用户名/my-lora", "for example --repo_id your-name/my-lora")
     if not chosen:
         zh, en = "没有说上传到哪个仓库", "no repository to upload to"
-        raise UserError(text(zh, en), "--repo-id", example)
+        raise UserError(text(zh, en), "--repo_id", example)
     part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
     good = re.fullmatch(rf"{part}/(?:{part}|_[\w.-]*)", chosen, re.ASCII) and len(chosen) <= 96
     if not good or "--" in chosen or ".." in chosen or chosen.endswith(".git"):
         zh, en = f"不是 作者/名字 的形式：{chosen!r}", f"not of the form owner/name: {chosen!r}"
-        raise UserError(text(zh, en), "--repo-id", example)
+        raise UserError(text(zh, en), "--repo_id", example)
     return chosen
 
 
@@ -58,7 +58,7 @@ def check_permission(identity: Mapping[str, Any], repo_id: str) -> None:
     names = {me.casefold(), *(str(org.get("name", "")).casefold() for org in identity.get("orgs") or [])}
     if me and owner not in names:
         zh, en = f"token 属于 {me}，不能写入 {repo_id}", f"the token is {me}'s and cannot write to {repo_id}"
-        raise UserError(text(zh, en), "--repo-id", text(f"改成 {me}/…", f"use {me}/..."))
+        raise UserError(text(zh, en), "--repo_id", text(f"改成 {me}/…", f"use {me}/..."))
 
 
 def check_connection_settings() -> None:

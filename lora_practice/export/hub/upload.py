@@ -77,7 +77,7 @@ def upload_as_asked(settings: UploadSettings) -> str:
     token = check_token(token)
     if not settings.commit_message.strip() or token in settings.commit_message:
         zh, en = "不能是空的，也不能含 token", "must not be empty, nor hold the token"
-        raise UserError(text(zh, en), "--commit-message")
+        raise UserError(text(zh, en), "--commit_message")
     check_connection_settings()
     return send_folder(parcel, repo_id, token, settings.public, settings.commit_message, settings.timeout)
 
