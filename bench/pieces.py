@@ -22,11 +22,11 @@ PIECES = {
     "gate": "gated activation",
     "gate_backward": "gated activation, backward",
     "norm": "norms",
-    "norm_again": "norms",
+    "norm_from_rstd": "norms",
     "norm_backward": "norms, backward",
-    "rotate": "rotation",
+    "rope": "RoPE",
     "cross_entropy": "loss on the logits",
-    "move": "moving A, B and their gradients",
+    "copy_matrices": "copying A, B and their gradients",
 }
 
 
@@ -92,7 +92,7 @@ def watch(engine: Any) -> Counter[str]:
 
         return run
 
-    for module, what in ((lora_linear, "matrix products of the layers"), (loss, "matrix products of the head")):
+    for module, what in ((lora_linear, "matmuls of the layers"), (loss, "matmuls of the head")):
         for name in ("matmul_transposed", "matmul"):
             setattr(module, name, timed(what, getattr(module, name)))
     for name, what in PIECES.items():

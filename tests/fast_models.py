@@ -7,7 +7,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from lora_practice import fast
-from lora_practice.fast.loss import loss_plainly
+from lora_practice.fast.loss import loss_reference
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL = {
@@ -87,7 +87,7 @@ def plain_step(model, batch):
     total = 0.0
     for ids, labels in batch:
         logits = model(input_ids=torch.tensor([ids])).logits[0]
-        loss = loss_plainly(logits, torch.tensor(labels)) / count
+        loss = loss_reference(logits, torch.tensor(labels)) / count
         loss.backward()
         total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

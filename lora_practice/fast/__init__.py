@@ -1,9 +1,23 @@
-"""LoRA training without autograd, for a CPU or an old card: same loss, same gradients, less work.
+"""LoRA training without autograd on a CPU or an older GPU: the same loss and gradients as PEFT, with less work.
 
-Reading order: plan (what is computed), noise (dropout as a function), ops (the small pieces), attention, products,
-space (memory used again), linear (LoRA inside one matrix product), loss, layer (forward and backward of a decoder
-layer), weights (from a PEFT model to layers), native (optional compiled pieces), engine (the step); and for
-generation decode_weights, decode_native, decode. Imports torch only.
+Reading order, for training:
+
+    step_plan        micro-batches of one optimizer step, with shared prefixes
+    dropout          dropout masks as a function of seed, step, LoRA module, row and column
+    matmul           the two matmuls of a linear layer
+    buffers          row buffers that every pass reuses
+    attention_tiles  attention blocks as padded tiles
+    attention        attention of packed rows, forward and backward
+    ops              the operations between the matmuls, in torch
+    lora_linear      linears with LoRA as one matmul
+    loss             output head and cross-entropy
+    layer            forward and backward of one decoder layer
+    weights          a PEFT model read into layers
+    kernels/         optional compiled versions of ops: build (compiler), native (Python side), *.cpp
+    engine           the whole step
+
+For generation: decode/weights, decode/decoder (also the specification, in torch), decode/native with
+kernels/decode.cpp. This wing imports torch only.
 """
 
 from __future__ import annotations

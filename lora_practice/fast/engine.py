@@ -1,4 +1,4 @@
-"""The whole step: examples in, loss out, gradients added to PEFT's own LoRA parameters. No autograd."""
+"""One optimizer step: examples in, loss out, gradients added to PEFT's own LoRA parameters, without autograd."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from lora_practice.fast.buffers import Buffers, return_freed_memory
 from lora_practice.fast.dropout import DropoutMask
 from lora_practice.fast.kernels import native
-from lora_practice.fast.layer import Pass
+from lora_practice.fast.layer import PassContext, SavedActivations
 from lora_practice.fast.lora_linear import LoraWeights
 from lora_practice.fast.loss import head_loss
 from lora_practice.fast.matmul import ROW_STEP
-from lora_practice.fast.ops import Plain, wide_of
+from lora_practice.fast.ops import TorchOps, accumulate_dtype
 from lora_practice.fast.step_plan import IdsAndLabels, MicroBatchPlan, count_labels, plan_step
-from lora_practice.fast.weights import Weights, give_back, read_weights
+from lora_practice.fast.weights import Weights, read_weights, restore_storage
 
-# A processor is busy with 300 rows, and in fp32 takes about plain TRL's memory with them; 16-bit rows take two thirds,
-# and each more micro-batch reads all weights once more. A card waits for work: more at once.
-WIDE_ROWS, NARROW_ROWS, CARD_ROWS = 288, 512, 2048
+# Default token budgets. 300 rows keep a CPU busy, and in fp32 take about as much memory as plain TRL. 16-bit rows take
+# two thirds of that, and each further micro-batch reads all weights once more. A GPU needs larger matmuls.
+CPU_ROWS_FP32, CPU_ROWS_16_BIT, GPU_ROWS = 288, 512, 2048
 
 
 def build(
@@ -32,33 +32,33 @@ def build(
     share_prefix: bool = True,
     kernels: bool = True,
 ) -> Engine:
-    """An engine for a PeftModel.
+    """Engine for a PeftModel.
 
     Args:
-        peft_model: its weights stay where they are; see `weights`.
-        compute_dtype: of the matrix products. A base in the same dtype is shared, else copied once.
-        seed: of the dropout masks.
-        token_budget: rows computed at once, at most; bounds memory. None: as above; 0: a whole step at once.
+        peft_model: read by `weights.read_weights`, which shares its tensors.
+        compute_dtype: dtype of the matmuls. Base weights in the same dtype are shared, others are copied once.
+        seed: seed of the dropout masks.
+        token_budget: rows computed at once, at most; bounds memory. None: the defaults above; 0: a whole step at once.
         share_prefix: compute a beginning that several examples of a step share only once.
-        kernels: use the compiled kernels where a compiler is at hand.
+        kernels: use compiled kernels where there is a compiler.
 
     Raises:
-        NotServed: the model, adapter or setting is not known here; train on the plain path.
+        NotServed: the fast path does not support the model, adapter or setting; train on the plain path.
     """
     weights = read_weights(peft_model, compute_dtype)
     device = weights.embedding.device
-    ops = native.load_kernels(compute_dtype, device) if kernels else Plain()
+    ops = native.load_kernels(compute_dtype, device) if kernels else TorchOps()
     if token_budget is None:
-        on_cpu = WIDE_ROWS if compute_dtype == wide_of(compute_dtype) else NARROW_ROWS
-        token_budget = on_cpu if device.type == "cpu" else CARD_ROWS
+        is_16_bit = compute_dtype != accumulate_dtype(compute_dtype)
+        token_budget = GPU_ROWS if device.type != "cpu" else CPU_ROWS_16_BIT if is_16_bit else CPU_ROWS_FP32
     return Engine(weights, compute_dtype, seed, token_budget, share_prefix, ops)
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _by_hand(method: Method) -> Method:
-    """Without autograd and without autocast, whoever calls: what is kept, and in which dtype, is written here."""
+def _without_autograd(method: Method) -> Method:
+    """Run an Engine method without autograd and autocast, whatever its caller has switched on."""
 
     @functools.wraps(method)
     def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ def _by_hand(method: Method) -> Method:
 
 
 class Engine:
-    """Forward and backward of one model. `step` counts optimizer steps and names the dropout masks."""
+    """Forward and backward of one model. `step` counts optimizer steps and selects the dropout masks."""
 
     def __init__(
         self,
@@ -78,20 +78,23 @@ class Engine:
         seed: int,
         token_budget: int,
         share_prefix: bool,
-        ops: Plain,
+        ops: TorchOps,
     ) -> None:
         self.weights, self.dtype, self.ops = weights, dtype, ops
         self.seed, self.step = seed, 0
         self.share_prefix = share_prefix
-        self.bound(token_budget)
+        self.limit_memory(token_budget)
         self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups], ops)
 
-    def bound(self, token_budget: int, checkpointing: bool = False) -> None:
-        """Between steps: rows computed at once; with `checkpointing` layers keep a tenth and compute forward twice."""
-        self.token_budget, self.checkpointing = token_budget, checkpointing
-        self.space = Buffers(token_budget + ROW_STEP)
+    def limit_memory(self, token_budget: int, checkpointing: bool = False) -> None:
+        """Set the rows computed at once, between steps. Buffers are reallocated.
 
-    @_by_hand
+        checkpointing: save only each layer's input, a tenth of its activations, and compute its forward pass twice.
+        """
+        self.token_budget, self.checkpointing = token_budget, checkpointing
+        self.buffers = Buffers(token_budget + ROW_STEP)
+
+    @_without_autograd
     def step_loss_and_backward(
         self, examples: Sequence[IdsAndLabels], num_items: Optional[int] = None, loss_scale: float = 1.0
     ) -> float:
@@ -106,84 +109,92 @@ class Engine:
         """
         num_items = count_labels(examples) if num_items is None else num_items
         threshold = self.weights.threshold
-        noise = DropoutMask(self.seed, self.step, threshold) if threshold else None
-        keep_rate = noise.keep_rate if noise else 1.0
-        self.lora.take(keep_rate)
+        dropout = DropoutMask(self.seed, self.step, threshold) if threshold else None
+        keep_rate = dropout.keep_rate if dropout else 1.0
+        self.lora.load_from_peft(keep_rate)
         total = 0.0
         for plan in plan_step(examples, self.token_budget or None, self.share_prefix):
-            total += self._forward_backward(plan, noise, loss_scale / num_items)
-            noise = noise and noise._replace(row0=noise.row0 + plan.rows)
-        self.lora.give(keep_rate)
+            total += self._forward_backward(plan, dropout, loss_scale / num_items)
+            dropout = dropout and dropout._replace(row0=dropout.row0 + plan.rows)
+        self.lora.add_gradients_to_peft(keep_rate)
         return_freed_memory()
         self.step += 1
         return total / max(num_items, 1)
 
-    @_by_hand
+    @_without_autograd
     def eval_loss(self, examples: Sequence[IdsAndLabels]) -> float:
         """Mean loss per trained token, in nats, without dropout and without gradients."""
-        self.lora.take(1.0)
+        self.lora.load_from_peft(1.0)
         total = 0.0
         for plan in plan_step(examples, self.token_budget or None, self.share_prefix):
-            now = self._pass(plan, None, backward=False)
-            h = self._embed(now.plan)
+            context = self._context(plan, None, keep_activations=False)
+            h = self._embed(context.plan)
             for layer in self.weights.layers:
-                h, _ = layer.forward(h, now)
-            total += self._loss(h, now, None)[0]
+                h, _ = layer.forward(h, context)
+            total += self._loss(h, context, None)[0]
         return total / max(count_labels(examples), 1)
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream of dropout masks."""
+        """Seed and step, which determine the dropout masks of all further steps."""
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.seed, self.step = state["seed"], state["step"]
 
     def close(self) -> None:
-        """Give the model's weights storage of their own again, for saving or merging the base."""
-        give_back(self.weights.moved)
+        """Give the model's weights contiguous storage of their own again, to save or merge the base."""
+        restore_storage(self.weights.merged_views)
 
-    def _pass(self, plan: MicroBatchPlan, noise: Optional[DropoutMask], backward: bool = True) -> Pass:
+    def _context(self, plan: MicroBatchPlan, dropout: Optional[DropoutMask], keep_activations: bool) -> PassContext:
+        """Inputs of the layers for one micro-batch: its padded plan on the device, RoPE tables, dropout, buffers."""
         device = self.weights.embedding.device
         plan = plan.padded(ROW_STEP)
         plan = plan if device.type == "cpu" else plan.to(device)
-        wide = torch.empty(0, dtype=wide_of(self.dtype), device=device)
-        cos, sin = self.weights.rotary(wide, plan.positions[None])
+        like = torch.empty(0, dtype=accumulate_dtype(self.dtype), device=device)  # the rotary module reads its dtype
+        cos, sin = self.weights.rotary(like, plan.positions[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        return Pass(plan, cos, sin, noise, self.ops, self.space, backward)
+        return PassContext(plan, cos, sin, dropout, self.ops, self.buffers, keep_activations)
 
     def _embed(self, plan: MicroBatchPlan) -> torch.Tensor:
-        h = self.weights.embedding[plan.ids].to(wide_of(self.dtype))
+        """Embeddings (n, K) in the accumulate dtype."""
+        h = self.weights.embedding[plan.ids].to(accumulate_dtype(self.dtype))
         return h * self.weights.embedding_scale if self.weights.embedding_scale != 1.0 else h
 
-    def _loss(self, h: torch.Tensor, now: Pass, scale: Optional[float]) -> tuple[float, Optional[torch.Tensor]]:
-        """(summed loss, d_h (n, K) wide or None)."""
-        weights, rows = self.weights, now.plan.label_rows
+    def _loss(
+        self, h: torch.Tensor, context: PassContext, scale: Optional[float]
+    ) -> tuple[float, Optional[torch.Tensor]]:
+        """(summed loss, d_h (n, K) in the accumulate dtype, or None without scale)."""
+        weights, rows, ops = self.weights, context.plan.label_rows, context.ops
         labelled = h[rows]
         x = torch.empty(labelled.shape, dtype=self.dtype, device=h.device)
-        rstd = now.ops.norm(labelled, weights.final_norm, weights.eps, x)
-        total, d_x = head_loss(x, weights.head, now.plan, scale, now.ops, now.space)
+        rstd = ops.norm(labelled, weights.final_norm, weights.eps, x)
+        total, d_x = head_loss(x, weights.head, context.plan, scale, ops, context.buffers)
         if d_x is None:
             return total, None
         d_labelled = torch.zeros_like(labelled)
-        now.ops.norm_backward(d_x, labelled, weights.final_norm, rstd, d_labelled)
+        ops.norm_backward(d_x, labelled, weights.final_norm, rstd, d_labelled)
         d_h = torch.zeros_like(h)
         d_h[rows] = d_labelled
         return total, d_h
 
-    def _forward_backward(self, plan: MicroBatchPlan, noise: Optional[DropoutMask], scale: float) -> float:
-        now = self._pass(plan, noise, backward=not self.checkpointing)  # checkpointing: layers share their buffers
-        saved: list[Any] = []  # a Saved for each layer; with checkpointing only its input, (n, K) wide
-        h = self._embed(now.plan)
-        for layer in self.weights.layers:
-            below = h.clone() if self.checkpointing else None
-            h, kept = layer.forward(h, now)
-            saved.append(kept if below is None else below)
-        total, d_h = self._loss(h, now, scale)
+    def _forward_backward(self, plan: MicroBatchPlan, dropout: Optional[DropoutMask], scale: float) -> float:
+        """Summed loss of one micro-batch; scaled gradients are added to the groups."""
+        context = self._context(plan, dropout, keep_activations=not self.checkpointing)
+        layers = self.weights.layers
+        saved: list[SavedActivations] = []
+        inputs: list[torch.Tensor] = []  # of each layer (n, K), kept in place of `saved` with checkpointing
+        h = self._embed(context.plan)
+        for layer in layers:
+            if self.checkpointing:
+                inputs.append(h.clone())
+            h, activations = layer.forward(h, context)
+            if not self.checkpointing:
+                saved.append(activations)
+        total, d_h = self._loss(h, context, scale)
         assert d_h is not None
-        for index in range(len(saved) - 1, -1, -1):
-            layer, kept = self.weights.layers[index], saved.pop()
-            if self.checkpointing:  # bit for bit the same: masks are functions, not streams
-                kept = layer.forward(kept, now)[1]
-            d_h = layer.backward(d_h, kept, now, need_d_h=index > 0)
+        for index in range(len(layers) - 1, -1, -1):
+            if self.checkpointing:  # bit for bit the same activations: dropout masks are functions, not streams
+                saved.append(layers[index].forward(inputs.pop(), context)[1])
+            d_h = layers[index].backward(d_h, saved.pop(), context, need_d_h=index > 0)
         return total

@@ -1,14 +1,14 @@
-"""From the examples of one optimizer step to rows of work: nothing is computed twice, next to nothing is padded.
+"""Micro-batches of one optimizer step: no row is computed twice, next to none is padding.
 
-Legend: a *row* is one token position that the model computes; a step has n rows. An *example* is a pair
+Terms: a *row* is one token position that the model computes; a micro-batch has n rows. An *example* is a pair
 (input_ids, labels) of equal length T, labels unshifted, -100 = not trained (the Hugging Face convention).
 
 1. Causal shift: row t predicts token t + 1, so an example needs only the rows before its last label.
 2. Shared prefix: examples that begin with the same tokens (the system prompt, the user header) share those rows.
-   The rows form a trie; each example adds one *run* of new rows [first, last) below a *path* of older rows.
+   The rows form a trie; each example adds one *run* of new rows [first, last) below a *path* of existing rows.
    A row's result depends on its path only, so loss and gradients are those of the separate examples
-   (exactly at dropout 0; above it the examples of one step also share the dropout masks of shared rows).
-3. One row may therefore carry several labels: `label_rows[i]` has `label_counts[i]` of them, listed as pairs
+   (exactly at dropout 0; above it the examples of a micro-batch also share the dropout masks of shared rows).
+3. A row may therefore have several labels: `label_rows[i]` has `label_counts[i]` of them, listed as pairs
    (`pair_slots`, `pair_labels`), where a slot is an index into `label_rows`.
 """
 
@@ -23,11 +23,11 @@ import torch
 IdsAndLabels = tuple[Sequence[int], Sequence[int]]
 IGNORED = -100
 BLOCK_ROWS = 128  # query rows of one attention block
-MOST_PIECES = 8
+MAX_PIECES = 8  # of one run, see `flat_runs`
 
 
 class Run(NamedTuple):
-    """New rows [first, last) of one example, below the rows of its shared prefix."""
+    """New rows [first, last) of one example after `path`, the rows of its shared prefix."""
 
     path: list[int]
     first: int
@@ -45,23 +45,25 @@ class MicroBatchPlan:
     label_counts: torch.Tensor  # (L,) float32
     pair_slots: torch.Tensor  # (number of labels,) int64
     pair_labels: torch.Tensor  # (number of labels,) int64
-    tiles: dict[Optional[int], list] = field(default_factory=dict)  # of tiles.py, by window
-    flat: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None
+    tiles: dict[Optional[int], list] = field(default_factory=dict)  # cache of attention_tiles.tiles, by window
+    flat: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None  # cache of flat_runs
 
     @property
     def rows(self) -> int:
+        """n."""
         return int(self.ids.numel())
 
     def flat_runs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(starts (runs + 1,), path lengths (runs,), key rows): the runs as arrays, for compiled kernels.
 
-        A long run is cut into even pieces, each with what comes before it as its path, the longest first: a core that
-        waits for another one's 500 rows is lost. Of MOST_PIECES at most: each sums a gradient of all its keys.
+        A long run is cut into even pieces, each with everything before it as its path, and the longest piece comes
+        first, so that no core idles while another one works through 500 rows. A run has at most MAX_PIECES of them,
+        because each piece sums a gradient of all its keys.
         """
         if self.flat is None:
             pieces = []
             for path, first, last in self.runs:
-                parts = min(-(-(last - first) // BLOCK_ROWS), MOST_PIECES)
+                parts = min(-(-(last - first) // BLOCK_ROWS), MAX_PIECES)
                 ends = [first + (last - first) * part // parts for part in range(parts + 1)]
                 pieces += [
                     (len(path) + start - first, [*path, *range(first, end)]) for start, end in zip(ends, ends[1:])
@@ -74,13 +76,13 @@ class MicroBatchPlan:
         return self.flat
 
     def padded(self, step: int) -> MicroBatchPlan:
-        """The same work with the rows, and the rows with labels, filled up to multiples of `step`.
+        """The same plan with `rows` and the number of label rows padded to multiples of `step`.
 
-        The rows that are added belong to no example and carry no label: nothing depends on them, no gradient either.
+        The added rows belong to no example and have no label, so neither loss nor gradients depend on them.
         """
         n, labelled = self.rows, self.label_rows.numel()
         more_labelled = -labelled % step
-        more = -n % step or (step if more_labelled else 0)  # a row to point at, when one with labels is wanted
+        more = -n % step or (step if more_labelled else 0)  # added label rows need an added row to refer to
         if not more:
             return self
         return MicroBatchPlan(
@@ -94,6 +96,7 @@ class MicroBatchPlan:
         )
 
     def to(self, device: torch.device) -> MicroBatchPlan:
+        """The plan with its tensors on `device`."""
         return MicroBatchPlan(runs=self.runs, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
 
@@ -101,7 +104,7 @@ _TENSORS = ("ids", "positions", "label_rows", "label_counts", "pair_slots", "pai
 
 
 class _Trie:
-    """Rows under construction: child[(row, token)] -> row; the root is row -1."""
+    """Trie of rows for one micro-batch: child[(row, token)] -> row; the root is row -1."""
 
     def __init__(self, share: bool) -> None:
         self.share = share
@@ -112,7 +115,7 @@ class _Trie:
         self.labels: list[tuple[int, int]] = []  # (row, label)
 
     def known_prefix(self, ids: Sequence[int]) -> list[int]:
-        """Rows already there for the beginning of `ids`."""
+        """Existing rows for the longest known beginning of `ids`."""
         path: list[int] = []
         row = -1
         for token in ids if self.share else ():
@@ -124,7 +127,7 @@ class _Trie:
         return path
 
     def add(self, ids: Sequence[int], labels: Sequence[int]) -> None:
-        """Add one example; `ids` are its needed rows, `labels` their targets (already shifted)."""
+        """Add one example: `ids` of its needed rows and their `labels`, already shifted."""
         path = self.known_prefix(ids)
         first = len(self.ids)
         rows = path + list(range(first, first + len(ids) - len(path)))
@@ -138,6 +141,7 @@ class _Trie:
         self.labels += [(row, label) for row, label in zip(rows, labels) if label != IGNORED]
 
     def plan(self) -> MicroBatchPlan:
+        """The micro-batch of all examples added so far."""
         self.labels.sort()
         used = sorted({row for row, _ in self.labels})
         slot = {row: index for index, row in enumerate(used)}
@@ -154,11 +158,11 @@ class _Trie:
 
 
 def count_labels(examples: Sequence[IdsAndLabels]) -> int:
-    """Trained tokens after the causal shift: the first label of an example has no row before it."""
+    """Number of trained tokens after the causal shift: the first label of an example has no row before it."""
     return sum(sum(label != IGNORED for label in labels[1:]) for _, labels in examples)
 
 
-def needed(example: IdsAndLabels) -> tuple[list[int], list[int]]:
+def rows_and_targets(example: IdsAndLabels) -> tuple[list[int], list[int]]:
     """(ids, targets) of the rows before the example's last label; empty when nothing is trained.
 
     Raises:
@@ -178,22 +182,24 @@ def plan_step(
 ) -> list[MicroBatchPlan]:
     """Micro-batches of one optimizer step, in the given order, each of at most `token_budget` rows.
 
-    As few as the budget allows, then as even as their number allows: the largest one decides over memory.
-    A single example longer than the budget is a micro-batch of its own. Examples without labels vanish.
+    There are as few as the budget allows, and they are as even as their number allows, because the largest one
+    determines the memory. An example longer than the budget is a micro-batch of its own. Examples without labels are
+    left out.
     """
     plans = _cut(examples, token_budget, share)
     if token_budget is not None and len(plans) > 1:
         even = sum(plan.rows for plan in plans) // len(plans)
-        tries = (_cut(examples, budget, share) for budget in range(even, token_budget, 16))
-        return next((evener for evener in tries if len(evener) == len(plans)), plans)
+        candidates = (_cut(examples, budget, share) for budget in range(even, token_budget, 16))
+        return next((candidate for candidate in candidates if len(candidate) == len(plans)), plans)
     return plans
 
 
 def _cut(examples: Sequence[IdsAndLabels], token_budget: int | None, share: bool) -> list[MicroBatchPlan]:
+    """Micro-batches filled greedily up to the budget."""
     plans: list[MicroBatchPlan] = []
     trie = _Trie(share)
     for example in examples:
-        ids, targets = needed(example)
+        ids, targets = rows_and_targets(example)
         if not ids:
             continue
         grown = len(trie.ids) + len(ids) - len(trie.known_prefix(ids))

@@ -1,13 +1,13 @@
-"""Reads a PEFT model into layers, without holding any weight twice, or says why it cannot.
+"""Reads a PEFT model into layers without holding any weight twice, or raises `NotServed` with the reason.
 
-Merged matrices replace the storage of the model's own weights (each weight becomes a view of the merged matrix)
-whenever the dtypes agree, so the model keeps working, in generation and evaluation too, and nothing is copied.
+Where the dtypes agree, a merged matrix replaces the storage of the model's own weights: each weight becomes a view of
+it. The model keeps working, in generation and evaluation too, and no weight is stored twice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 
@@ -15,9 +15,9 @@ from lora_practice.fast.attention import Heads
 from lora_practice.fast.buffers import return_freed_memory
 from lora_practice.fast.dropout import threshold_of
 from lora_practice.fast.layer import Layer, QKNorm
-from lora_practice.fast.lora_linear import LinearGroup, LoraModule
+from lora_practice.fast.lora_linear import LinearGroup
 from lora_practice.fast.matmul import rows_buffer
-from lora_practice.fast.ops import ACTIVATIONS, wide_of
+from lora_practice.fast.ops import ACTIVATIONS, LoraModule, accumulate_dtype
 
 SERVED = (
     "LlamaForCausalLM",
@@ -27,10 +27,11 @@ SERVED = (
     "GemmaForCausalLM",
 )
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
+Rotary = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class NotServed(Exception):
-    """The fast path does not know this model. `reason` says what stands in the way, for a person."""
+    """The fast path does not support this model. `reason` names the obstacle, for the user."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -39,46 +40,47 @@ class NotServed(Exception):
 
 @dataclass
 class Weights:
-    """A causal language model as the engine sees it."""
+    """A causal language model in the form that the engine computes with."""
 
     embedding: torch.Tensor  # (V, K)
     embedding_scale: float
     layers: list[Layer]
-    final_norm: torch.Tensor
+    final_norm: torch.Tensor  # (K,) accumulate dtype
     eps: float
     head: torch.Tensor  # (V, K) compute dtype
-    rotary: Any  # the model's own module: (x, position_ids) -> cos, sin
+    rotary: Rotary  # the model's own rotary embedding: (x, position_ids) -> cos, sin
     threshold: int  # dropout probability in 1 / 65536
-    parameters: list[torch.nn.Parameter]
-    moved: list[tuple[torch.Tensor, torch.Tensor]]  # (weight, its view in a merged matrix)
+    parameters: list[torch.nn.Parameter]  # all LoRA parameters
+    merged_views: list[tuple[torch.Tensor, torch.Tensor]]  # (weight, its view in a merged matrix)
 
 
 def read_weights(peft_model: Any, dtype: torch.dtype) -> Weights:
-    """Take a PeftModel apart.
+    """Read a PeftModel; its weights become views of merged matrices where they have this compute dtype.
 
     Raises:
-        NotServed: this path does not know the architecture, adapter or a trained tensor; the model is as it was.
+        NotServed: the architecture, the adapter or a trained tensor is not supported; the model is unchanged.
     """
     causal = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
     if type(causal).__name__ not in SERVED:
         raise NotServed(f"{type(causal).__name__} is not one of {', '.join(SERVED)}")
-    reader = _Reader(causal, dtype)
+    reader = ModelReader(causal, dtype)
     try:
         return _read(peft_model, causal, reader)
     except NotServed:
-        give_back(reader.moved)  # views with gaps between their rows are slow on the plain path
+        restore_storage(reader.merged_views)  # views with gaps between their rows are slow on the plain path
         raise
 
 
-def give_back(moved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Weights that are still views of a merged matrix get storage of their own, contiguous."""
-    for weight, view in moved:
+def restore_storage(merged_views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give weights that are still views of a merged matrix contiguous storage of their own; empties the list."""
+    for weight, view in merged_views:
         if weight.data_ptr() == view.data_ptr():
             weight.data = view.clone(memory_format=torch.contiguous_format)
-    moved.clear()
+    merged_views.clear()
 
 
-def _read(peft_model: Any, causal: Any, reader: _Reader) -> Weights:
+def _read(peft_model: Any, causal: Any, reader: ModelReader) -> Weights:
+    """Weights of the whole model; checks that nothing else is trained."""
     layers = [reader.layer(layer, index) for index, layer in enumerate(causal.model.layers)]
     known = {id(p) for p in reader.parameters}
     for name, parameter in peft_model.named_parameters():
@@ -93,7 +95,7 @@ def _read(peft_model: Any, causal: Any, reader: _Reader) -> Weights:
     return_freed_memory()
     return Weights(
         embedding=embedding.detach(),
-        embedding_scale=float(torch.tensor(scale)),  # rounded to float32, as theirs
+        embedding_scale=float(torch.tensor(scale)),  # rounded to float32 as in transformers
         layers=layers,
         final_norm=reader.norm(causal.model.norm),
         eps=reader.eps(causal.model.norm),
@@ -101,23 +103,24 @@ def _read(peft_model: Any, causal: Any, reader: _Reader) -> Weights:
         rotary=causal.model.rotary_emb,
         threshold=threshold_of(next(iter(reader.dropouts))),
         parameters=reader.parameters,
-        moved=reader.moved,
+        merged_views=reader.merged_views,
     )
 
 
-class _Reader:
-    """Walks the modules of one model, numbering LoRA sites as it goes."""
+class ModelReader:
+    """Reads the modules of one model in order, and numbers its LoRA modules."""
 
     def __init__(self, causal: Any, dtype: torch.dtype) -> None:
         self.config, self.causal, self.dtype = causal.config, causal, dtype
         self.gemma = type(causal).__name__ == "GemmaForCausalLM"
         self.parameters: list[torch.nn.Parameter] = []
         self.dropouts: set[float] = set()
-        self.moved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.sites = 0
+        self.merged_views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.lora_modules = 0  # number of LoRA modules read so far
         self.check_config()
 
     def check_config(self) -> None:
+        """Raise NotServed for a setting that the layers do not implement."""
         config = self.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -131,12 +134,13 @@ class _Reader:
             raise NotServed(f"activation {self.activation_name()!r}")
 
     def activation_name(self) -> str:
+        """Key of ACTIVATIONS; Gemma's "gelu" means the tanh approximation."""
         name = getattr(self.config, "hidden_activation", None) or self.config.hidden_act
         return "gelu_pytorch_tanh" if self.gemma and name == "gelu" else name
 
     def norm(self, module: Any) -> torch.Tensor:
-        """The factor of an RMSNorm, wide; Gemma stores it minus one."""
-        weight = module.weight.detach().to(wide_of(self.dtype))
+        """Weight of an RMSNorm in the accumulate dtype; Gemma stores it minus one."""
+        weight = module.weight.detach().to(accumulate_dtype(self.dtype))
         return weight + 1 if self.gemma else weight
 
     @staticmethod
@@ -144,23 +148,24 @@ class _Reader:
         return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
     def head(self) -> torch.Tensor:
-        """(V, K) in the compute dtype: the model's own tensor when it has that dtype already."""
+        """Output head (V, K) in the compute dtype; the model's own tensor if it has that dtype already."""
         head = self.causal.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None:
             raise NotServed("the output head is wrapped, quantised or has a bias")
         return head.weight.detach().to(self.dtype)
 
     def layer(self, module: Any, index: int) -> Layer:
+        """One decoder layer of transformers."""
         attention, mlp, config = module.self_attn, module.mlp, self.config
         types = getattr(config, "layer_types", None)
         sliding = types is None or types[index] == "sliding_attention"
         window = getattr(config, "sliding_window", None) if sliding else None
         if types is None and not getattr(config, "use_sliding_window", True):
             window = None
-        head_norm = None
+        qk_norm = None
         if hasattr(attention, "q_norm"):
             q_norm, k_norm = attention.q_norm, attention.k_norm
-            head_norm = QKNorm(self.norm(q_norm), self.norm(k_norm), self.eps(q_norm))
+            qk_norm = QKNorm(self.norm(q_norm), self.norm(k_norm), self.eps(q_norm))
         query, size = config.num_attention_heads, attention.head_dim
         return Layer(
             qkv=self.group(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -172,7 +177,7 @@ class _Reader:
             eps=self.eps(module.input_layernorm),
             heads=Heads(query, config.num_key_value_heads, size, attention.scaling),
             activation=ACTIVATIONS[self.activation_name()],
-            head_norm=head_norm,
+            qk_norm=qk_norm,
             window=window,
             index=index,
         )
@@ -183,14 +188,14 @@ class _Reader:
         width = bases[0].in_features
         if width % 2:
             raise NotServed(f"odd layer width {width}")
-        sites: list[LoraModule] = []
+        lora_modules: list[LoraModule] = []
         row = rank = 0
         for module, base in zip(modules, bases):
-            site = self.site(module, row, rank)
+            lora_module = self.lora_module(module, row, rank)
             row += base.out_features
-            if site is not None:
-                sites.append(site)
-                rank = site.ranks.stop
+            if lora_module is not None:
+                lora_modules.append(lora_module)
+                rank = lora_module.ranks.stop
         weight = bases[0].weight
         matrix = rows_buffer(row, width + rank, self.dtype, weight.device)
         row = 0
@@ -199,18 +204,19 @@ class _Reader:
             view.copy_(base.weight.detach())
             if base.weight.dtype == self.dtype:
                 base.weight.data = view
-                self.moved.append((base.weight, view))
+                self.merged_views.append((base.weight, view))
             row += base.out_features
-        return LinearGroup(matrix, width, self.bias(bases), sites)
+        return LinearGroup(matrix, width, self.bias(bases), lora_modules)
 
     def bias(self, bases: list[torch.nn.Linear]) -> Optional[torch.Tensor]:
+        """Concatenated biases (N,) in the accumulate dtype, zeros for a linear without one; None if none has one."""
         if all(base.bias is None for base in bases):
             return None
         parts = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
-        return torch.cat([part.detach() for part in parts]).to(wide_of(self.dtype))
+        return torch.cat([part.detach() for part in parts]).to(accumulate_dtype(self.dtype))
 
-    def site(self, module: Any, row: int, rank: int) -> Optional[LoraModule]:
-        """The LoRA pair of a PEFT linear; None where the linear has none."""
+    def lora_module(self, module: Any, row: int, rank: int) -> Optional[LoraModule]:
+        """The LoRA pair of a PEFT linear whose outputs start at `row` and ranks at `rank`; None without LoRA."""
         if type(module) is torch.nn.Linear:
             return None
         adapter = _only_adapter(module)
@@ -218,12 +224,13 @@ class _Reader:
         dropout = module.lora_dropout[adapter]
         self.dropouts.add(float(getattr(dropout, "p", 0.0)))
         self.parameters += [a, b]
-        self.sites += 1
-        ranks = slice(rank, rank + a.shape[0])
-        return LoraModule(a, b, float(module.scaling[adapter]), slice(row, row + b.shape[0]), ranks, self.sites)
+        self.lora_modules += 1
+        outputs, ranks = slice(row, row + b.shape[0]), slice(rank, rank + a.shape[0])
+        return LoraModule(a, b, float(module.scaling[adapter]), outputs, ranks, number=self.lora_modules)
 
 
 def _base_linear(module: Any) -> torch.nn.Linear:
+    """The frozen linear inside a PEFT linear, or the module itself."""
     base = module.base_layer if hasattr(module, "base_layer") else module
     if type(base) is not torch.nn.Linear:
         raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantised?)")
@@ -231,7 +238,7 @@ def _base_linear(module: Any) -> torch.nn.Linear:
 
 
 def _only_adapter(module: Any) -> str:
-    """Name of the one plain LoRA adapter of a PEFT linear."""
+    """Name of the only adapter of a PEFT linear, which must be plain trainable LoRA."""
     if not hasattr(module, "lora_A"):
         raise NotServed(f"adapter layer {type(module).__name__}")
     active = list(module.active_adapters)

@@ -87,7 +87,7 @@ class PracticeTrainer(SFTTrainer):
     def take(self, regime: ComputeConfig) -> None:
         """Compute in this regime from here on (its precision: see `widen`)."""
         if self.engine is not None:
-            self.engine.bound(regime.tokens, regime.checkpointing)
+            self.engine.limit_memory(regime.tokens, regime.checkpointing)
         elif regime.checkpointing and not self.regime.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif self.regime.checkpointing and not regime.checkpointing:
@@ -101,7 +101,7 @@ class PracticeTrainer(SFTTrainer):
             old.close()
             self.model.float()
             self.engine = fast.build(self.model, torch.float32, old.seed, old.token_budget, old.share_prefix)
-            self.engine.bound(old.token_budget, old.checkpointing)
+            self.engine.limit_memory(old.token_budget, old.checkpointing)
         else:
             self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # no autocast any more
             self.use_cpu_amp = False  # transformers 4 has one more of its own, on a CPU
@@ -173,7 +173,7 @@ class PracticeTrainer(SFTTrainer):
             yield
             return
         share, self.engine.share_prefix = self.engine.share_prefix, False
-        self.engine.bound(tokens, self.regime.checkpointing)
+        self.engine.limit_memory(tokens, self.regime.checkpointing)
         try:
             yield
         finally:

@@ -51,7 +51,7 @@ def test_a_step_and_an_evaluation_stay_on_the_card(family, monkeypatch):
         engine = fast.build(on_card(model), torch.float16)
         assert engine.ops.name == "torch (float16 on meta)" and engine.token_budget == 2048
         engine.step_loss_and_backward(batch, loss_scale=65536.0)
-        engine.bound(0, checkpointing=True)
+        engine.limit_memory(0, checkpointing=True)
         engine.step_loss_and_backward(batch, loss_scale=65536.0)
         engine.eval_loss(batch)
     assert {(p.grad.device, p.grad.dtype) for p in engine.weights.parameters} == {(CARD, torch.float32)}

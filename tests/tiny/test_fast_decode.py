@@ -6,7 +6,7 @@ import pytest
 import torch
 from fast_models import FAMILIES, tiny
 
-from lora_practice.fast.decode.decoder import _choose, build_decoder
+from lora_practice.fast.decode.decoder import _sample, build_decoder
 from lora_practice.fast.weights import NotServed
 
 PROMPT = [5, 17, 33, 64, 9, 71, 12, 80, 3, 25, 41]
@@ -52,14 +52,14 @@ def test_narrow_weights_are_exact(dtype):
     head = model.lm_head.weight.data
     head.copy_((head * scale).to(dtype).float())
     decoder = build_decoder(model)
-    assert decoder.weights.head.weight.dtype == (dtype if decoder.native else torch.float32)
+    assert decoder.weights.head.weight.dtype == (dtype if decoder.compiled else torch.float32)
     torch.testing.assert_close(decoder.logits(PROMPT), their_logits(model, PROMPT), rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_weights_in_16_bits_are_shared_with_the_model():
     model = served(dropout=0.1).get_base_model().half()
     decoder = build_decoder(model)
-    if decoder.native:
+    if decoder.compiled:
         assert decoder.weights.embedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     wide = served(dropout=0.1).get_base_model().half().float()
     assert decoder.generate(PROMPT, 30, ()) == theirs(wide, PROMPT, 30)
@@ -72,7 +72,7 @@ def test_the_base_below_an_adapter_shares_its_copy_in_16_bits():
         bare, alone = build_decoder(model, like=decoder), build_decoder(model)
     assert bare.generate(PROMPT, 12, ()) == alone.generate(PROMPT, 12, ()) != decoder.generate(PROMPT, 12, ())
     held, shared, own = ({one.data_ptr() for one in made.weights.stored.values()} for made in (decoder, bare, alone))
-    assert held == shared and (not decoder.native or not held & own)
+    assert held == shared and (not decoder.compiled or not held & own)
 
 
 def test_an_adapter_switched_off_or_merged_is_respected():
@@ -89,8 +89,8 @@ def test_a_history_is_computed_once():
     decoder, fresh = build_decoder(model), build_decoder(model)
     answer = decoder.generate(PROMPT, 5, ())
     longer = [*PROMPT, *answer, 7, 8]
-    whole, widths = decoder._pass, []
-    decoder._pass = lambda ids, *rest: widths.append(len(ids)) or whole(ids, *rest)
+    whole, widths = decoder._forward, []
+    decoder._forward = lambda ids, *rest: widths.append(len(ids)) or whole(ids, *rest)
     assert decoder.generate(longer, 9, ()) == fresh.generate(longer, 9, ())
     assert sum(widths) == 3 + 8  # the answer's last token and two new ones, then one for each but the last made
     other = [*PROMPT[:4], 90, 91, *PROMPT]
@@ -125,7 +125,7 @@ def test_sampling_is_theirs(temperature, top_p):
 
 
 def test_a_tiny_top_p_leaves_the_likeliest():
-    assert _choose(torch.tensor([0.1, 3.0, 2.9]), 2.0, 1e-6, None) == 1
+    assert _sample(torch.tensor([0.1, 3.0, 2.9]), 2.0, 1e-6, None) == 1
 
 
 def test_the_context_ends_where_the_positions_end():

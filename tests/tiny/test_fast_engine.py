@@ -89,9 +89,9 @@ class NamedDropout(torch.nn.Module):
         self.number, self.state = number, state
 
     def forward(self, x):
-        noise = self.state["noise"]
-        keep = keep_mask(noise.key(self.number), noise.threshold, self.state["row"], tuple(x.shape[1:]))
-        return x * keep / noise.keep_rate
+        dropout = self.state["dropout"]
+        keep = keep_mask(dropout.key(self.number), dropout.threshold, self.state["row"], tuple(x.shape[1:]))
+        return x * keep / dropout.keep_rate
 
 
 def test_dropout_is_peft_dropout_with_named_masks():
@@ -100,8 +100,9 @@ def test_dropout_is_peft_dropout_with_named_masks():
     engine.step = 3
     mine = engine.step_loss_and_backward(batch)
     my_gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    state = {"noise": DropoutMask(5, 3, engine.weights.threshold), "row": 0}
-    numbers = {id(site.a): site.number for layer in engine.weights.layers for g in layer.groups for site in g.sites}
+    state = {"dropout": DropoutMask(5, 3, engine.weights.threshold), "row": 0}
+    groups = [group for layer in engine.weights.layers for group in layer.groups]
+    numbers = {id(lora.a): lora.number for group in groups for lora in group.modules}
     for module in model.modules():
         if hasattr(module, "lora_dropout"):
             number = numbers[id(module.lora_A["default"].weight)]
@@ -109,7 +110,7 @@ def test_dropout_is_peft_dropout_with_named_masks():
     model.zero_grad()
     count, total = fast.step_plan.count_labels(batch), 0.0
     for ids, labels in batch:
-        needed, _ = fast.step_plan.needed((ids, labels))
+        needed, _ = fast.step_plan.rows_and_targets((ids, labels))
         logits = model(input_ids=torch.tensor([needed])).logits[0]
         targets = torch.tensor(labels[1 : len(needed) + 1])
         loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / count
@@ -195,7 +196,7 @@ def test_checkpointing_changes_no_bit_and_a_step_broken_off_leaves_nothing():
     loss, gradients = fast_step(model, batch, seed=1)
     model.zero_grad()
     engine = fast.build(model, seed=1)
-    engine.bound(320, checkpointing=True)
+    engine.limit_memory(320, checkpointing=True)
     backward = engine.weights.layers[0].backward
     engine.weights.layers[0].backward = lambda *_, **__: (_ for _ in ()).throw(MemoryError)
     with pytest.raises(MemoryError):

@@ -53,7 +53,7 @@ def gap(view: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma"])
 def test_every_gap_is_zero(monkeypatch, fresh_memory_is_nan, handed_out, family, dtype, kernels, pitched):
     if pitched:  # as on an Intel processor, where fp32 products have gaps too
-        monkeypatch.setattr(matmul, "by_onednn", lambda dtype, device_type: False)
+        monkeypatch.setattr(matmul, "uses_onednn", lambda dtype, device_type: False)
     model = tiny(family, dropout=0.1, dtype=torch.float32, shape={"head_dim": 32})
     engine = fast.build(model, dtype, token_budget=40, kernels=kernels)
     groups = [group for layer in engine.weights.layers for group in layer.groups]

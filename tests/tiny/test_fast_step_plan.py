@@ -68,8 +68,8 @@ def test_tiles_hold_each_row_once():
 def test_what_a_tile_takes_does_not_grow_with_the_rows(rows, count):
     examples = [([i, *range(rows)], [i, *range(rows)]) for i in range(count)]
     cut = tiles(plan_step(examples)[0], None)
-    assert max(tile.hidden.numel() for tile in cut) <= 1 << 20
-    assert sum(tile.hidden.numel() for tile in cut) <= 1.3 * sum(
+    assert max(tile.masked.numel() for tile in cut) <= 1 << 20
+    assert sum(tile.masked.numel() for tile in cut) <= 1.3 * sum(
         count * 128 * min(end, rows) for end in range(128, rows + 128, 128)
     )
 
@@ -94,18 +94,22 @@ def test_lengths_must_agree():
 
 
 def test_masks_are_a_function_of_their_name():
-    noise = DropoutMask(seed=1, step=2, threshold=threshold_of(0.05))
-    whole = keep_mask(noise.key(9), noise.threshold, 0, (64, 96))
-    part = keep_mask(noise.key(9), noise.threshold, 40, (24, 96))
+    dropout = DropoutMask(seed=1, step=2, threshold=threshold_of(0.05))
+    whole = keep_mask(dropout.key(9), dropout.threshold, 0, (64, 96))
+    part = keep_mask(dropout.key(9), dropout.threshold, 40, (24, 96))
     assert torch.equal(whole[40:], part)
-    for other in (DropoutMask(1, 3, noise.threshold).key(9), DropoutMask(2, 2, noise.threshold).key(9), noise.key(8)):
-        assert not torch.equal(whole, keep_mask(other, noise.threshold, 0, (64, 96)))
+    for other in (
+        DropoutMask(1, 3, dropout.threshold).key(9),
+        DropoutMask(2, 2, dropout.threshold).key(9),
+        dropout.key(8),
+    ):
+        assert not torch.equal(whole, keep_mask(other, dropout.threshold, 0, (64, 96)))
 
 
 def test_masks_drop_what_they_should_independently():
     threshold = threshold_of(0.05)
-    noise = DropoutMask(seed=7, step=0, threshold=threshold)
-    masks = torch.stack([keep_mask(noise.key(site), threshold, 0, (512, 576)) for site in range(1, 9)])
+    dropout = DropoutMask(seed=7, step=0, threshold=threshold)
+    masks = torch.stack([keep_mask(dropout.key(module), threshold, 0, (512, 576)) for module in range(1, 9)])
     dropped = (~masks).double().reshape(8, -1)
     rate, count = threshold / 65536, dropped.shape[1]
     spread = (rate * (1 - rate) / count) ** 0.5

@@ -1,9 +1,9 @@
-"""Generation on a CPU, token by token: the weights are read once per token, in 16 bits, and that is the whole cost.
+"""Generation on a CPU, token by token. Reading the weights takes most of a token's time, so they are kept in 16 bits.
 
-A weight whose every value is a float16 (or a bfloat16) is stored so and widened on its way into float32 sums: half
-the bytes, and not a bit of the answer changes. LoRA stays beside its weight in float32, y = W x + c B (A x):
-merging it would need float32 weights. Specification: `_rows`, in torch, which also serves where there is no
-compiler; decode.cpp is all layers of it in one call.
+A weight whose values are all exact in float16 (or bfloat16) is stored in that dtype and upcast on the fly to float32:
+half the bytes, and the answer is the same to the last bit. LoRA stays next to its weight in float32,
+y = W x + c B (A x), because a merged weight would need float32. `Decoder._layers` is the specification, in torch, and
+is used where there is no compiler; kernels/decode.cpp computes all layers in one call.
 """
 
 from __future__ import annotations
@@ -15,46 +15,50 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
-from lora_practice.fast.decode.native import NativePass
+from lora_practice.fast.decode.native import CompiledPass
 from lora_practice.fast.decode.weights import DecodeWeights, read_for_decoding
 from lora_practice.fast.kernels.build import library
 
-ROWS = 64  # rows of a prompt computed at once: they stay in the processor's cache
+PROMPT_ROWS = 64  # tokens of a prompt computed at once: few enough for the processor's cache
 
 
 def build_decoder(model: Any, kernels: bool = True, like: Optional[Decoder] = None) -> Decoder:
-    """A snapshot of a PeftModel (unmerged LoRA; switched off or merged is respected) or a plain causal LM.
+    """Decoder for a PeftModel as it is now (adapter unmerged, merged or switched off) or for a plain causal LM.
 
-    Weights that lie in 16 bits already are shared with the model, so load it in the dtype of its files; float32
-    weights are copied to 16 bits where that is exact; the copies of `like`, a decoder of the same model in another
-    state (its adapter on or off), serve here too. Without a compiler, load the model in float32.
+    16-bit weights are shared with the model, so load it in the dtype of its files; float32 weights are copied to 16
+    bits where that is exact. Without a compiler all weights are upcast to float32, so load the model in float32.
+
+    Args:
+        model: in eval or train mode; the decoder does not follow later changes of its adapter.
+        kernels: use compiled kernels where there is a compiler.
+        like: a decoder of the same model in another state (adapter on or off), whose 16-bit copies are shared.
 
     Raises:
-        NotServed: another architecture, device or adapter than this path knows; use the model's own `generate`.
+        NotServed: the architecture, device or adapter is not supported; use the model's own `generate`.
     """
-    native, reason = None, ""
+    kernel_library, reason = None, ""
     if kernels:
         try:
-            native = library("float")
+            kernel_library = library("float")
         except (OSError, subprocess.SubprocessError) as error:
             reason = f" ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-    weights = read_for_decoding(model, native is not None, like.weights.stored if like else {})
-    if native is None:
+    weights = read_for_decoding(model, kernel_library is not None, like.weights.stored if like else {})
+    if kernel_library is None:
         return Decoder(weights, None, f"torch float32{reason}")
-    return Decoder(weights, NativePass(native, weights), "16-bit kernels")
+    return Decoder(weights, CompiledPass(kernel_library, weights), "16-bit kernels")
 
 
 class Decoder:
-    """Generates with one model, keeping keys and values of the last context. `name` says what computes."""
+    """Generates with one model and keeps the KV cache of the last context. `name` tells the user what computes."""
 
-    def __init__(self, weights: DecodeWeights, native: Optional[NativePass], name: str) -> None:
-        self.weights, self.native, self.name = weights, native, name
+    def __init__(self, weights: DecodeWeights, compiled: Optional[CompiledPass], name: str) -> None:
+        self.weights, self.compiled, self.name = weights, compiled, name
         self.heads = weights.heads
-        self.ids: list[int] = []  # whose keys and values the cache holds
-        self.cache = torch.empty(len(weights.layers), 2, self.heads.shared, 0, self.heads.size)
+        self.ids: list[int] = []  # tokens whose keys and values are in the cache
+        self.cache = torch.empty(len(weights.layers), 2, self.heads.kv, 0, self.heads.size)
 
     def generate(self, *args: Any, **options: Any) -> list[int]:
-        """All of `tokens`, with the same arguments."""
+        """List of the tokens that `tokens` yields; same arguments."""
         return list(self.tokens(*args, **options))
 
     def tokens(
@@ -66,68 +70,69 @@ class Decoder:
         top_p: float = 1.0,
         generator: Optional[torch.Generator] = None,
     ) -> Iterator[int]:
-        """New tokens, without the stop token, each computed when it is asked for; fewer when the positions end.
+        """Yield new tokens, without the stop token, each computed when requested.
 
-        Temperature 0 takes the likeliest token. Otherwise draws from softmax(logits / temperature), cut to the
-        smallest set of likeliest tokens whose probabilities reach top_p. A context that begins like the last one is
-        not computed again.
+        Generation ends at a token of stop_ids, after max_new_tokens, or at the model's last position. Temperature 0
+        is greedy; otherwise tokens are sampled from softmax(logits / temperature), restricted to the smallest set of
+        most likely tokens whose probabilities reach top_p. The beginning that a context has in common with the
+        previous one is not recomputed.
 
         Raises:
-            ValueError: no input, or more of it than the model has positions.
+            ValueError: no input, or more tokens than the model has positions.
         """
         if not input_ids or len(input_ids) > self.weights.positions:
             raise ValueError(f"{len(input_ids)} tokens of context; this model takes 1 to {self.weights.positions}")
         budget = min(max_new_tokens, self.weights.positions - len(input_ids))
-        self._make_room(len(input_ids) + budget)
-        written: list[int] = []
-        while len(written) < budget:
-            token = _choose(self.logits([*input_ids, *written]), temperature, top_p, generator)
+        self._grow_cache(len(input_ids) + budget)
+        generated: list[int] = []
+        while len(generated) < budget:
+            token = _sample(self.logits([*input_ids, *generated]), temperature, top_p, generator)
             if token in stop_ids:
                 break
-            written.append(token)
+            generated.append(token)
             yield token
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:
-        """(V,) float32, of the token after `ids`; computes only what the cache does not hold."""
+        """Logits (V,) float32 of the token after `ids`; computes only tokens that are not in the cache."""
         known = next((i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids)))
         known = min(known, len(ids) - 1)
-        self._make_room(len(ids))
-        self.ids = self.ids[:known]  # an interruption leaves a cache that is right as far as it goes
+        self._grow_cache(len(ids))
+        self.ids = self.ids[:known]  # so that the cache stays valid if an interruption follows
         logits = None
-        for start in range(known, len(ids), ROWS):
-            logits = self._pass(ids[start : start + ROWS], start, start + ROWS >= len(ids))
+        for start in range(known, len(ids), PROMPT_ROWS):
+            logits = self._forward(ids[start : start + PROMPT_ROWS], start, start + PROMPT_ROWS >= len(ids))
         assert logits is not None
         self.ids = list(ids)
         return logits
 
-    def _pass(self, ids: list[int], start: int, wanted: bool) -> Optional[torch.Tensor]:
-        """Some tokens at positions start, start + 1, ...; logits (V,) of the last one if wanted."""
-        weights, places = self.weights, slice(start, start + len(ids))
+    def _forward(self, ids: list[int], start: int, wanted: bool) -> Optional[torch.Tensor]:
+        """Forward pass of tokens at positions start, start + 1, ...; logits (V,) of the last one if wanted."""
+        weights, positions = self.weights, slice(start, start + len(ids))
         h = weights.embedding[torch.tensor(ids)].float() * weights.embedding_scale
-        if self.native is not None:
-            return self.native.logits(h, self.cos[places], self.sin[places], self.cache, start, wanted)
-        last = self._rows(h, start)[-1:]
+        if self.compiled is not None:
+            return self.compiled.logits(h, self.cos[positions], self.sin[positions], self.cache, start, wanted)
+        last = self._layers(h, start)[-1:]
         return weights.head.rows(_norm(last, weights.final_norm, weights.eps))[0] if wanted else None
 
-    def _rows(self, h: torch.Tensor, start: int) -> torch.Tensor:
-        """Embeddings h (n, K) at positions start, start + 1, ... -> final h; keys and values go to the cache."""
+    def _layers(self, h: torch.Tensor, start: int) -> torch.Tensor:
+        """Final h (n, K) from embeddings h at positions start, start + 1, ...; fills the cache with their k and v."""
         n, stop = len(h), start + len(h)
-        behind = torch.arange(start, stop)[:, None] - torch.arange(stop)
+        distance = torch.arange(start, stop)[:, None] - torch.arange(stop)
         cos, sin = self.cos[start:stop], self.sin[start:stop]
         for layer, (keys, values) in zip(self.weights.layers, self.cache):
             x = _norm(h, layer.norm1, layer.eps)
             q, k, v = (linear.rows(x).view(n, -1, self.heads.size) for linear in layer.qkv)
-            if layer.head_norm is not None:
-                q = _norm(q, layer.head_norm.q_weight, layer.head_norm.eps)
-                k = _norm(k, layer.head_norm.k_weight, layer.head_norm.eps)
-            qk = _rotated(torch.cat((q, k), 1).transpose(0, 1), cos, sin)
+            if layer.qk_norm is not None:
+                q = _norm(q, layer.qk_norm.q_weight, layer.qk_norm.eps)
+                k = _norm(k, layer.qk_norm.k_weight, layer.qk_norm.eps)
+            qk = _rope(torch.cat((q, k), 1).transpose(0, 1), cos, sin)
             keys[:, start:stop], values[:, start:stop] = qk[self.heads.query :], v.transpose(0, 1)
             o = F.scaled_dot_product_attention(
                 qk[None, : self.heads.query],
                 keys[None, :, :stop],
                 values[None, :, :stop],
-                attn_mask=None if n == 1 and layer.window is None else _visible(behind, layer.window),
+                attn_mask=None if n == 1 and layer.window is None else _visible_keys(distance, layer.window),
                 scale=self.heads.scale,
                 enable_gqa=True,
             )
@@ -137,8 +142,8 @@ class Decoder:
             h = h + layer.down[0].rows(layer.activation.value(gate) * up)
         return h
 
-    def _make_room(self, length: int) -> None:
-        """Grow the cache and the rotation tables to `length` positions, keeping what they hold."""
+    def _grow_cache(self, length: int) -> None:
+        """Grow the KV cache and the RoPE tables to at least `length` positions; the cache keeps its contents."""
         old = self.cache.shape[3]
         if length <= old:
             return
@@ -152,22 +157,23 @@ class Decoder:
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _visible(behind: torch.Tensor, window: Optional[int]) -> torch.Tensor:
-    """Which keys each query sees; behind (n, k): how far the key lies before the query."""
-    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+def _visible_keys(distance: torch.Tensor, window: Optional[int]) -> torch.Tensor:
+    """Causal mask (n, k), True = visible; distance (n, k): position of the query minus position of the key."""
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (heads, n, D) by cos, sin (n, D / 2)."""
+def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of x (heads, n, D) with cos, sin (n, D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def _choose(logits: torch.Tensor, temperature: float, top_p: float, generator: Optional[torch.Generator]) -> int:
-    """The next token from logits (V,); the cut is that of transformers' TopPLogitsWarper."""
+def _sample(logits: torch.Tensor, temperature: float, top_p: float, generator: Optional[torch.Generator]) -> int:
+    """Next token from logits (V,), which may be modified; top-p as in transformers' TopPLogitsWarper."""
     if temperature <= 0:
         return int(logits.argmax())
     logits = logits / temperature

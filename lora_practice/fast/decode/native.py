@@ -1,4 +1,4 @@
-"""The compiled spelling of a few tokens: decode.cpp over the tensors of a DecodeWeights."""
+"""The compiled forward pass of generation: kernels/decode.cpp on the tensors of a `DecodeWeights`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _address, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    """ctypes structure with these fields in this order."""
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-# The layouts of decode.cpp.
+# Layouts of the structs of the same names in kernels/decode.cpp.
 _LINEAR = _struct(
     "Linear",
     **dict.fromkeys(("weight", "bias", "down", "up"), _address),
-    **dict.fromkeys(("kind", "rows", "columns", "pitch", "rank"), _int),
+    **dict.fromkeys(("dtype", "rows", "columns", "pitch", "rank"), _int),
 )
 _LAYER = _struct(
     "Layer",
@@ -32,20 +33,21 @@ _ROPE = _struct("Rope", cosines=_address, sines=_address, position=_int, capacit
 _MODEL = _struct(
     "Model",
     **dict.fromkeys(("layers", "head", "norm"), _address),
-    **dict.fromkeys(("hidden", "inner", "heads", "shared", "size", "tanh_gelu"), _int),
+    **dict.fromkeys(("hidden", "inner", "heads", "kv_heads", "size", "tanh_gelu"), _int),
     **dict.fromkeys(("scale", "eps"), _float),
 )
 
 
 def _at(x: Optional[torch.Tensor]) -> Optional[int]:
+    """Address of a tensor, None (null) for None."""
     return None if x is None else x.data_ptr()
 
 
-class NativePass:
-    """A few tokens through all layers and the head."""
+class CompiledPass:
+    """All layers and the head for a few tokens."""
 
-    def __init__(self, native: ctypes.CDLL, weights: DecodeWeights) -> None:
-        self.native, self.weights = native, weights  # the pointers below point into `weights`
+    def __init__(self, library: ctypes.CDLL, weights: DecodeWeights) -> None:
+        self.library, self.weights = library, weights  # `weights` is kept alive: the structs below point into it
         first, heads = weights.layers[0], weights.heads
         self.layers = (_LAYER * len(weights.layers))(*map(self._layer, weights.layers))
         self.head_linear = self._linear(weights.head)
@@ -53,7 +55,7 @@ class NativePass:
             weights.embedding.shape[1],
             first.down[0].weight.shape[1],
             heads.query,
-            heads.shared,
+            heads.kv,
             heads.size,
         )
         self.model = _MODEL(
@@ -74,21 +76,25 @@ class NativePass:
 
     def _layer(self, layer: Any) -> Any:
         linears = [*layer.qkv, *layer.out, *layer.gate_up, *layer.down]
-        norms = (layer.norm1, layer.norm2, *(layer.head_norm or (None, None))[:2])
+        norms = (layer.norm1, layer.norm2, *(layer.qk_norm or (None, None))[:2])
         return _LAYER((_LINEAR * 7)(*map(self._linear, linears)), *map(_at, norms), layer.window or 0)
 
     def logits(
         self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor, start: int, wanted: bool
     ) -> Optional[torch.Tensor]:
-        """Logits (V,) of the last of n tokens, if wanted.
+        """Logits (V,) of the last of n tokens if wanted, else None.
 
-        Args: h (n, K) embeddings of the tokens at start, start + 1, ..., used up; cos, sin (n, D / 2) of their
-        places; cache (layers, 2, shared, capacity, D), in which their keys and values are written.
+        Args:
+            h: (n, K) embeddings of the tokens at positions start, start + 1, ...; overwritten.
+            cos, sin: (n, D / 2) RoPE tables for these positions.
+            cache: (layers, 2, kv heads, capacity, D); keys and values of these tokens are written to it.
+            start: position of the first token.
+            wanted: whether to compute logits.
         """
         assert all(x.is_contiguous() for x in (h, cos, sin, cache))
         rope = _ROPE(_at(cos), _at(sin), start, cache.shape[3])
         logits = torch.empty(self.weights.head.weight.shape[0]) if wanted else None
-        self.native.decode(
+        self.library.decode(
             ctypes.byref(self.model),
             _int(len(self.layers)),
             _address(_at(h)),

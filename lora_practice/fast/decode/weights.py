@@ -1,4 +1,4 @@
-"""A model as the decoder reads it: linears apart, each weight in as few bits as hold it exactly, LoRA beside it."""
+"""A model read for generation: separate linears, weights in 16 bits where that is exact, LoRA in float32."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from lora_practice.fast.attention import Heads
-from lora_practice.fast.weights import SERVED, NotServed, _Reader
+from lora_practice.fast.weights import SERVED, ModelReader, NotServed, Rotary
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in decode.cpp
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in kernels/decode.cpp
 
 
 class Linear(NamedTuple):
-    """One linear with its LoRA pair: y = x W^T + b + (x A^T) (c B^T)."""
+    """One linear with its LoRA pair: y = x W^T + b + (x A^T) (c B^T), c = alpha / r."""
 
     weight: torch.Tensor  # (N, K) float16, bfloat16 or float32
     bias: Optional[torch.Tensor]  # (N,)
@@ -22,33 +22,36 @@ class Linear(NamedTuple):
     up: Optional[torch.Tensor]  # c B^T (r, N)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, K) -> (n, N), float32; a narrow weight is widened for the moment."""
+        """y (n, N) from x (n, K), float32; a 16-bit weight is upcast temporarily."""
         y = F.linear(x, self.weight.float(), self.bias)
         return y if self.down is None or self.up is None else y.addmm_(x @ self.down.t(), self.up)
 
 
 class DecodeWeights(NamedTuple):
-    """A causal language model for generation; norms and biases float32."""
+    """A causal language model for generation; norms and biases are float32."""
 
-    embedding: torch.Tensor  # (V, K) as stored
+    embedding: torch.Tensor  # (V, K), in 16 bits or float32
     embedding_scale: float
-    layers: list[Any]  # layer.Layer whose groups are lists of Linear
+    layers: list[Any]  # layer.Layer whose groups are lists of Linear in place of LinearGroup
     final_norm: torch.Tensor
     eps: float
     head: Linear
     heads: Heads
-    rotary: Any  # the model's own module: (x, position_ids) -> cos, sin
-    positions: int
-    stored: dict[int, torch.Tensor]  # by id() of the model's own parameter
+    rotary: Rotary  # the model's own rotary embedding: (x, position_ids) -> cos, sin
+    positions: int  # longest context in tokens
+    stored: dict[int, torch.Tensor]  # by id() of the model's parameter: the tensor that holds it here
 
 
-def read_for_decoding(model: Any, narrow: bool, stored: dict[int, torch.Tensor]) -> DecodeWeights:
-    """Take a PeftModel or a plain causal LM apart; narrow: in 16 bits where that is exact, else float32.
+def read_for_decoding(model: Any, use_16_bits: bool, stored: dict[int, torch.Tensor]) -> DecodeWeights:
+    """Read a PeftModel or a plain causal LM.
 
-    `stored` is what another reading of this very model made of its parameters; it grows by what it lacks.
+    Args:
+        model: left unchanged.
+        use_16_bits: store weights in 16 bits where that is exact; else in float32.
+        stored: tensors of an earlier reading of the same model, which are reused; missing ones are added to it.
 
     Raises:
-        NotServed: another architecture, device or adapter than this path knows.
+        NotServed: the architecture, device or adapter is not supported.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if type(causal).__name__ not in SERVED:
@@ -58,12 +61,12 @@ def read_for_decoding(model: Any, narrow: bool, stored: dict[int, torch.Tensor])
         raise NotServed("the embedding is wrapped, or not on the CPU")
     if type(head) is not torch.nn.Linear or head.bias is not None:
         raise NotServed("the output head is wrapped, quantised or has a bias")
-    reader = _InferenceReader(causal, narrow, stored)
+    reader = _DecodeReader(causal, use_16_bits, stored)
     layers: list[Any] = [reader.layer(layer, index) for index, layer in enumerate(causal.model.layers)]
     hidden = causal.config.hidden_size
     return DecodeWeights(
         embedding=reader.store(embedding.weight),
-        embedding_scale=float(torch.tensor(hidden**0.5)) if reader.gemma else 1.0,  # float32, as theirs
+        embedding_scale=float(torch.tensor(hidden**0.5)) if reader.gemma else 1.0,  # float32 as in transformers
         layers=layers,
         final_norm=reader.norm(causal.model.norm),
         eps=reader.eps(causal.model.norm),
@@ -75,17 +78,19 @@ def read_for_decoding(model: Any, narrow: bool, stored: dict[int, torch.Tensor])
     )
 
 
-class _InferenceReader(_Reader):
-    """Reads layers for generation: linears stay apart, frozen LoRA is welcome, nothing is moved."""
+class _DecodeReader(ModelReader):
+    """Reads layers for generation: linears are not merged, LoRA may be frozen, the model is not changed."""
 
-    def __init__(self, causal: Any, narrow: bool, stored: dict[int, torch.Tensor]) -> None:
+    def __init__(self, causal: Any, use_16_bits: bool, stored: dict[int, torch.Tensor]) -> None:
         super().__init__(causal, torch.float32)
-        self.narrow, self.stored = narrow, stored
+        self.use_16_bits, self.stored = use_16_bits, stored
 
     def group(self, *modules: Any) -> Any:
+        """A list of Linear in place of a merged LinearGroup."""
         return [self.linear(module) for module in modules]
 
     def linear(self, module: Any) -> Linear:
+        """One linear of transformers or PEFT."""
         base = getattr(module, "base_layer", module)
         if type(base) is not torch.nn.Linear:
             raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantised?)")
@@ -93,16 +98,16 @@ class _InferenceReader(_Reader):
         return Linear(self.store(base.weight), bias, *_lora_pair(module))
 
     def store(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight in as few bits as hold it exactly; a tied weight is stored once."""
+        """The weight in the dtype to compute from; a tied weight is stored once."""
         if weight.dtype not in DTYPE_CODES:
             raise NotServed(f"weights in {weight.dtype}")
         if id(weight) not in self.stored:
-            self.stored[id(weight)] = _narrowed(weight.detach()) if self.narrow else weight.detach().float()
+            self.stored[id(weight)] = _in_16_bits(weight.detach()) if self.use_16_bits else weight.detach().float()
         return self.stored[id(weight)]
 
 
-def _narrowed(weight: torch.Tensor) -> torch.Tensor:
-    """A float16 or bfloat16 copy when it is exact (checked a few rows at a time), else the weight; rows contiguous."""
+def _in_16_bits(weight: torch.Tensor) -> torch.Tensor:
+    """A float16 or bfloat16 copy if exact (checked some rows at a time), else the weight; with contiguous rows."""
     if weight.dtype != torch.float32:
         return weight.contiguous()
     for dtype in (torch.float16, torch.bfloat16):
@@ -113,7 +118,7 @@ def _narrowed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _lora_pair(module: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """(A (r, K), c B^T (r, N)) in float32, copied; Nones where no adapter acts beside the weight."""
+    """Float32 copies of (A (r, K), c B^T (r, N)), or (None, None) where no adapter is active or it is merged."""
     if type(module) is torch.nn.Linear:
         return None, None
     if not hasattr(module, "lora_A"):

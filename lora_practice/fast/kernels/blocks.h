@@ -1,4 +1,4 @@
-// Small float products whose sums stay in registers: ROWS rows of A, COLUMNS columns of B at a time.
+// Small float32 matmuls with register-resident sums: a block of ROWS rows of A and COLUMNS columns of B at a time.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,11 @@
 
 namespace {
 
-constexpr int ROWS = 8, VECTORS = WIDTH == 16 ? 2 : 1, COLUMNS = VECTORS * WIDTH;  // sums that stay in registers
+constexpr int ROWS = 8, VECTORS = WIDTH == 16 ? 2 : 1, COLUMNS = VECTORS * WIDTH;  // block of sums in registers
 
-int64_t padded(int64_t count) { return (count + COLUMNS - 1) / COLUMNS * COLUMNS; }
+// count rounded up to a multiple of COLUMNS.
+
+int64_t padded_to_columns(int64_t count) { return (count + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 // C (ROWS x V * WIDTH) = A (ROWS x depth) B (depth x V * WIDTH).
 template <int V>
@@ -27,7 +29,7 @@ void block(const float* A, int64_t lda, const float* B, int64_t ldb, int64_t dep
 }
 
 // C (ROWS x D) = A (ROWS x depth) B (depth x D).
-void product(const float* A, int64_t lda, const float* B, int64_t depth, float* C, int64_t D) {
+void matmul(const float* A, int64_t lda, const float* B, int64_t depth, float* C, int64_t D) {
     for (int64_t j = 0; j < D; j += COLUMNS) block<VECTORS>(A, lda, B + j, D, depth, C + j, D);
 }
 

@@ -1,5 +1,6 @@
-// A few tokens through the whole model, for generation; decode.py holds the torch spelling (`_rows`) of the same.
-// Weights stay in 16 bits in memory: reading them is where the time of a token goes.
+// Forward pass of a few tokens through the whole model with a KV cache, for generation. The same in torch:
+// Decoder._rows in ../decode/decoder.py.
+// Weights stay in 16 bits in memory, because reading them takes most of the time of a token; arithmetic is float32.
 
 #include <algorithm>
 #include <cmath>
@@ -10,31 +11,31 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 8 * TILE;  // outputs handed to a thread at once; few, so that a slow core takes fewer
+constexpr int64_t BLOCK = 8 * TILE;  // outputs per work item; small, so that a slow core gets fewer of them
 
-// The layouts of these four are spelt again in decode_native.py.
+// ../decode/native.py mirrors the layouts of the next four structs.
 struct Linear {  // y = W x + bias + up (down x)
     const void* weight;
-    const float *bias, *down, *up;               // down (rank, columns), up (rank, rows), scale inside
-    int64_t kind, rows, columns, pitch, rank;    // kind 0: float, 1: binary16, 2: bfloat16
+    const float *bias, *down, *up;              // down: A (rank, columns); up: c B^T (rank, rows)
+    int64_t dtype, rows, columns, pitch, rank;  // dtype 0: float32, 1: float16, 2: bfloat16
 };
 
 struct Layer {
     Linear qkv[3], o, gate, up, down;
     const float *norm1, *norm2, *q_norm, *k_norm;
-    int64_t window;  // 0: sees everything
+    int64_t window;  // sliding window in keys; 0: full attention
 };
 
 struct Rope {
-    const float *cosines, *sines;  // (n, size / 2) of the n tokens
-    int64_t position, capacity;    // of the first token; positions in the cache
+    const float *cosines, *sines;  // (n, size / 2) for the n tokens
+    int64_t position, capacity;    // position of the first token; number of positions in the KV cache
 };
 
 struct Model {
     const Layer* layers;
     const Linear* head;
     const float* norm;
-    int64_t hidden, inner, heads, shared, size, tanh_gelu;
+    int64_t hidden, inner, heads, kv_heads, size, tanh_gelu;  // size: columns of one head; tanh_gelu 0: SiLU
     float scale, eps;
 };
 
@@ -45,16 +46,14 @@ float dot(const float* a, const float* b, int64_t n) {
     return sum;
 }
 
-// Everything below runs inside one parallel region, on n rows of one sequence. Each thread makes the small things
-// (norms, u = down x) for itself: that is cheaper than waiting for another one.
 using Floats = std::vector<float>;
 
-// Outputs [begin, end) of a linear for n rows x -> y (n, BLOCK); u (n, rank) = down x is there already.
-void outputs(const Linear& l, const float* x, const Floats& u, int64_t n, int64_t begin, int64_t end, float* y) {
+// y (n, BLOCK) = outputs [begin, end) of a linear for n rows x; u (n, rank) = down x is computed beforehand.
+void linear_outputs(const Linear& l, const float* x, const Floats& u, int64_t n, int64_t begin, int64_t end, float* y) {
     const int64_t at = begin * l.pitch, rows = end - begin;
-    if (l.kind == 0) products((const float*)l.weight + at, l.pitch, x, n, l.columns, rows, y, BLOCK);
-    if (l.kind == 1) products((const Binary16*)l.weight + at, l.pitch, x, n, l.columns, rows, y, BLOCK);
-    if (l.kind == 2) products((const Half*)l.weight + at, l.pitch, x, n, l.columns, rows, y, BLOCK);
+    if (l.dtype == 0) matmul_transposed((const float*)l.weight + at, l.pitch, x, n, l.columns, rows, y, BLOCK);
+    if (l.dtype == 1) matmul_transposed((const Float16*)l.weight + at, l.pitch, x, n, l.columns, rows, y, BLOCK);
+    if (l.dtype == 2) matmul_transposed((const BFloat16*)l.weight + at, l.pitch, x, n, l.columns, rows, y, BLOCK);
     for (int64_t t = 0; t < n; ++t, y += BLOCK) {
         for (int64_t i = 0; l.bias && i < rows; ++i) y[i] += l.bias[begin + i];
         for (int64_t k = 0; k < l.rank; ++k) {
@@ -67,7 +66,7 @@ void outputs(const Linear& l, const float* x, const Floats& u, int64_t n, int64_
 
 void lora_down(const Linear& l, const float* x, int64_t n, Floats& u) {
     u.resize(size_t(n * l.rank));
-    products(l.down, l.columns, x, n, l.columns, l.rank, u.data(), l.rank);
+    matmul_transposed(l.down, l.columns, x, n, l.columns, l.rank, u.data(), l.rank);
 }
 
 void normalise(const float* x, const float* weight, int64_t K, float eps, float* y) {
@@ -76,8 +75,9 @@ void normalise(const float* x, const float* weight, int64_t K, float eps, float*
     for (int64_t j = 0; j < K; ++j) y[j] = x[j] * r * weight[j];
 }
 
-// y (n, ldy) = [l1 x | l2 x | ...], or y += for the residual stream.
-void product(const Linear* list, int64_t count, const float* x, int64_t n, Floats* u, float* y, int64_t ldy, bool add) {
+// y (n, ldy) = [l1 x | l2 x | ...], or y += with `accumulate` (residual stream).
+void apply_linears(const Linear* list, int64_t count, const float* x, int64_t n, Floats* u, float* y, int64_t ldy,
+                   bool accumulate) {
     int64_t blocks = 0;
     for (int64_t s = 0; s < count; ++s) {
         lora_down(list[s], x, n, u[s]);
@@ -90,25 +90,25 @@ void product(const Linear* list, int64_t count, const float* x, int64_t n, Float
         for (; begin >= (list[s].rows + BLOCK - 1) / BLOCK * BLOCK; offset += list[s++].rows)
             begin -= (list[s].rows + BLOCK - 1) / BLOCK * BLOCK;
         const int64_t end = std::min(begin + BLOCK, list[s].rows);
-        outputs(list[s], x, u[s], n, begin, end, part.data());
+        linear_outputs(list[s], x, u[s], n, begin, end, part.data());
         for (int64_t t = 0; t < n; ++t)
             for (int64_t i = 0; i < end - begin; ++i) {
                 float& target = y[t * ldy + offset + begin + i];
-                target = part[t * BLOCK + i] + (add ? target : 0.0f);
+                target = part[t * BLOCK + i] + (accumulate ? target : 0.0f);
             }
     }
 }
 
-// y (n, inner) = act(gate x) * (up x)
-void gated(const Layer& l, const Model& m, const float* x, int64_t n, Floats* u, float* y) {
+// y (n, inner) = act(gate x) * (up x).
+void gated_mlp(const Layer& l, const Model& m, const float* x, int64_t n, Floats* u, float* y) {
     lora_down(l.gate, x, n, u[0]);
     lora_down(l.up, x, n, u[1]);
     Floats gate(size_t(n * BLOCK)), up(size_t(n * BLOCK));
 #pragma omp for schedule(dynamic)
     for (int64_t begin = 0; begin < m.inner; begin += BLOCK) {
         const int64_t end = std::min(begin + BLOCK, m.inner);
-        outputs(l.gate, x, u[0], n, begin, end, gate.data());
-        outputs(l.up, x, u[1], n, begin, end, up.data());
+        linear_outputs(l.gate, x, u[0], n, begin, end, gate.data());
+        linear_outputs(l.up, x, u[1], n, begin, end, up.data());
         for (int64_t t = 0; t < n; ++t)
             for (int64_t i = 0; i < end - begin; ++i) {
                 const float z = gate[t * BLOCK + i];
@@ -119,13 +119,14 @@ void gated(const Layer& l, const Model& m, const float* x, int64_t n, Floats* u,
     }
 }
 
-// Head norm and rotation of every q and k head, in place; k and v go into the cache.
-void place(const Layer& l, const Model& m, float* qkv, int64_t n, const Rope& r, float* keys, float* values) {
-    const int64_t D = m.size, half = D / 2, heads = m.heads + m.shared;
+// QK norm (if any) and RoPE of every q and k head, in place; k and v are copied into the KV cache.
+void qk_norm_rope_cache(const Layer& l, const Model& m, float* qkv, int64_t n, const Rope& r, float* keys,
+                        float* values) {
+    const int64_t D = m.size, half = D / 2, heads = m.heads + m.kv_heads;
 #pragma omp for
     for (int64_t item = 0; item < n * heads; ++item) {
         const int64_t t = item / heads, head = item % heads, group = head - m.heads;
-        float *a = qkv + (t * (heads + m.shared) + head) * D, *b = a + half;
+        float *a = qkv + (t * (heads + m.kv_heads) + head) * D, *b = a + half;
         const float *c = r.cosines + t * half, *s = r.sines + t * half, *weight = group < 0 ? l.q_norm : l.k_norm;
         if (weight) normalise(a, weight, D, m.eps, a);
         for (int64_t j = 0; j < half; ++j) {
@@ -136,10 +137,11 @@ void place(const Layer& l, const Model& m, float* qkv, int64_t n, const Rope& r,
         if (group < 0) continue;
         const int64_t at = (group * r.capacity + r.position + t) * D;
         std::copy(a, a + D, keys + at);
-        std::copy(a + m.shared * D, a + (m.shared + 1) * D, values + at);
+        std::copy(a + m.kv_heads * D, a + (m.kv_heads + 1) * D, values + at);
     }
 }
 
+// out (n, heads * size) = attention of n queries over the cached keys and values, their own included.
 void attend(const Layer& l, const Model& m, const float* qkv, int64_t n, const Rope& r, const float* keys,
             const float* values, Floats& p, float* out) {
     const int64_t D = m.size;
@@ -147,9 +149,9 @@ void attend(const Layer& l, const Model& m, const float* qkv, int64_t n, const R
     for (int64_t item = 0; item < n * m.heads; ++item) {
         const int64_t t = item / m.heads, head = item % m.heads, stop = r.position + t + 1;
         const int64_t begin = l.window ? std::max(int64_t(0), stop - l.window) : 0, count = stop - begin;
-        const int64_t at = (head / (m.heads / m.shared) * r.capacity + begin) * D;
+        const int64_t at = (head / (m.heads / m.kv_heads) * r.capacity + begin) * D;
         p.resize(size_t(count));
-        products(keys + at, D, qkv + (t * (m.heads + 2 * m.shared) + head) * D, 1, D, count, p.data(), 0);
+        matmul_transposed(keys + at, D, qkv + (t * (m.heads + 2 * m.kv_heads) + head) * D, 1, D, count, p.data(), 0);
         const float top = *std::max_element(p.begin(), p.end());
         float sum = 0, *y = out + item * D;
         #pragma omp simd reduction(+ : sum)
@@ -167,12 +169,13 @@ void attend(const Layer& l, const Model& m, const float* qkv, int64_t n, const R
 
 extern "C" {
 
-// h (n, hidden): embeddings of n tokens that follow each other, used up. cache (layers, 2, shared, capacity, size):
-// keys and values; those of these tokens are written. logits (V) of the last token, or null when nobody asks.
+// All layers and the head for n consecutive tokens. h (n, hidden): their embeddings, overwritten. cache (layers, 2,
+// kv_heads, capacity, size): keys and values; those of these tokens are written. logits (V): written for the last
+// token, or null if not wanted.
 void decode(const Model* model, int64_t layers, float* h, int64_t n, const Rope* rope, float* cache, float* logits,
             int threads) {
     const Model& m = *model;
-    const int64_t side = m.shared * rope->capacity * m.size, width = (m.heads + 2 * m.shared) * m.size;
+    const int64_t side = m.kv_heads * rope->capacity * m.size, width = (m.heads + 2 * m.kv_heads) * m.size;
     Floats qkv(size_t(n * width)), o(size_t(n * m.heads * m.size)), a(size_t(n * m.inner));
 #pragma omp parallel num_threads(threads)
     {
@@ -184,14 +187,14 @@ void decode(const Model* model, int64_t layers, float* h, int64_t n, const Rope*
         for (int64_t i = 0; i < layers; ++i) {
             const Layer& l = m.layers[i];
             float *keys = cache + 2 * i * side, *values = keys + side;
-            product(l.qkv, 3, normalised(l.norm1), n, u, qkv.data(), width, false);
-            place(l, m, qkv.data(), n, *rope, keys, values);
+            apply_linears(l.qkv, 3, normalised(l.norm1), n, u, qkv.data(), width, false);
+            qk_norm_rope_cache(l, m, qkv.data(), n, *rope, keys, values);
             attend(l, m, qkv.data(), n, *rope, keys, values, p, o.data());
-            product(&l.o, 1, o.data(), n, u, h, m.hidden, true);
-            gated(l, m, normalised(l.norm2), n, u, a.data());
-            product(&l.down, 1, a.data(), n, u, h, m.hidden, true);
+            apply_linears(&l.o, 1, o.data(), n, u, h, m.hidden, true);
+            gated_mlp(l, m, normalised(l.norm2), n, u, a.data());
+            apply_linears(&l.down, 1, a.data(), n, u, h, m.hidden, true);
         }
-        if (logits) product(m.head, 1, normalised(m.norm) + (n - 1) * m.hidden, 1, u, logits, 0, false);
+        if (logits) apply_linears(m.head, 1, normalised(m.norm) + (n - 1) * m.hidden, 1, u, logits, 0, false);
     }
 }
 

@@ -1,6 +1,7 @@
-// LoRA's small products with their dropout masks, and the moving of its weights; ops.Plain and dropout.py state the formulas.
-// Compiled once per compute dtype T (-DT=float or -DT=Half); everything is computed in float.
-// n rows, ld* row pitches in elements.
+// LoRA's small matmuls with dropout masks, and scaled copies of its matrices. Kernels have the names and formulas of
+// the methods of TorchOps in ../ops.py; ../dropout.py defines the masks.
+// Compiled once per compute dtype T (-DT=float or -DT=BFloat16); arithmetic is float32.
+// n: rows; K: input width; ld*: row pitches in elements; threads: OpenMP threads.
 
 #include <cstdint>
 #include <cstring>
@@ -10,8 +11,9 @@
 
 namespace {
 
-// keep[j], keep[j + half] for j in [begin, end): noise.keep_mask of one row, as floats 0 or 1.
-void keep_row(float* low, float* high, uint32_t counter, const Site& s, uint32_t threshold, int64_t count) {
+// dropout.keep_mask of one row as floats 0 or 1: columns j (low) and j + half (high) for `count` values of j; `counter`
+// is row * half plus the first j.
+void keep_row(float* low, float* high, uint32_t counter, const LoraModule& s, uint32_t threshold, int64_t count) {
     #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
         uint32_t bits = counter + uint32_t(j) + s.key0;
@@ -27,14 +29,15 @@ void keep_row(float* low, float* high, uint32_t counter, const Site& s, uint32_t
 }
 
 constexpr int BACK_ROWS = 4;
-constexpr int64_t BACK_COLUMNS = 192;  // of each half: what is summed stays in the nearest cache
+constexpr int64_t BACK_COLUMNS = 192;  // columns of each half per block: its sums stay in the nearest cache
 
-// Columns [begin, begin + count) and the same shifted by K / 2: d_down += d_u^T (x * keep), d_x += (d_u A) * keep.
-// BACK_ROWS rows at a time for one pass over A and the sums. d_down is summed in memory of this thread's own: beside
-// another thread's columns, each core's prefetcher would take the other's lines away for every row (measured: 8 times
-// slower on two cores than on one).
+// LoRA backward for columns [begin, begin + count) and the same shifted by K / 2:
+// d_down = d_u^T (x * keep), d_x += (d_u A) * keep.
+// One pass over A and the sums serves BACK_ROWS rows. d_down is summed in thread-local memory and copied out at the
+// end: with neighbouring columns in shared memory the cores' prefetchers take cache lines from each other at every row
+// (measured: two cores were 8 times slower than one).
 struct LoraColumns {
-    const int64_t K, half, begin, count, width, ranks;  // width: both sides, each filled up to whole vectors
+    const int64_t K, half, begin, count, width, ranks;  // width: both halves, each padded to whole vectors
     std::vector<float> x, keep, total, a, sums, g;
 
     LoraColumns(int64_t K, int64_t begin, int64_t count, int64_t ranks, const float* down)
@@ -47,7 +50,7 @@ struct LoraColumns {
     }
     int64_t side() const { return (count + WIDTH - 1) / WIDTH * WIDTH; }
 
-    void site(int64_t rank, int64_t end) {
+    void add_module(int64_t rank, int64_t end) {
         for (int64_t j = 0; j < width; j += WIDTH) {
             Vec input[BACK_ROWS], back[BACK_ROWS] = {};
             for (int r = 0; r < BACK_ROWS; ++r)
@@ -66,34 +69,34 @@ struct LoraColumns {
         }
     }
 
-    void run(const T* rows, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, const Site* sites, int64_t site_count,
-             uint32_t threshold, int64_t row0, T* d_x, int64_t lddx, float* d_down) {
+    void run(const T* rows, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, const LoraModule* modules,
+             int64_t module_count, uint32_t threshold, int64_t row0, T* d_x, int64_t lddx, float* d_down) {
         for (int64_t i = 0; i < n; i += BACK_ROWS) {
             const int64_t there = std::min<int64_t>(BACK_ROWS, n - i);
             for (int64_t r = 0; r < BACK_ROWS; ++r)
                 for (int64_t k = 0; k < ranks; ++k)
-                    g[k * BACK_ROWS + r] = r < there ? wide(d_u[(i + r) * ldu + k]) : 0.0f;
+                    g[k * BACK_ROWS + r] = r < there ? to_float(d_u[(i + r) * ldu + k]) : 0.0f;
             for (int64_t r = 0; r < there; ++r)
                 for (int64_t high = 0; high < 2; ++high) {
                     const T* from = rows + (i + r) * ldx + begin + high * half;
                     float* to = &x[r * width + high * side()];
 #pragma omp simd
-                    for (int64_t j = 0; j < count; ++j) to[j] = wide(from[j]);
+                    for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j]);
                 }
             std::fill(total.begin(), total.end(), 0.0f);
-            for (int64_t s = 0; s < site_count; ++s) {
+            for (int64_t s = 0; s < module_count; ++s) {
                 for (int64_t r = 0; r < there && threshold; ++r) {
                     float* low = &keep[r * width];
-                    keep_row(low, low + side(), uint32_t((row0 + i + r) * half + begin), sites[s], threshold, count);
+                    keep_row(low, low + side(), uint32_t((row0 + i + r) * half + begin), modules[s], threshold, count);
                 }
-                site(sites[s].rank_begin, sites[s].rank_end);
+                add_module(modules[s].rank_begin, modules[s].rank_end);
             }
             for (int64_t r = 0; r < there && d_x; ++r)
                 for (int64_t high = 0; high < 2; ++high) {
                     T* to = d_x + (i + r) * lddx + begin + high * half;
                     const float* sum = &total[r * width + high * side()];
 #pragma omp simd
-                    for (int64_t j = 0; j < count; ++j) to[j] = narrow(wide(to[j]) + sum[j]);
+                    for (int64_t j = 0; j < count; ++j) to[j] = from_float(to_float(to[j]) + sum[j]);
                 }
         }
         for (int64_t k = 0; k < ranks; ++k)
@@ -105,18 +108,19 @@ struct LoraColumns {
 constexpr int UP_ROWS = 8;
 constexpr int64_t UP_COLUMNS = 8 * LANES;
 
-// d_up (ranks x count, pitch N) = u^T d_y, count <= UP_COLUMNS: eight rows of d_y at a time for one pass over the sums.
+// d_up (ranks x count, pitch N) = u^T d_y with count <= UP_COLUMNS; one pass over the sums serves UP_ROWS rows of d_y.
 void lora_up_columns(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_t n, int64_t ranks, int64_t count,
                      float* d_up, int64_t N) {
     std::vector<float> sums(ranks * UP_COLUMNS), factors(ranks * UP_ROWS), rows(UP_ROWS * UP_COLUMNS);
     for (int64_t i = 0; i < n; i += UP_ROWS) {
         for (int64_t r = 0; r < UP_ROWS; ++r) {
             const bool there = i + r < n;
-            for (int64_t k = 0; k < ranks; ++k) factors[k * UP_ROWS + r] = there ? wide(u[(i + r) * ldu + k]) : 0.0f;
+            for (int64_t k = 0; k < ranks; ++k)
+                factors[k * UP_ROWS + r] = there ? to_float(u[(i + r) * ldu + k]) : 0.0f;
             const T* from = d_y + (there ? i + r : i) * ldy;
             float* to = &rows[r * UP_COLUMNS];
             #pragma omp simd
-            for (int64_t j = 0; j < count; ++j) to[j] = wide(from[j]);
+            for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j]);
         }
         for (int64_t j = 0; j < count; j += LANES) {
             Lanes d[UP_ROWS];
@@ -133,8 +137,8 @@ void lora_up_columns(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_t
     for (int64_t k = 0; k < ranks; ++k) std::copy_n(&sums[k * UP_COLUMNS], count, d_up + k * N);
 }
 
-// u[r, k] = (x_r * keep_r) . row k of A, for MANY rows of A and DOWN_ROWS of x in one pass: a single chain of additions
-// would wait for itself.
+// u[r, k] = (x_r * keep_r) . A_k for MANY rows of A and DOWN_ROWS rows of x in one pass: several independent sums hide
+// the latency of an addition.
 constexpr int DOWN_ROWS = 2;
 
 template <int MANY>
@@ -162,9 +166,11 @@ void dots(const float* x, const float* keep, int64_t K, const float* a, float* u
 
 extern "C" {
 
-void lora_down(const T* x, int64_t ldx, int64_t n, int64_t K, const float* down, const Site* sites, int64_t count,
-               uint32_t threshold, int64_t row0, T* u, int64_t ldu, int threads) {
-    const int64_t half = K / 2, ranks = sites[count - 1].rank_end;
+// u (n, R) = (x * keep) A^T for each LoRA module; down (R, K) = stacked A. threshold 0: no dropout.
+void lora_down(const T* x, int64_t ldx, int64_t n, int64_t K, const float* down,
+               const LoraModule* modules, int64_t count, uint32_t threshold, int64_t row0, T* u, int64_t ldu,
+               int threads) {
+    const int64_t half = K / 2, ranks = modules[count - 1].rank_end;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> rows(DOWN_ROWS * K), keep(DOWN_ROWS * K, 1.0f), sums(DOWN_ROWS * ranks);
@@ -173,38 +179,39 @@ void lora_down(const T* x, int64_t ldx, int64_t n, int64_t K, const float* down,
             const int64_t there = std::min<int64_t>(DOWN_ROWS, n - i);
             for (int64_t r = 0; r < there; ++r)
 #pragma omp simd
-                for (int64_t j = 0; j < K; ++j) rows[r * K + j] = wide(x[(i + r) * ldx + j]);
+                for (int64_t j = 0; j < K; ++j) rows[r * K + j] = to_float(x[(i + r) * ldx + j]);
             for (int64_t s = 0; s < count; ++s) {
                 for (int64_t r = 0; r < there && threshold; ++r)
-                    keep_row(&keep[r * K], &keep[r * K + half], uint32_t((row0 + i + r) * half), sites[s], threshold,
+                    keep_row(&keep[r * K], &keep[r * K + half], uint32_t((row0 + i + r) * half), modules[s], threshold,
                              half);
-                const int64_t last = sites[s].rank_end;
-                int64_t k = sites[s].rank_begin;
+                const int64_t last = modules[s].rank_end;
+                int64_t k = modules[s].rank_begin;
                 for (; k + 6 <= last; k += 6) dots<6>(rows.data(), keep.data(), K, down + k * K, &sums[k], ranks);
                 for (; k + 2 <= last; k += 2) dots<2>(rows.data(), keep.data(), K, down + k * K, &sums[k], ranks);
                 if (k < last) dots<1>(rows.data(), keep.data(), K, down + k * K, &sums[k], ranks);
             }
             for (int64_t r = 0; r < there; ++r)
-                for (int64_t k = 0; k < ranks; ++k) u[(i + r) * ldu + k] = narrow(sums[r * ranks + k]);
+                for (int64_t k = 0; k < ranks; ++k) u[(i + r) * ldu + k] = from_float(sums[r * ranks + k]);
         }
     }
 }
 
-// Every element of d_down is written.
+// d_down (R, K) = d_u^T (x * keep), every element written; d_x += (d_u A) * keep unless d_x is null.
 void lora_down_backward(const T* x, int64_t ldx, const T* d_u, int64_t ldu, int64_t n, int64_t K, const float* down,
-                        const Site* sites, int64_t count, uint32_t threshold, int64_t row0, T* d_x, int64_t lddx,
-                        float* d_down, int threads) {
+                        const LoraModule* modules, int64_t count, uint32_t threshold, int64_t row0, T* d_x,
+                        int64_t lddx, float* d_down, int threads) {
     const int64_t half = K / 2;
     const int64_t share = (half + threads - 1) / threads, cuts = (share + BACK_COLUMNS - 1) / BACK_COLUMNS;
     const int64_t width = ((share + cuts - 1) / cuts + WIDTH - 1) / WIDTH * WIDTH;
     const int64_t parts = (half + width - 1) / width;
 #pragma omp parallel for num_threads(threads)
     for (int64_t p = 0; p < parts; ++p)
-        LoraColumns(K, p * width, std::min(width, half - p * width), sites[count - 1].rank_end, down)
-            .run(x, ldx, d_u, ldu, n, sites, count, threshold, row0, d_x, lddx, d_down);
+        LoraColumns(K, p * width, std::min(width, half - p * width), modules[count - 1].rank_end, down)
+            .run(x, ldx, d_u, ldu, n, modules, count, threshold, row0, d_x, lddx, d_down);
 }
 
-// d_up (R x N) = u^T d_y at each site's own ranks and outputs; blocks: four numbers a site. The rest is not written.
+// d_up (R, N) = u^T d_y in the block of each LoRA module; the rest is not written. blocks (count, 4): first and last
+// rank, first and last output of each module.
 void lora_up_backward(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_t n, int64_t N, const int64_t* blocks,
                       int64_t count, float* d_up, int threads) {
     for (int64_t s = 0; s < count; ++s) {
@@ -217,24 +224,24 @@ void lora_up_backward(const T* u, int64_t ldu, const T* d_y, int64_t ldy, int64_
     }
 }
 
-// targets[i] = factors[i] * sources[i], or += with `add`. places: eight numbers for each pair: address of the source
-// (float), of the target, rows, columns, the source's pitches of rows and columns, the target's pitch of rows, and
-// whether the target is float (else T).
-void move(const int64_t* places, const float* factors, int64_t count, int add, int threads) {
+// targets[i] = factors[i] * sources[i], or += with `accumulate`. table (count, 8), for each pair: address of the source
+// (float), address of the target, rows, columns, row and column pitch of the source, row pitch of the target, and 1 if
+// the target is float, 0 if it is T.
+void copy_matrices(const int64_t* table, const float* factors, int64_t count, int accumulate, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 8)
     for (int64_t p = 0; p < count; ++p) {
-        const int64_t* place = places + 8 * p;
-        const float* from = (const float*)place[0];
-        const int64_t columns = place[3], across = place[5];
-        for (int64_t i = 0; i < place[2]; ++i, from += place[4]) {
-            if (place[7]) {
-                float* to = (float*)place[1] + i * place[6];
+        const int64_t* entry = table + 8 * p;
+        const float* from = (const float*)entry[0];
+        const int64_t columns = entry[3], across = entry[5];
+        for (int64_t i = 0; i < entry[2]; ++i, from += entry[4]) {
+            if (entry[7]) {
+                float* to = (float*)entry[1] + i * entry[6];
                 for (int64_t j = 0; j < columns; ++j)
-                    to[j] = factors[p] * from[j * across] + (add ? to[j] : 0.0f);
+                    to[j] = factors[p] * from[j * across] + (accumulate ? to[j] : 0.0f);
             } else {
-                T* to = (T*)place[1] + i * place[6];
+                T* to = (T*)entry[1] + i * entry[6];
                 for (int64_t j = 0; j < columns; ++j)
-                    to[j] = narrow(factors[p] * from[j * across] + (add ? wide(to[j]) : 0.0f));
+                    to[j] = from_float(factors[p] * from[j * across] + (accumulate ? to_float(to[j]) : 0.0f));
             }
         }
     }

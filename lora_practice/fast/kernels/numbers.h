@@ -1,19 +1,19 @@
-// Number formats shared by the kernels.
+// Number formats, vector types and exp shared by the kernels.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-// bfloat16: the upper half of a float.
-struct Half {
+// bfloat16: the upper 16 bits of a float32.
+struct BFloat16 {
     uint16_t bits;
 };
 
 constexpr int LANES = 16;
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));  // compilers cut it to what the machine has
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));  // compilers split it to the register size
 
-// Vectors as wide as the machine's registers, for loops that keep many: wider ones would pass through memory.
+// Vec: as wide as one vector register, for loops that keep many of them (wider vectors would spill to memory).
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX__)
@@ -23,33 +23,34 @@ constexpr int WIDTH = 4;
 #endif
 typedef float Vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
-// One LoRA site: its rank rows in the stacked A and the two key words of its dropout mask.
-struct Site {
+// One LoRA module of a group: its rows in the stacked A and the key of its dropout mask (dropout.MaskKey).
+struct LoraModule {
     int64_t rank_begin, rank_end;
     uint32_t key0, key1;
 };
 
-inline float wide(float x) { return x; }
-inline float wide(Half x) {
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
 
-// float -> T, rounded to nearest, ties to even.
-struct Narrow {
+// float32 -> float32 or bfloat16, rounded to nearest, ties to even.
+struct FromFloat {
     float value;
     operator float() const { return value; }
-    operator Half() const {
+    operator BFloat16() const {
         uint32_t bits;
         std::memcpy(&bits, &value, 4);
-        return Half{uint16_t((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16)};
+        return BFloat16{uint16_t((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16)};
     }
 };
-inline Narrow narrow(float x) { return Narrow{x}; }
+inline FromFloat from_float(float x) { return FromFloat{x}; }
 
-// exp for float, within 2 ulp, written so that compilers vectorise it: 2^k * polynomial (Cephes expf).
+// exp(x) within 2 ulp: 2^k * polynomial (Cephes expf), written so that compilers vectorise it. x is clamped to
+// [-87, 88].
 inline float exponential(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);
     const float k = __builtin_rintf(x * 1.44269504f);
