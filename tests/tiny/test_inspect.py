@@ -131,7 +131,7 @@ def test_a_base_whose_file_is_no_safetensors_is_a_finding(folder, content):
     verdict = check_folder(folder)
     (base / "model.safetensors").write_bytes(whole)
     assert any("model.safetensors is damaged" in one for one in verdict.findings), verdict.findings
-    assert verdict.uses["inference"][0] is False
+    assert verdict.uses["inference"].possible is False
 
 
 def test_weights_other_than_the_run_wrote_are_damage_and_an_edited_card_is_not(folder):
