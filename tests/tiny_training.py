@@ -1,10 +1,10 @@
-"""Training runs of a tiny random model in this process: the real trainer, guard and output folder, in a second."""
+"""Training runs of a tiny random model in this process: the real trainer, recovery and output folder, in a second."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from tiny import make_model, make_tokenizer
@@ -19,7 +19,7 @@ from lora_practice.sources.find import Source
 from lora_practice.training import build
 from lora_practice.training import run as training_run
 
-ROWS = 12
+ROWS, LENGTHS = 12, 18
 
 
 def settings_of(folder: Path, **changed: Any) -> TrainSettings:
@@ -29,22 +29,36 @@ def settings_of(folder: Path, **changed: Any) -> TrainSettings:
     return TrainSettings(**{**plain, **changed})
 
 
-def rows(count: int = ROWS, longest: int = 40) -> Examples:
-    """Random tokens, all but the first few trained; no two rows of one length."""
-    draw = torch.Generator().manual_seed(3)
+def rows(count: int = ROWS, seed: int = 3, longest: int = 40) -> Examples:
+    """Random tokens, all but the first four of a row trained; the lengths fall by two from row to row, then repeat."""
+    draw = torch.Generator().manual_seed(seed)
     made = []
     for index in range(count):
-        ids = torch.randint(3, 300, (longest - 2 * index,), generator=draw).tolist()
+        ids = torch.randint(3, 300, (longest - 2 * (index % LENGTHS),), generator=draw).tolist()
         made.append(Example(ids, [-100] * 4 + ids[4:]))
     return Examples(made)
 
 
-def trainer_of(folder: Path, precision: str = "fp32", change: Any = None, **changed: Any) -> Any:
-    """A trainer that is ready to run in `folder`, resumed if there is a run in it; `change(base)` alters the base."""
+def machine_of(precision: str = "fp32") -> Machine:
+    """A CPU with 16 GB free."""
+    return Machine("cpu", precision, "", Facts(memory=1 << 34))
+
+
+def trainer_of(
+    folder: Path,
+    precision: str = "fp32",
+    change: Any = None,
+    examples: Optional[Examples] = None,
+    **changed: Any,
+) -> Any:
+    """A trainer that is ready to run in `folder`; the run there goes on if `resume=True` is among the settings.
+
+    `change(base)` alters the base model; `changed` are settings other than those of `settings_of`.
+    """
     settings = settings_of(folder, **changed)
-    machine = Machine("cpu", precision, "", Facts(memory=1 << 34))
+    machine = machine_of(precision)
     claimed = OutputFolder.claim(str(folder), settings.resume, False, dataclasses.asdict(settings))
-    base, examples = make_model(), rows()
+    base, examples = make_model(), examples or rows()
     if change is not None:
         change(base)
     lora = model_lora.add_lora(base, settings, Source("folder", "tiny", None))
@@ -60,9 +74,9 @@ def trainer_of(folder: Path, precision: str = "fp32", change: Any = None, **chan
     return trainer
 
 
-def run(trainer: Any) -> dict[str, Any]:
+def run(trainer: Any, held_out: Any = ()) -> dict[str, Any]:
     """Train to the end; what goes into the record."""
-    return training_run.train(trainer, [], trainer.asked)
+    return training_run.train(trainer, held_out, trainer.asked)
 
 
 def weights_of(trainer: Any) -> list[torch.Tensor]:

@@ -43,12 +43,9 @@ def test_the_progress_line_shows_on_a_terminal_of_any_size_it_reports(size, monk
 
 @pytest.mark.skipif(sys.platform == "win32", reason="raises SIGTERM")
 def test_asked_in_the_midst_of_a_save_the_run_stops_with_it_and_not_a_step_later(tmp_path: Path) -> None:
-    from tiny_run import trainer_for
+    from tiny_training import run, trainer_of
 
-    from lora_practice.training import run
-
-    trainer, settings = trainer_for(tmp_path / "run", True, save_strategy="steps", save_steps=2)
-    trainer.folder.begin({})
+    trainer = trainer_of(tmp_path / "run", save_steps=2)
     save = trainer._save_checkpoint
 
     def interrupted(*args):
@@ -56,6 +53,6 @@ def test_asked_in_the_midst_of_a_save_the_run_stops_with_it_and_not_a_step_later
         save(*args)
 
     trainer._save_checkpoint = interrupted
-    notes = run.train(trainer, [], settings)
+    notes = run(trainer)
     assert notes["interrupted"] and notes["steps"] == 2
     assert (tmp_path / "run" / "checkpoint-2" / "checkpoint.json").is_file()

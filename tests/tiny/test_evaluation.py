@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_run import rows, trainer_for
+from tiny_training import rows, run, same, trainer_of, weights_of
 from transformers import TrainerCallback
 
 from fine_tuning_practice import TrainSettings
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.prepare import hold_out
-from lora_practice.run.folder import read_record
-from lora_practice.training import run
 from lora_practice.training.evaluation import BEST, held_out_loss, take_best
 
 HELD_OUT = rows(6, seed=1)
@@ -23,20 +20,19 @@ HELD_OUT = rows(6, seed=1)
 WILD: dict[str, Any] = {"eval_steps": 2, "max_steps": 12, "learning_rate": 0.3, "max_grad_norm": 100.0}
 
 
+def trainer_for(place: Path, is_fast: bool, **changed: Any) -> Any:
+    """A trainer of four steps of three rows, eight steps an epoch."""
+    defaults = {"max_steps": 4, "gradient_accumulation_steps": 3, "save_strategy": "no", "lora_r": 2}
+    fast = "on" if is_fast else "off"
+    return trainer_of(place, examples=rows(24), fast=fast, **{**defaults, "lora_dropout": 0.2, **changed})
+
+
 def go(place: Path, is_fast: bool, held_out: Any = HELD_OUT, callback: Any = None, **changed: Any) -> Any:
-    trainer, settings = trainer_for(place, is_fast, **changed)
-    trainer.folder.begin({})
+    """The trainer after its run, and what goes into the record."""
+    trainer = trainer_for(place, is_fast, **changed)
     if callback is not None:
         trainer.add_callback(callback)
-    return trainer, run.train(trainer, held_out, settings)
-
-
-def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    return {name: one.detach().clone() for name, one in trainer.model.named_parameters() if one.requires_grad}
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first)
+    return trainer, run(trainer, held_out)
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
@@ -45,7 +41,7 @@ def test_measuring_changes_nothing_of_the_training(is_fast: bool, tmp_path: Path
     plain, without = go(tmp_path / "a", is_fast, [], max_steps=5)
     watched, measured = go(tmp_path / "b", is_fast, max_steps=5, eval_steps=2, **keep_last)
     assert measured["losses"] == without["losses"] and len(without["losses"]) == 5
-    assert same(weights(plain), weights(watched))
+    assert same(weights_of(plain), weights_of(watched))
     found = measured["evaluations"]
     assert [one["step"] for one in found] == [0, 2, 4, 5]
     assert all(one["perplexity"] == pytest.approx(math.exp(one["loss"])) for one in found)
@@ -56,7 +52,7 @@ def test_measuring_changes_nothing_of_the_training(is_fast: bool, tmp_path: Path
 
 
 def test_the_fast_path_measures_what_the_plain_one_measures(tmp_path: Path) -> None:
-    (quick, _), (plain, _) = (trainer_for(tmp_path, is_fast) for is_fast in (True, False))
+    quick, plain = (trainer_for(tmp_path / str(is_fast), is_fast) for is_fast in (True, False))
     many = rows(150, seed=2)
     expected = held_out_loss(plain, many)
     assert held_out_loss(quick, many) == pytest.approx(expected, rel=1e-5)
@@ -71,7 +67,7 @@ def test_the_run_ends_with_the_adapter_whose_held_out_loss_was_the_lowest(is_fas
     best = min(measured, key=measured.__getitem__)
     assert notes["best_step"] == best < 12
     stopped_there, _ = go(tmp_path / "b", is_fast, [], **{**WILD, "max_steps": best})
-    assert same(weights(trainer), weights(stopped_there))
+    assert same(weights_of(trainer), weights_of(stopped_there))
     assert notes["held_out_loss"]["after"] == round(measured[best], 4)
     assert notes["steps"] == 12 and not notes["interrupted"]
     assert (tmp_path / "a" / BEST).exists()  # until the finished adapter is written
@@ -82,9 +78,9 @@ def test_a_best_adapter_that_was_lost_is_told_and_the_last_one_taken(
 ) -> None:
     trainer, _ = go(tmp_path / "a", True, **WILD)
     (tmp_path / "a" / BEST).unlink()  # as where checkpoints and record alone were copied
-    before = weights(trainer)
+    before = weights_of(trainer)
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
-    assert take_best(trainer) is None and same(before, weights(trainer))
+    assert take_best(trainer) is None and same(before, weights_of(trainer))
     assert "best.safetensors is gone: the adapter of the last step is taken" in capsys.readouterr().err
 
 
@@ -120,11 +116,11 @@ def test_a_resumed_run_measures_and_chooses_as_if_it_had_never_stopped(is_fast: 
     whole, expected = go(tmp_path / "a", is_fast, **WILD)
     _, first = go(tmp_path / "b", is_fast, callback=Stop(), **WILD)
     assert first["interrupted"] and first["best_step"] is None
-    second, notes = go(tmp_path / "b", is_fast, resumed=read_record(tmp_path / "b"), **WILD)
+    second, notes = go(tmp_path / "b", is_fast, resume=True, **WILD)
     assert second.folder.checkpoint.name == "checkpoint-5"
     assert notes["evaluations"] == expected["evaluations"]
     assert (notes["best_step"], notes["losses"]) == (expected["best_step"], expected["losses"])
-    assert same(weights(whole), weights(second))
+    assert same(weights_of(whole), weights_of(second))
 
 
 class Killed(BaseException):
@@ -160,11 +156,11 @@ def test_a_run_killed_right_after_its_checkpoint_ends_as_if_it_had_not_been(mome
     saving = {**settings, "save_strategy": "steps", "save_steps": step}
     with pytest.raises(Killed):
         go(tmp_path / "b", True, callback=Kill(step), **saving)
-    second, notes = go(tmp_path / "b", True, resumed=read_record(tmp_path / "b"), **saving)
+    second, notes = go(tmp_path / "b", True, resume=True, **saving)
     assert second.folder.checkpoint.name == f"checkpoint-{step}"
     for name in ("steps", "interrupted", "stopped_early", "losses", "evaluations", "held_out_loss", "best_step"):
         assert notes[name] == expected[name]
-    assert same(weights(whole), weights(second))
+    assert same(weights_of(whole), weights_of(second))
 
 
 def test_no_copy_of_a_held_out_conversation_stays_in_training(monkeypatch: pytest.MonkeyPatch) -> None:

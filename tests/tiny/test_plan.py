@@ -10,31 +10,30 @@ import pytest
 import torch
 from datasets import Dataset
 from limited_disk import small_disk
-from tiny_run import MACHINE, rows, trainer_for
+from tiny_training import machine_of, rows, run, trainer_of
 
 from lora_practice.console.terminal import columns
 from lora_practice.data.examples import Examples
 from lora_practice.run.folder import OutputFolder
 from lora_practice.sources.find import Source
 from lora_practice.training import plan as training_plan
-from lora_practice.training import run
 
 PACE = ("runtime", "per_second", "memory_mb")  # what differs between two runs of the same
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_a_run_is_the_same_bit_for_bit_with_and_without_them(is_fast: bool, packing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fast", ["on", "off"])
+def test_a_run_is_the_same_bit_for_bit_with_and_without_them(fast: str, packing: bool, tmp_path: Path) -> None:
     left = []
     for probed in (False, True):
-        trainer, settings = trainer_for(tmp_path / str(probed), is_fast, packing=packing, max_length=64)
+        trainer = trainer_of(tmp_path / str(probed), fast=fast, packing=packing, max_steps=4, lora_dropout=0.2)
         if probed:
             before = torch.get_rng_state()
-            plan = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, settings, Examples(), 0)
+            plan = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 0)
             assert torch.equal(torch.get_rng_state(), before)
             assert plan.seconds > 0 and plan.peak_memory_mb > 0
             assert all(one.grad is None for one in trainer.model.parameters())
-        notes = run.train(trainer, [], settings)
+        notes = run(trainer)
         weights = {name: one.detach().clone() for name, one in trainer.model.named_parameters() if one.requires_grad}
         logged = [
             {key: value for key, value in entry.items() if not any(word in key for word in PACE)}
@@ -52,14 +51,14 @@ def test_the_rows_tried_are_in_as_many_parts_as_rows_are_on_average(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short examples share more of a packed row; the rows of the middle lengths may happen to hold no short ones."""
-    trainer, settings = trainer_for(tmp_path / "out", True, gradient_accumulation_steps=4)
+    trainer = trainer_of(tmp_path / "out", gradient_accumulation_steps=4)
     ids = [[7] * length for length in range(40, 56)]
     parts = [[len(one)] if i % 2 == 0 else [8] * 5 + [len(one) - 40] * (len(one) > 40) for i, one in enumerate(ids)]
     packed = [{"input_ids": one, "labels": one, "lengths": lengths} for one, lengths in zip(ids, parts)]
     trainer.train_dataset = Dataset.from_list(packed)
     tried: list[list[int]] = []
     monkeypatch.setattr(training_plan, "probe", lambda trainer, rows: tried.append([*rows]) or 1.0)
-    training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, settings, Examples(), 0)
+    training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 0)
     assert [len(parts[i]) for i in tried[1]] == [1, 1, 6, 6]
 
 
@@ -67,7 +66,7 @@ def test_the_disk_of_a_plan_holds_one_checkpoint_more_than_are_kept_while_it_is_
     told = {}
     for kept in (None, 1, 2, 9):
         changed = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": kept, "max_steps": 8}
-        trainer, _ = trainer_for(tmp_path / "out", True, **changed)
+        trainer = trainer_of(tmp_path / str(kept), **changed)
         told[kept] = training_plan._disk(trainer, Source("folder", "x", tmp_path), 8, False)
     size = sum(4 * one.numel() for one in trainer.model.parameters() if one.requires_grad)
     checkpoint = told[2] - told[1]
@@ -82,7 +81,7 @@ def test_the_disk_of_a_plan_holds_one_checkpoint_more_than_are_kept_while_it_is_
 def test_a_disk_that_the_run_will_fill_is_pointed_out_and_fewer_checkpoints_where_that_helps(
     tmp_path: Path, changed: dict[str, Any], many: bool
 ) -> None:
-    trainer, _ = trainer_for(tmp_path / "out", True, **{"save_strategy": "steps", "save_steps": 1, **changed})
+    trainer = trainer_of(tmp_path / "out", **{"save_strategy": "steps", "save_steps": 1, **changed})
     with small_disk(tmp_path / "small", megabytes=2) as place:
         trainer.folder = OutputFolder(place / "new" / "out")
         for needed, told in ((1, False), (5, True)):
@@ -96,22 +95,23 @@ def test_a_disk_that_the_run_will_fill_is_pointed_out_and_fewer_checkpoints_wher
 def test_the_plan_counts_what_a_shorter_length_would_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    trainer, settings = trainer_for(tmp_path / "out", True)
-    plan = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, settings, Examples(), 93)
+    trainer = trainer_of(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    plan = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 93)
     lengths = [len(one.input_ids) for one in rows()]
-    shorter, effect = training_plan.changes(plan, trainer, settings, MACHINE)[0]
+    shorter, effect = training_plan.changes(plan, trainer, trainer.asked, machine_of())[0]
     assert shorter == "--max_length 32"
     assert f"cuts {sum(length > 32 for length in lengths)} rows" in effect
     for lang, word in (("zh", "刚下载了 93 MB"), ("en", "93 MB, done just now")):
         monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
-        page = training_plan.plan_text(plan, trainer, settings, MACHINE)
+        page = training_plan.plan_text(plan, trainer, trainer.asked, machine_of())
         assert word in page
         assert all(columns(line) <= 80 for line in page.splitlines())
-    told = json.loads(training_plan.plan_as_json(plan, trainer, settings, MACHINE))
-    assert told["steps"] == 4 and told["download_mb"] == 93 and told["path"] == "torch"
+    told = json.loads(training_plan.plan_as_json(plan, trainer, trainer.asked, machine_of()))
+    assert told["steps"] == 4 and told["download_mb"] == 93 and told["path"] == trainer.engine.ops.name
     assert told["free_disk_mb"] > 0 and told["changes"][0]["flag"] == shorter
-    assert not (tmp_path / "out").exists()
+    assert sorted(tmp_path.rglob("*")) == before
     with small_disk(tmp_path / "small", megabytes=2) as place:
         trainer.folder = OutputFolder(place)  # a disk of its own is mounted at the output folder itself
-        told = json.loads(training_plan.plan_as_json(plan, trainer, settings, MACHINE))
+        told = json.loads(training_plan.plan_as_json(plan, trainer, trainer.asked, machine_of()))
         assert told["free_disk_mb"] == 2
