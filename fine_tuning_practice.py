@@ -322,14 +322,14 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     from lora_practice.export import merge
     from lora_practice.inference import samples
     from lora_practice.machine.device import decide
-    from lora_practice.machine.facts import look
+    from lora_practice.machine.facts import read_facts
     from lora_practice.model import load as load_model
     from lora_practice.model import lora as model_lora
     from lora_practice.run import record
     from lora_practice.training import build, run
     from lora_practice.training import plan as training_plan
 
-    machine = decide(look(), settings.bf16, weights=load_model.stored_bytes(base.path))
+    machine = decide(read_facts(), settings.bf16, weights=load_model.stored_bytes(base.path))
     tokenizer = load_model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
     rows = prepare(data, subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)

@@ -91,10 +91,10 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "inference.py") -> in
     from lora_practice.inference import chat
     from lora_practice.inference import load as load_chat
     from lora_practice.machine.device import decide
-    from lora_practice.machine.facts import look
+    from lora_practice.machine.facts import read_facts
 
     set_seed(settings.seed)
-    machine, chats = decide(look(), device=settings.device), not settings.prompt
+    machine, chats = decide(read_facts(), device=settings.device), not settings.prompt
     talker = load_chat.load_chat_model(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not settings.prompt:

@@ -86,9 +86,9 @@ def parse() -> argparse.Namespace:
 def card_or_cpu() -> str:
     """ "cuda" where a run of this project would choose the card."""
     from lora_practice.machine.device import decide
-    from lora_practice.machine.facts import look
+    from lora_practice.machine.facts import read_facts
 
-    return decide(look()).device
+    return decide(read_facts()).device
 
 
 def generation(name: str, how: str, options: argparse.Namespace) -> dict:
@@ -110,9 +110,9 @@ def run(module: str, name: str, spec: dict) -> dict:
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
     from lora_practice.compat import installed
-    from lora_practice.machine.facts import look
+    from lora_practice.machine.facts import read_facts
 
-    facts = look()
+    facts = read_facts()
     return {"processor": facts.cpu, "card": facts.gpu, "system": platform.platform(terse=True), **installed()}
 
 

@@ -213,9 +213,9 @@ def _machine() -> Any:
 
     prepare_environment()
     from lora_practice.machine.device import decide
-    from lora_practice.machine.facts import look
+    from lora_practice.machine.facts import read_facts
 
-    return decide(look())
+    return decide(read_facts())
 
 
 @command(
@@ -306,10 +306,10 @@ def doctor(json: Json = False) -> int:
     from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.machine.doctor.page import PlannedRun, present
+    from lora_practice.machine.doctor.page import PlannedRun, print_machine_page
 
     defaults = _train_settings()
-    return present(
+    return print_machine_page(
         PlannedRun(defaults.model_name, defaults.dataset_path, defaults.dataset_name, defaults.output_dir), json
     )
 

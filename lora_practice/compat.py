@@ -89,7 +89,7 @@ def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], .
     return tuple(kinds)
 
 
-def limit_silence(seconds: float) -> None:
+def set_hub_timeout(seconds: float) -> None:
     """Have huggingface_hub give up a server after `seconds` without a byte; by itself it waits for ever.
 
     Before 1.0 it speaks through a `requests.Session`; since then through an httpx client.

@@ -20,8 +20,8 @@ from lora_practice.console.text import tell, text, visible, without_tokens
 EXIT_USER_ERROR = 2
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 # what no library's failure is; all else may be one, since a panic of Rust (tokenizers, safetensors) is no Exception
-NO_FAILURE = (KeyboardInterrupt, SystemExit, MemoryError)
-FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_LIBRARY_FAILURES = (KeyboardInterrupt, SystemExit, MemoryError)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -53,7 +53,7 @@ def reason_of(error: BaseException) -> str:
     return words.splitlines()[0][:200]
 
 
-def at_home(path: str) -> Path:
+def expand_home(path: str) -> Path:
     """The path with `~` spelt out; as it is where there is no such home."""
     try:
         return Path(path).expanduser()
@@ -77,7 +77,7 @@ def _users_error(error: BaseException) -> UserError | None:
         return UserError(text("内存不够", "out of memory"), fix=text("关掉别的程序", "close other programs"))
     if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename is not None:
         return UserError(error.strerror or "", str(error.filename)[:200])
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         again = text("腾出空间，再运行一次", "free some space, then run it again")
         return UserError(error.strerror or "", str(error.filename or "")[:200], again)
     return None

@@ -21,7 +21,7 @@ _COMMAND = (
 _PIECE = re.compile(f"{_COMMAND}|{_WORD.pattern}")
 
 
-def fitted(words: str, stream: TextIO) -> str:
+def fit_to_terminal(words: str, stream: TextIO) -> str:
     """The words as they are printed to `stream`: a terminal's lines end at words; a file or a pipe gets them as is."""
     if not stream.isatty():
         return words
@@ -29,7 +29,7 @@ def fitted(words: str, stream: TextIO) -> str:
     return "\n".join(line for one in words.split("\n") for line in _broken(one, width))
 
 
-class Typing:
+class StreamPrinter:
     """Prints an answer to `stream` as it is written; at a terminal a word waits for its end, to see whether it fits."""
 
     def __init__(self, stream: TextIO, column: int = 0) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from lora_practice.console.terminal import fitted
+from lora_practice.console.terminal import fit_to_terminal
 
 # what would steer a terminal or hide a part of a line, when it stands in the name of a file or in someone's data
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -49,4 +49,4 @@ def without_tokens(words: str) -> str:
 
 def tell(line: str) -> None:
     """Print one line for the person at the terminal (stderr, so that answers on stdout stay clean)."""
-    print(fitted(visible(without_tokens(line)), sys.stderr), file=sys.stderr, flush=True)
+    print(fit_to_terminal(visible(without_tokens(line)), sys.stderr), file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from lora_practice.console.errors import NO_FAILURE, UserError, reason_of
+from lora_practice.console.errors import NOT_LIBRARY_FAILURES, UserError, reason_of
 from lora_practice.console.text import text
 
 
@@ -38,12 +38,12 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix:
     """
     from lora_practice.data import template_sandbox  # jinja2 is no part of a door's --help
 
-    template_sandbox.install()
+    template_sandbox.install_sandbox()
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except MemoryError:
         raise
-    except template_sandbox.OverBound as error:
+    except template_sandbox.TemplateTooCostly as error:
         other = text("换一个 --chat_template_path", "choose another --chat_template_path")
         raise UserError(str(error), where, fix or other) from error
     except Exception as error:  # a template is a program: it may divide by zero, or nest too deep to be compiled
@@ -59,7 +59,7 @@ def token_ids_of(tokenizer: Any, words: Any, where: str = "") -> Any:
     """
     try:
         return tokenizer(words, add_special_tokens=False)["input_ids"]
-    except NO_FAILURE:
+    except NOT_LIBRARY_FAILURES:
         raise
     except BaseException as error:
         zh, en = "分词器切不了这段文字", "the tokenizer cannot split this text"

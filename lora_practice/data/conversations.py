@@ -19,7 +19,15 @@ from typing import Any, Union
 
 from lora_practice.console.text import text
 from lora_practice.data.bad_row import BadRow
-from lora_practice.data.messages import Message, bad_row, check_order, content_of, json_type_name, listed, read_messages
+from lora_practice.data.messages import (
+    Message,
+    as_list,
+    bad_row,
+    check_order,
+    content_of,
+    json_type_name,
+    read_messages,
+)
 from lora_practice.data.readers import RowFile, open_rows
 
 PAIRS = (
@@ -119,7 +127,7 @@ def from_row(row: Any, origin: str) -> Conversation:
             return Conversation((), origin, content_of(row["text"], "text"), ask)
         turns = _pair(row, ask, answer) if answer else read_messages(row[ask], ask)
         system = row.get("system")
-        if given(system) and not (turns and turns[0] == {"role": "system", "content": system}):
+        if is_given(system) and not (turns and turns[0] == {"role": "system", "content": system}):
             turns.insert(0, {"role": "system", "content": content_of(system, "system")})
         check_order(turns)
         return Conversation(tuple(turns), origin, shape=f"{ask} + {answer}" if answer else ask)
@@ -150,7 +158,7 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
     turns: list[Message] = []
-    history = listed(row["history"], "history") if given(row.get("history")) else []
+    history = as_list(row["history"], "history") if is_given(row.get("history")) else []
     for number, past in enumerate(history, 1):
         where = f"history {number}"
         if not isinstance(past, (list, tuple)) or len(past) != 2:
@@ -166,7 +174,7 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
     else:
         question = content_of(row[ask], ask)
         for key in ("input", "context"):
-            if given(row.get(key)):
+            if is_given(row.get(key)):
                 question += "\n" + content_of(row[key], key)
         turns.append({"role": "user", "content": question})
     if isinstance(row[answer], (list, tuple)):
@@ -174,6 +182,6 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
     return [*turns, {"role": "assistant", "content": content_of(row[answer], answer)}]
 
 
-def given(value: Any) -> bool:
+def is_given(value: Any) -> bool:
     """False for what an optional field holds when it is left out: null, "" or blanks."""
     return bool(value) and not (isinstance(value, str) and value.isspace())

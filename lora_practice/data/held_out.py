@@ -15,7 +15,7 @@ from lora_practice.sources import embedded
 from lora_practice.sources.find import SHIPPED, Source
 
 
-def rows_of(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[Example]:
+def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[Example]:
     """The held-out rows of the run in the folder `where`; never one that it was trained on.
 
     Raises:

@@ -79,7 +79,7 @@ def _line_rows(name: str, lines: Lines) -> Iterator[Located]:
         except RecursionError:
             yield too_deep(f"{name}:{lines.number}")
         except ValueError as error:
-            detail, fix = json_trouble(error)
+            detail, fix = explain_json_error(error)
             yield BadRow(f"{name}:{lines.number}", text("JSON 写坏了", "broken JSON"), fix, detail)
 
 
@@ -88,7 +88,7 @@ def parse_json(body: str) -> Any:
     return _DECODER.decode(body)
 
 
-def json_trouble(error: ValueError) -> tuple[str, str]:
+def explain_json_error(error: ValueError) -> tuple[str, str]:
     """(detail, fix) for a JSON mistake: its column, what stands there, and the usual reason for it."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error), text("检查这一行的写法", "check how this row is written")
@@ -216,7 +216,7 @@ class JsonDocument:
         self.pos += 1
 
     def _broken(self, error: json.JSONDecodeError) -> UserError:
-        detail, fix = json_trouble(error)
+        detail, fix = explain_json_error(error)
         return UserError(
             text(
                 f"JSON 写坏了，后面的都读不了：{detail}",

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from lora_practice.console.text import text
 from lora_practice.data.bad_row import MAX_ROW, BadRow
-from lora_practice.data.json_reader import json_trouble, parse_json
+from lora_practice.data.json_reader import explain_json_error, parse_json
 
 ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
@@ -51,7 +51,7 @@ def json_type_name(value: Any) -> str:
     return text("列表 [...]", "a list [...]") if isinstance(value, (list, tuple)) else type(value).__name__
 
 
-def listed(value: Any, key: str) -> list[Any]:
+def as_list(value: Any, key: str) -> list[Any]:
     """A list, also when a table's cell spells it as JSON."""
     if isinstance(value, str):
         try:
@@ -59,7 +59,7 @@ def listed(value: Any, key: str) -> list[Any]:
         except RecursionError:
             value = None
         except ValueError as error:
-            detail, fix = json_trouble(error)
+            detail, fix = explain_json_error(error)
             raise bad_row(
                 text("格子里的 JSON 写坏了", "broken JSON inside a column"), fix, f"{key}: {detail}"
             ) from error
@@ -78,7 +78,7 @@ def listed(value: Any, key: str) -> list[Any]:
 def read_messages(value: Any, key: str) -> list[Message]:
     """The list under `key` as messages; BadRow is raised for the first turn that is none."""
     turns: list[Message] = []
-    for number, turn in enumerate(listed(value, key), 1):
+    for number, turn in enumerate(as_list(value, key), 1):
         where = f"{key} {number}"
         if not isinstance(turn, Mapping):
             raise bad_row(

@@ -21,7 +21,7 @@ from lora_practice.sources.find import Source, load_hub_rows
 
 
 @dataclass(frozen=True)
-class Rows:
+class PreparedData:
     """`train` and `held_out` examples; `facts` for the record."""
 
     train: Examples
@@ -29,7 +29,7 @@ class Rows:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any) -> Rows:
+def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any) -> PreparedData:
     """Read, check, hold out and tokenise. `settings` holds TrainSettings' fields.
 
     Rows stream through, so memory holds their tokens only; held-out rows are chosen among all, which keeps the
@@ -74,7 +74,7 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Any
         "trained_tokens": train.trained_tokens,
         "fingerprint": train.fingerprint(),
     }
-    return Rows(train, held_out_examples, facts)
+    return PreparedData(train, held_out_examples, facts)
 
 
 def _counted(usable: int, distinct: int, most_repeated: int) -> str:

@@ -45,16 +45,16 @@ VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 WIDE_FIELD = re.compile(r"\d{5}|%[^%a-zA-Z]*\*")  # "%99999d", "{:>99999}", "%*d": few letters that make many
 
 
-class OverBound(jinja2.TemplateError):
+class TemplateTooCostly(jinja2.TemplateError):
     """The template wants more time or memory than a chat can need."""
 
 
-def too_much() -> OverBound:
+def too_large() -> TemplateTooCostly:
     """The error for what would be too large."""
-    return OverBound(text("聊天模板要写出的东西太大", "the chat template makes too much"))
+    return TemplateTooCostly(text("聊天模板要写出的东西太大", "the chat template makes too much"))
 
 
-class Meter:
+class RenderBudget:
     """What one rendering may still make, and until when."""
 
     def __init__(self) -> None:
@@ -69,16 +69,16 @@ class Meter:
         """Something of this size was made, or is about to be."""
         self.left -= abs(size)
         if self.left < 0:
-            raise too_much()
+            raise too_large()
         if time.monotonic() > self.deadline:
-            raise OverBound(text("聊天模板运行太久", "the chat template runs too long"))
+            raise TemplateTooCostly(text("聊天模板运行太久", "the chat template runs too long"))
 
     def foresee(self, *values: Any) -> None:
         """Look at the clock, and at the most that one operation on these can make: a product of two of them."""
         self.charge(1)
         sizes = sorted(abs(one) if isinstance(one, int) else size_of(one, self.room) for one in values)
         if len(sizes) > 1 and sizes[-1] * sizes[-2] > 8 * self.room:
-            raise too_much()
+            raise too_large()
 
 
 def size_of(value: Any, limit: float = float("inf")) -> int:
@@ -101,20 +101,22 @@ def size_of(value: Any, limit: float = float("inf")) -> int:
         elif isinstance(one, (list, tuple, set, frozenset, *VIEWS)):
             waiting.extend(one)  # type: ignore[arg-type]
         elif isinstance(one, Namespace):
-            raise OverBound(text("聊天模板把 namespace 当成文字或列表项", "the chat template writes out a namespace"))
+            raise TemplateTooCostly(
+                text("聊天模板把 namespace 当成文字或列表项", "the chat template writes out a namespace")
+            )
     return size
 
 
 def refuse_wide_fields(*values: Any) -> None:
     """OverBound for a format text such as "%99999d"."""
     if any(isinstance(one, str) and WIDE_FIELD.search(one) for one in values):
-        raise too_much()
+        raise too_large()
 
 
 def refuse_large_number(bits: int) -> None:
     """OverBound for an integer of so many bits."""
     if bits > LARGEST_NUMBER:
-        raise OverBound(text("聊天模板算的数太大", "the chat template computes too large a number"))
+        raise TemplateTooCostly(text("聊天模板算的数太大", "the chat template computes too large a number"))
 
 
 LARGEST_TEMPLATE = 500_000  # characters; the largest in use have some 50,000
@@ -160,7 +162,7 @@ class _Template(jinja2.Template):
         return super().generate(*args, **kwargs)
 
 
-class Bounded(ImmutableSandboxedEnvironment):
+class BoundedSandbox(ImmutableSandboxedEnvironment):
     """transformers' sandbox with a meter; see the top of this file."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
@@ -168,7 +170,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.meter = Meter()
+        self.meter = RenderBudget()
         self.finalize = self._written
         self.filters = _Metered(self, {name: one for name, one in self.filters.items() if name not in NO_FILTERS})
         self.tests = {name: self._watched(one) for name, one in self.tests.items()}  # type: ignore[arg-type]
@@ -178,7 +180,7 @@ class Bounded(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
         self.meter.start(0)
         if len(source) > LARGEST_TEMPLATE:
-            raise OverBound(text("聊天模板太长", "the chat template is too long"))
+            raise TemplateTooCostly(text("聊天模板太长", "the chat template is too long"))
         tree = _Marked().visit(super()._parse(source, name, filename))
         for node in tree.find_all(nodes.Node):
             node.lineno = node.lineno or 1
@@ -251,7 +253,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 class _Metered(dict):
     """An environment's filters, also those added later, each with the meter before and after it."""
 
-    def __init__(self, environment: Bounded, filters: dict[str, Callable[..., Any]]) -> None:
+    def __init__(self, environment: BoundedSandbox, filters: dict[str, Callable[..., Any]]) -> None:
         super().__init__()
         self.environment = environment
         for name, one in filters.items():
@@ -274,10 +276,10 @@ def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None)
 
 
-def install() -> None:
+def install_sandbox() -> None:
     """From now on transformers renders every chat template of this process in `Bounded`."""
     from transformers.utils import chat_template_utils as rendering
 
-    if rendering.ImmutableSandboxedEnvironment is not Bounded:
-        rendering.ImmutableSandboxedEnvironment = Bounded  # type: ignore[misc]  # its compiler looks this name up
+    if rendering.ImmutableSandboxedEnvironment is not BoundedSandbox:
+        rendering.ImmutableSandboxedEnvironment = BoundedSandbox  # type: ignore[misc]  # its compiler looks this name up
         rendering._compile_jinja_template.cache_clear()

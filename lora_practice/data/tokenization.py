@@ -35,7 +35,7 @@ class Example:
 
 
 @dataclass
-class Lost:
+class LostRows:
     """What did not reach the model, each kind with its count and the first `shown` origins."""
 
     shown: int = 3
@@ -73,7 +73,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> None:
         self.tokenizer, self.max_length, self.assistant_only = tokenizer, max_length, assistant_only_loss
-        self.lost = Lost()
+        self.lost = LostRows()
         self.lengths = array("i")  # tokens of each row before it is cut; of a very long one at least 2 * max_length
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:

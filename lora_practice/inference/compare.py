@@ -86,7 +86,7 @@ def losses(sides: Mapping[str, ChatModel], folder: str, other: Optional[str]) ->
     """
     record = read_record(Path(folder)) or {}
     talkers = list(sides.values())
-    rows = held_out.rows_of(record, talkers[-1 if other is None else 0].tokenizer, folder)
+    rows = held_out.held_out_rows(record, talkers[-1 if other is None else 0].tokenizer, folder)
     if other is not None:
         theirs = (read_record(Path(other)) or {}).get("data") or {}
         if theirs.get("fingerprint") != record["data"].get("fingerprint"):

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice.console.errors import UserError, at_home, reason_of
+from lora_practice.console.errors import UserError, expand_home, reason_of
 from lora_practice.console.text import tell, text
 from lora_practice.inference.chat_model import ChatModel, decoder_of, talker
 from lora_practice.machine.device import Machine, fits_in_fp32
@@ -108,7 +108,7 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
 
 
 def _local_folder(model_dir: str) -> Path:
-    folder = at_home(model_dir)
+    folder = expand_home(model_dir)
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             zh, en = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.terminal import Typing, fitted
+from lora_practice.console.terminal import StreamPrinter, fit_to_terminal
 from lora_practice.console.text import tell, text, visible
 from lora_practice.inference.chat_model import ChatModel, decoder_of, talker
 from lora_practice.model.pissa import as_base
@@ -48,7 +48,7 @@ def say(talker: ChatModel, messages: Sequence[dict[str, str]], column: int = 0, 
     Returns:
         The answer. `options` go to `Talker.answer`.
     """
-    typing = Typing(sys.stdout, column)
+    typing = StreamPrinter(sys.stdout, column)
     answer = talker.answer(messages, on_text=lambda piece: typing.add(visible(piece)), **options)
     typing.end()
     print(flush=True)
@@ -82,7 +82,7 @@ def answer_side_by_side(model: Any, tokenizer: Any) -> list[dict[str, str]]:
         samples.append({"prompt": prompt, "base": old[0], "adapter": new[0]})
         print(f"\n{text('问：', 'prompt: ')}{prompt}")
         for name, (words, mark) in ((text("底座：", "base: "), old), (text("微调：", "adapter: "), new)):
-            print(fitted(f"  {name}{visible(words.strip())} {mark}".rstrip(), sys.stdout), flush=True)
+            print(fit_to_terminal(f"  {name}{visible(words.strip())} {mark}".rstrip(), sys.stdout), flush=True)
     return samples
 
 

@@ -10,7 +10,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.machine import gpus
 from lora_practice.machine.facts import Facts
-from lora_practice.machine.gpu_problems import card_trouble, sm
+from lora_practice.machine.gpu_problems import gpu_problem, sm_name
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int 
     Raises:
         UserError: `device="cuda"` is asked for where no card can be used, or bf16 where there is none.
     """
-    trouble = card_trouble(facts)
+    trouble = gpu_problem(facts)
     if device == "cuda" and trouble:
         other = text("用 --device cpu", "use --device cpu")
         fix = f"{other}{text('，或 ', ', or ')}{trouble.cure}" if trouble.cure else other
@@ -76,7 +76,7 @@ def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int 
 
 def _on_card(facts: Facts, bf16: bool, weights: int) -> Machine:
     assert facts.capability is not None  # or card_trouble would have said so
-    card, has_bf16 = f"{facts.gpu} ({sm(facts)})", facts.capability[0] >= 8
+    card, has_bf16 = f"{facts.gpu} ({sm_name(facts)})", facts.capability[0] >= 8
     if bf16 and not has_bf16:
         raise UserError(
             text(

@@ -53,7 +53,7 @@ class Facts:
     python: tuple[int, int] = (3, 11)
 
 
-def look(driver_too: bool = False) -> Facts:
+def read_facts(driver_too: bool = False) -> Facts:
     """Read this machine's facts (imports torch). The driver is asked if torch sees no card, or if told to."""
     name, flags = _cpu_flags()
     known = _torch_facts()

@@ -17,7 +17,7 @@ class MachineProblem:
     cure: str = ""
 
 
-def card_trouble(facts: Facts) -> MachineProblem | None:
+def gpu_problem(facts: Facts) -> MachineProblem | None:
     """Why the card cannot be used, with the cure; None if it can. Having no card is a trouble without a cure."""
     if not facts.gpu:
         return _no_card(facts)
@@ -25,21 +25,20 @@ def card_trouble(facts: Facts) -> MachineProblem | None:
     if facts.capability:
         line = gpus.pip_line(facts.capability, _driver(facts), facts.torch, facts.python)
         if facts.capability < (5, 0):
-            zh = f"{facts.gpu}（{sm(facts)}）太老：torch 2.6 以后没有它的内核"
+            zh = f"{facts.gpu}（{sm_name(facts)}）太老：torch 2.6 以后没有它的内核"
             return MachineProblem(
-                text(zh, f"{facts.gpu} ({sm(facts)}) is too old: no torch since 2.6 has kernels for it")
+                text(zh, f"{facts.gpu} ({sm_name(facts)}) is too old: no torch since 2.6 has kernels for it")
             )
     if not facts.cuda_usable or not facts.capability:
         return _unusable(facts, line)
     if not facts.kernels or gpus.runs_on(facts.capability, facts.kernels):
         return None
-    return MachineProblem(
-        text(
-            f"装的 torch 没有 {facts.gpu}（{sm(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
-            f"the installed torch has no kernels for {facts.gpu} ({sm(facts)}), only for {', '.join(facts.kernels)}",
-        ),
-        line or _other_driver(facts),
+    name, built_for = f"{facts.gpu} ({sm_name(facts)})", ", ".join(facts.kernels)
+    what = text(
+        f"装的 torch 没有 {facts.gpu}（{sm_name(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
+        f"the installed torch has no kernels for {name}, only for {built_for}",
     )
+    return MachineProblem(what, line or _other_driver(facts))
 
 
 def _no_card(facts: Facts) -> MachineProblem:
@@ -95,7 +94,7 @@ def _other_driver(facts: Facts) -> str:
     return text(f"{need} NVIDIA 驱动，再 {newest}", f"{need} NVIDIA's driver, then {newest}")
 
 
-def sm(facts: Facts) -> str:
+def sm_name(facts: Facts) -> str:
     """This card's kernels by name, like "sm_61"."""
     return "sm_" + "".join(map(str, facts.capability or "?"))
 

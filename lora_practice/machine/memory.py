@@ -85,13 +85,13 @@ def group_limits() -> Iterator[tuple[int, int]]:
             yield int(limit), int(limit) - int(used) + (int(cached.group(1)) if cached else 0)
 
 
-class Watch:
+class PeakMemory:
     """Notes the most memory held within a `with` block, looking every millisecond: `most`, in bytes.
 
     The process's own high-water mark would not do: loading the model may have stood above what comes now.
     """
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> PeakMemory:
         self.before = self.most = held_memory()
         self._done = threading.Event()
         self._thread: Optional[threading.Thread] = threading.Thread(target=self._look, daemon=True)

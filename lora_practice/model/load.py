@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from lora_practice.console.errors import NO_FAILURE, UserError, reason_of
+from lora_practice.console.errors import NOT_LIBRARY_FAILURES, UserError, reason_of
 from lora_practice.console.text import tell, text
 from lora_practice.machine.device import Machine, fits_in_fp32
 from lora_practice.sources.find import Source, find_template
@@ -111,7 +111,7 @@ def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any
     """What `loader` makes of a folder; Python code that lies in it is never run."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
-    except NO_FAILURE:
+    except NOT_LIBRARY_FAILURES:
         raise
     except BaseException as error:  # a damaged file makes transformers and tokenizers raise nearly anything
         raise _unloadable(thing, reason_of(error), folder) from error

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.terminal import aligned, fitted
+from lora_practice.console.terminal import aligned, fit_to_terminal
 from lora_practice.console.text import counted, text, visible
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import read_file
@@ -87,7 +87,7 @@ def _print(console: Console, found: Survey, max_length: int) -> None:
         if listed:
             console.print(f"\n[{'red' if kind == 'bad' else 'yellow'}]{title} ({found.counts[kind]})[/]")
             for one in listed:
-                console.print(Text(fitted(f"  {_line(one)}", sys.stdout)))
+                console.print(Text(fit_to_terminal(f"  {_line(one)}", sys.stdout)))
             if found.counts[kind] > len(listed):
                 more = found.counts[kind] - len(listed)
                 console.print(

@@ -57,8 +57,8 @@ def write_report(
         _check_ours(folder / name)
     reading = loss_curve.judge_curve(figures.logged_points(record, "loss"), figures.held_out_points(record))
     record.update({"samples": samples} if samples else {}, curves=PICTURE)
-    manifest.write_whole(folder / PICTURE, figures.curves_png(record))
-    manifest.write_whole(folder / PAGE, report_html(replace(verdict, record=record), reading, reasons))
+    manifest.write_atomically(folder / PICTURE, figures.curves_png(record))
+    manifest.write_atomically(folder / PAGE, report_html(replace(verdict, record=record), reading, reasons))
     if record != verdict.record and record.get("status") == "finished":
         _keep(folder, record)
     return folder / PAGE, reading.sentence
@@ -166,6 +166,6 @@ def _keep(folder: Path, record: dict[str, Any]) -> None:
     card, written = folder / CARD, record.get("files") or {}
     if is_runs_own_card(folder, record):
         _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
-        manifest.write_whole(card, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""))
+        manifest.write_atomically(card, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""))
         record["files"] = {**written, CARD: manifest.sha256(card)}
-    manifest.write_whole(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+    manifest.write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")

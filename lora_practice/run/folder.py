@@ -62,7 +62,7 @@ class OutputFolder:
                 setting that affects the result, or read a checkpoint that this user did not write here.
         """
         try:
-            path = lock.target(Path(output_dir).expanduser())
+            path = lock.link_target(Path(output_dir).expanduser())
             lock.check_writable(path)
         except (OSError, RuntimeError, ValueError) as error:  # a name too long, the home of nobody
             reason = getattr(error, "strerror", None) or str(error)
@@ -76,7 +76,7 @@ class OutputFolder:
             )
         if path.is_dir() and not settings.get("plan"):
             with _lock_errors():
-                lock.hold(path)()
+                lock.lock_folder(path)()
         record = read_record(path)
         if record is not None and not (path / RECORD).is_file():
             raise UserError(
@@ -84,7 +84,7 @@ class OutputFolder:
                 where=str(path),
                 fix=f"--output_dir {path.parent}",
             )
-        if not path.exists() or not any(entry for entry in path.iterdir() if entry not in disk.scraps(path, RECORD)):
+        if not path.exists() or not any(entry for entry in path.iterdir() if entry not in disk.leftovers(path, RECORD)):
             if resume:
                 raise UserError(text("这里没有可以继续的训练", "there is no run to resume here"), where=str(path))
             return cls(path)
@@ -99,7 +99,7 @@ class OutputFolder:
             )
         if overwrite:
             lock.check_replaceable(path)
-            return cls(path, old=lock.identity(path))
+            return cls(path, old=lock.folder_identity(path))
         if record.get("status") == "finished":
             raise _finished_error(path, record)
         if not resume:
@@ -133,7 +133,7 @@ class OutputFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock(self.resumed)
-        for stale in disk.scraps(self.path, RECORD):  # left by a run that was killed
+        for stale in disk.leftovers(self.path, RECORD):  # left by a run that was killed
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if self._replaced is not None:
             record["replaces"] = str(self._replaced)
@@ -151,13 +151,13 @@ class OutputFolder:
         self._record = record
         record = {**record, "events": self.events}
         content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
-        with disk.explained(self.path, len(content), text("，再运行一次", ", then run it again")):
-            manifest.write_whole(self.path / RECORD, content)
+        with disk.explain_disk_errors(self.path, len(content), text("，再运行一次", ", then run it again")):
+            manifest.write_atomically(self.path / RECORD, content)
         self._written = json.loads(content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
         """Move the result's files from `staged` into place, the record last: status "finished" means complete."""
-        manifest.flush(staged)
+        manifest.flush_to_disk(staged)
         for file in sorted(staged.iterdir()):
             record.setdefault("files", {})[file.name] = manifest.sha256(file)
             os.replace(file, self.path / file.name)
@@ -172,8 +172,8 @@ class OutputFolder:
 
         Checkpoints after N, which were damaged when the run was resumed, are neither counted nor deleted.
         """
-        signature.seal(staged, CHECKPOINT_MANIFEST)
-        manifest.flush(staged)
+        signature.sign_checkpoint(staged, CHECKPOINT_MANIFEST)
+        manifest.flush_to_disk(staged)
         target = self.path / staged.name
         if target.exists():
             shutil.rmtree(target)
@@ -197,14 +197,14 @@ class OutputFolder:
         """Lock the folder that is at `path` now; UserError if another run has it, or its record is none of `known`."""
         self._unlock()
         with _lock_errors():
-            self._unlock = weakref.finalize(self, lock.hold(self.path))
+            self._unlock = weakref.finalize(self, lock.lock_folder(self.path))
             if (read_record(self.path) or {}) not in known:
                 raise lock.FolderReplaced(self.path)
-        self._locked = lock.identity(self.path)
+        self._locked = lock.folder_identity(self.path)
 
     def _keep_lock(self) -> None:
         """Create the folder again if it was deleted or moved since `begin`; lock whatever is in its place."""
-        found = lock.identity(self.path)
+        found = lock.folder_identity(self.path)
         if self._locked in (None, found):
             return
         if found is None:
@@ -224,10 +224,10 @@ def rewrite_card(folder: Path, content: str) -> None:
     """Replace DIR/README.md; where it was the run's own card, the record knows the new one as its own."""
     card, record = folder / CARD, read_record(folder) or {}
     own = is_runs_own_card(folder, record)
-    manifest.write_whole(card, content)
+    manifest.write_atomically(card, content)
     if own:
         record["files"] = {**record["files"], CARD: manifest.sha256(card)}
-        manifest.write_whole(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+        manifest.write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def checkpoints(folder: Path) -> list[Path]:

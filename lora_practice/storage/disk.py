@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-from lora_practice.console.errors import FULL, UserError
+from lora_practice.console.errors import DISK_FULL_ERRNOS, UserError
 from lora_practice.console.text import text
 
-_REFUSED = (*FULL, errno.EFBIG, errno.EIO, errno.EROFS)
+_REFUSED = (*DISK_FULL_ERRNOS, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def free_disk_check(path: Path, needed: int, cure: str) -> None:
+def check_free_disk(path: Path, needed: int, cure: str) -> None:
     """UserError if fewer than `needed` bytes are free where `path` is or will be; `cure` is what helps besides room."""
     free = free_bytes(path)
     if free < needed:
@@ -33,7 +33,7 @@ def free_disk_check(path: Path, needed: int, cure: str) -> None:
 
 
 @contextmanager
-def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
+def explain_disk_errors(path: Path, needed: int, kept: str) -> Iterator[None]:
     """Around a write of about `needed` bytes below `path`: if the disk refuses it midway, one line says so.
 
     `kept` tells what is not lost, and how to go on; it follows "free some".
@@ -45,7 +45,7 @@ def explained(path: Path, needed: int, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = refusal(error)
+        reason = disk_refusal(error)
         if reason is None:
             raise
         what = text(
@@ -64,12 +64,12 @@ def staging(folder: Path, needed: int, kept: str = "") -> Iterator[Path]:
         UserError: there is no room, or the disk refuses a write midway; `kept` follows "free some" in the cure.
     """
     kept = kept or text("，再运行一次；原有的都没有动", ", then run it again; what was there is untouched")
-    free_disk_check(folder, needed, kept)
-    with explained(folder, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
+    check_free_disk(folder, needed, kept)
+    with explain_disk_errors(folder, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
         yield Path(name)
 
 
-def scraps(folder: Path, name: str) -> list[Path]:
+def leftovers(folder: Path, name: str) -> list[Path]:
     """What a kill in the midst of a write leaves: of `staging`, and of `write_whole` of the file `name`."""
     return [*folder.glob(".writing-*"), *folder.glob(f".{name}.[0-9]*")]
 
@@ -85,7 +85,7 @@ def nearest_existing(path: Path) -> Optional[Path]:
     return next((one for one in [path.absolute(), *path.absolute().parents] if os.path.exists(one)), None)
 
 
-def refusal(error: Exception) -> Optional[str]:
+def disk_refusal(error: Exception) -> Optional[str]:
     """The system's words, if this error is a write that the disk refused; each library says it its own way."""
     words = str(error)
     if isinstance(error, OSError) and error.errno in _REFUSED:

@@ -38,7 +38,7 @@ class FolderReplaced(Exception):
         self.folder = folder
 
 
-def target(path: Path) -> Path:
+def link_target(path: Path) -> Path:
     """The path that a link points to; `path` itself where it is no link. UserError for a dangling link."""
     for place in [path, *path.absolute().parents]:
         if place.is_symlink() and not place.exists():
@@ -50,7 +50,7 @@ def target(path: Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
-def hold(folder: Path) -> Callable[[], None]:
+def lock_folder(folder: Path) -> Callable[[], None]:
     """Lock a run's folder against other processes until this process ends; returns a function that unlocks it.
 
     The lock is `flock` on the folder itself, so no file is left behind. Where the system has no such lock (Windows,
@@ -74,7 +74,7 @@ def hold(folder: Path) -> Callable[[], None]:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or key in _held:
             return lambda: None
         raise FolderInUse(folder) from error
-    if identity(folder) != key:  # moved away before the lock was ours
+    if folder_identity(folder) != key:  # moved away before the lock was ours
         os.close(handle)
         raise FolderReplaced(folder)
     _held.add(key)
@@ -86,7 +86,7 @@ def hold(folder: Path) -> Callable[[], None]:
     return unlock
 
 
-def identity(folder: Path) -> Optional[tuple[int, int]]:
+def folder_identity(folder: Path) -> Optional[tuple[int, int]]:
     """(device, inode) of the folder; None if it does not exist."""
     try:
         found = os.stat(folder)
@@ -123,7 +123,7 @@ def check_writable(path: Path) -> None:
         )
 
 
-def aside(path: Path) -> Path:
+def free_name_beside(path: Path) -> Path:
     """An unused name beside `path` for an earlier run; a clock that was reset may give the same second again."""
     moment = time.time()
     while True:
@@ -141,11 +141,11 @@ def move_aside(path: Path, known: Optional[tuple[int, int]]) -> Path:
     Raises:
         FolderInUse, FolderReplaced: another run was quicker, or the folder holds no run.
     """
-    unlock = hold(path)
+    unlock = lock_folder(path)
     try:
-        if identity(path) != known or read_record(path) is None:
+        if folder_identity(path) != known or read_record(path) is None:
             raise FolderReplaced(path)
-        place = aside(path)
+        place = free_name_beside(path)
         os.replace(path, place)
     except FileNotFoundError as error:
         raise FolderReplaced(path) from error

@@ -22,18 +22,18 @@ def write_manifest(folder: Path, name: str, extra: Optional[dict[str, Any]] = No
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / name:
-            files[path.relative_to(folder).as_posix()] = note(path)
+            files[path.relative_to(folder).as_posix()] = file_entry(path)
     content = json.dumps({**(extra or {}), "files": files}, indent=1, ensure_ascii=False)
     (folder / name).write_text(content + "\n", "utf-8")
 
 
-def note(path: Path, most: Optional[int] = None) -> dict[str, Any]:
+def file_entry(path: Path, most: Optional[int] = None) -> dict[str, Any]:
     """Size, time and SHA-256 of a file; `most`: see `sha256`."""
     stat = path.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path, most)}
 
 
-def flush(folder: Path) -> None:
+def flush_to_disk(folder: Path) -> None:
     """Have the disk take every file below `folder`: a rename may reach it first, and then the power may fail."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -41,7 +41,7 @@ def flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -30,7 +30,7 @@ def key_file() -> Path:
     return Path(config).expanduser() / "lora-practice" / "checkpoint.key"
 
 
-def seal(checkpoint: Path, name: str) -> None:
+def sign_checkpoint(checkpoint: Path, name: str) -> None:
     """Write the manifest `name` of a checkpoint, with this user's mark; without one where no key can be kept."""
     manifest.write_manifest(checkpoint, name)
     key = _own_key()

@@ -13,7 +13,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 from lora_practice.data.collator import Collator, packed_dataset
 from lora_practice.data.examples import Examples
-from lora_practice.data.prepare import Rows
+from lora_practice.data.prepare import PreparedData
 from lora_practice.machine.device import Machine
 from lora_practice.model.load import torch_dtype
 from lora_practice.model.lora import keep_trained_in_fp32
@@ -126,7 +126,9 @@ def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.E
         return None
 
 
-def announce(machine: Machine, base: Source, data: Source, rows: Rows, trainer: PracticeTrainer, plan: Estimate) -> str:
+def announce(
+    machine: Machine, base: Source, data: Source, rows: PreparedData, trainer: PracticeTrainer, plan: Estimate
+) -> str:
     """The first lines that a user reads: device, precision, model, data, steps, expected time; and advice."""
     path = text("普通路径（TRL）", "plain path (TRL)")
     if trainer.engine is not None:

@@ -128,7 +128,7 @@ def keep(trainer: PracticeTrainer, step: int, loss: float) -> None:
     needed = sum(one.numel() * one.element_size() for one in tensors.values()) + 1_000_000
     with trainer.folder.staging(needed) as staging:
         save_file(tensors, staging / BEST, {"step": str(step), "loss": repr(loss)})
-        manifest.flush(staging)
+        manifest.flush_to_disk(staging)
         os.replace(staging / BEST, trainer.folder.path / BEST)
 
 

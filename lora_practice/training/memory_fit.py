@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.machine.memory import Watch, available_memory, held_memory
+from lora_practice.machine.memory import PeakMemory, available_memory, held_memory
 
 SHORTEST = 16  # tokens; a row cut shorter than this is nothing to train on
 SPARE = 1.25  # what is seen of a dry run is not all: short-lived pieces fall between two looks, and sizes grow unevenly
@@ -149,7 +149,7 @@ def _climb(
     for done, lengths in enumerate(sizes):
         expected = growth * sum(lengths) / tokens * SPARE
         room = held_memory() - held + available_memory(ulimit=False)  # above `held`; a ulimit says no by itself
-        with Watch() as watch:
+        with PeakMemory() as watch:
             short = reserve is not None and expected + reserve > room
             if short or not try_out(regime, lengths):
                 return done, growth

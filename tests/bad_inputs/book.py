@@ -100,7 +100,7 @@ def old_card(place: Place) -> None:
     from lora_practice.machine import facts
 
     card = {"gpu": "Tesla T4", "capability": (7, 5), "kernels": ("sm_75",), "gpu_memory": 16 << 30, "cuda_usable": True}
-    place.patch.setattr(facts, "look", lambda: facts.Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54"))
+    place.patch.setattr(facts, "read_facts", lambda: facts.Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54"))
 
 
 def offline(place: Place) -> None:

@@ -11,7 +11,7 @@ import pytest
 from bad_inputs.folders import make_base, make_output
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.terminal import Typing, columns
+from lora_practice.console.terminal import StreamPrinter, columns
 from lora_practice.inference import chat as chats
 from lora_practice.inference import load as load_chat
 from lora_practice.inference.chat import Chat, guide
@@ -121,12 +121,12 @@ def test_a_mistake_costs_a_line_and_not_the_chat(talking, capsys, words, said):
 
 
 def test_an_interrupted_answer_is_forgotten_and_the_chat_goes_on(talking, monkeypatch, capsys):
-    def interrupted(typing: Typing, words: str) -> None:
+    def interrupted(typing: StreamPrinter, words: str) -> None:
         raise KeyboardInterrupt
 
     talking.say("hello")
     before = list(talking.messages)
-    monkeypatch.setattr(Typing, "add", interrupted)
+    monkeypatch.setattr(StreamPrinter, "add", interrupted)
     assert talking.say("again")
     assert talking.messages == before and "does not count" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.machine.device import decide
 from lora_practice.machine.facts import Facts
-from lora_practice.machine.gpu_problems import card_trouble
+from lora_practice.machine.gpu_problems import gpu_problem
 from lora_practice.machine.gpus import runs_on
 
 
@@ -152,14 +152,14 @@ CURES = [
 
 @pytest.mark.parametrize(("facts", "cure"), CURES)
 def test_what_is_wrong_comes_with_the_exact_line_that_mends_it(facts: Facts, cure: str) -> None:
-    trouble = card_trouble(facts)
+    trouble = gpu_problem(facts)
     assert trouble is not None
     assert trouble.cure == cure
 
 
 def test_a_card_that_runs_has_no_trouble() -> None:
     for facts in (d.GTX_970, d.GTX_1060, d.GTX_1650, d.T4, d.P100, d.V100, d.RTX_2060, d.RTX_3060):
-        assert card_trouble(facts) is None
+        assert gpu_problem(facts) is None
 
 
 def test_the_fallback_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ def two_megabytes(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_no_disk_space(tmp_path: Path) -> None:
-    disk.free_disk_check(tmp_path / "later", 1, ", or wait")
+    disk.check_free_disk(tmp_path / "later", 1, ", or wait")
     with pytest.raises(UserError) as caught:
-        disk.free_disk_check(tmp_path / "later", 10**18, ", or wait")
+        disk.check_free_disk(tmp_path / "later", 10**18, ", or wait")
     assert "not enough disk" in str(caught.value) and str(caught.value).endswith("-> free some, or wait")
 
 
@@ -74,8 +74,8 @@ def test_a_record_that_does_not_fit_leaves_the_old_one_and_no_scrap(two_megabyte
 
 def test_only_a_refused_write_is_explained(tmp_path: Path) -> None:
     for error in (ValueError("os error"), OSError(errno.ENOENT, "gone"), RuntimeError("shapes do not fit")):
-        with pytest.raises(type(error)) as caught, disk.explained(tmp_path, 1, "kept"):
+        with pytest.raises(type(error)) as caught, disk.explain_disk_errors(tmp_path, 1, "kept"):
             raise error
         assert caught.value is error
-    with pytest.raises(UserError, match="quota"), disk.explained(tmp_path, 1, "kept"):
+    with pytest.raises(UserError, match="quota"), disk.explain_disk_errors(tmp_path, 1, "kept"):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")

@@ -19,8 +19,16 @@ from lora_practice.console.terminal import columns
 from lora_practice.machine.device import decide
 from lora_practice.machine.doctor import surroundings
 from lora_practice.machine.doctor.diagnosis import MEND, NOTE, STOP, diagnose
-from lora_practice.machine.doctor.page import Passport, as_record, machine_page
-from lora_practice.machine.doctor.surroundings import Hub, Need, Place, PlannedRun, Surroundings, look_around, place
+from lora_practice.machine.doctor.page import MachineReport, machine_page, report_as_json
+from lora_practice.machine.doctor.surroundings import (
+    Hub,
+    Need,
+    Place,
+    PlannedRun,
+    Surroundings,
+    inspect_place,
+    read_surroundings,
+)
 from lora_practice.machine.facts import Facts
 from lora_practice.sources.find import SHIPPED
 
@@ -123,7 +131,7 @@ def test_every_page_fits_80_columns_but_for_commands(language: str, monkeypatch:
     for facts in described():
         for more in ({}, {"hub": UNREACHED, "wanted": ABSENT, "compiler": None}, {"versions": {"torch": None}}):
             about = around(**more)
-            lines = machine_page(Passport(decide(facts), about, diagnose(facts, about))).splitlines()
+            lines = machine_page(MachineReport(decide(facts), about, diagnose(facts, about))).splitlines()
             assert [line for line in lines if columns(line) > 80 and "pip install" not in line] == []
 
 
@@ -145,7 +153,7 @@ def test_every_page_fits_80_columns_but_for_commands(language: str, monkeypatch:
 )
 def test_the_verdict_comes_last(facts: Facts, more: dict[str, Any], last: str) -> None:
     about = around(**more)
-    passport = Passport(decide(facts), about, diagnose(facts, about))
+    passport = MachineReport(decide(facts), about, diagnose(facts, about))
     verdict = machine_page(passport).rpartition("\n\n")[2].replace("\n", " ")
     assert all(words in verdict for words in last.split("|")), verdict
     assert verdict.endswith(last.rpartition("|")[2]) or not passport.can_train
@@ -171,18 +179,18 @@ def test_the_hub_is_asked_for_sizes_and_for_the_tokens_scope(
         (FINE_READ_TOKEN, "read"),
     ):
         monkeypatch.setenv("HF_TOKEN", token)
-        found = look_around(PLAN, d.LAPTOP)
+        found = read_surroundings(PLAN, d.LAPTOP)
         assert (found.hub.token, found.hub.user, found.hub.reachable) == (scope, "alice", True)
     model, data = found.wanted
     assert (model.here, model.megabytes) == (False, 0.3)
     assert (data.here, data.megabytes) == (False, 0.05)
-    everything = look_around(dataclasses.replace(PLAN, dataset_name=""), d.LAPTOP).wanted[1]
+    everything = read_surroundings(dataclasses.replace(PLAN, dataset_name=""), d.LAPTOP).wanted[1]
     assert everything.megabytes == pytest.approx(2.75)
-    assert "to be fetched, 0.3 MB" in machine_page(Passport(decide(d.LAPTOP), found, []))
+    assert "to be fetched, 0.3 MB" in machine_page(MachineReport(decide(d.LAPTOP), found, []))
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    passport = Passport(decide(d.LAPTOP), look_around(PLAN, d.LAPTOP), [])
+    passport = MachineReport(decide(d.LAPTOP), read_surroundings(PLAN, d.LAPTOP), [])
     assert passport.around.hub.token == "refused"
-    assert "hf_of_nobody" not in machine_page(passport) + json.dumps(as_record(passport))
+    assert "hf_of_nobody" not in machine_page(passport) + json.dumps(report_as_json(passport))
 
 
 def test_a_hub_that_answers_once_and_then_hangs_is_not_waited_for(
@@ -193,7 +201,7 @@ def test_a_hub_that_answers_once_and_then_hangs_is_not_waited_for(
     hub.hang("whoami", times=9)
     hub.hang("blobs", times=9)
     started = time.monotonic()
-    found = look_around(PLAN, d.LAPTOP)
+    found = read_surroundings(PLAN, d.LAPTOP)
     assert time.monotonic() - started < 4
     assert (found.hub.reachable, found.hub.token) == (True, "unchecked")
     assert [need.megabytes for need in found.wanted] == [None, None]
@@ -203,12 +211,12 @@ def test_a_hub_that_breaks_off_is_no_answer(hub: HubServer, monkeypatch: pytest.
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     hub.drop("whoami", times=9)
     hub.fail(404, "blobs", times=9)
-    assert look_around(PLAN, d.LAPTOP).hub.token == "unchecked"
+    assert read_surroundings(PLAN, d.LAPTOP).hub.token == "unchecked"
     assert not [warning for warning in recwarn if "Thread" in str(warning.category)]
 
 
 def test_no_hub_no_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = look_around(PLAN, d.LAPTOP)
+    found = read_surroundings(PLAN, d.LAPTOP)
     assert (found.hub.reachable, found.hub.offline_wanted, found.hub.token) == (False, False, "none")
     assert [need.here for need in found.wanted] == [False, False]
 
@@ -220,21 +228,21 @@ def test_what_is_on_this_disk_needs_no_hub(tmp_path: Path, monkeypatch: pytest.M
     data = tmp_path / "hf/datasets/HuggingFaceTB___smoltalk/everyday-conversations/0.0.0"
     data.mkdir(parents=True)
     (data / "dataset_info.json").write_text("{}")
-    found = look_around(PLAN, d.LAPTOP)
+    found = read_surroundings(PLAN, d.LAPTOP)
     assert [need.here for need in found.wanted] == [True, True]
     assert found.hub_cache.size == 1000
-    own = look_around(PlannedRun(str(tmp_path), str(data), "", "out"), d.LAPTOP)
+    own = read_surroundings(PlannedRun(str(tmp_path), str(data), "", "out"), d.LAPTOP)
     assert [need.here for need in own.wanted] == [True, True]
     monkeypatch.setenv("LORA_PRACTICE_CACHE", str(tmp_path / "empty"))
-    assert [need.here for need in look_around(PLAN, d.LAPTOP).embedded] == [False, False]
+    assert [need.here for need in read_surroundings(PLAN, d.LAPTOP).embedded] == [False, False]
 
 
 def test_after_a_finished_run_the_next_thing_is_to_talk(tmp_path: Path) -> None:
     plan = dataclasses.replace(PLAN, output_dir=str(tmp_path))
     for status, finished in (("running", False), ("finished", True), (7, False)):
         (tmp_path / "run_record.json").write_text(json.dumps({"status": status}), "utf-8")
-        assert look_around(plan, d.LAPTOP).finished is finished
-    passport = Passport(decide(d.LAPTOP), around(finished=True), [])
+        assert read_surroundings(plan, d.LAPTOP).finished is finished
+    passport = MachineReport(decide(d.LAPTOP), around(finished=True), [])
     assert passport.next_command == "lora-practice chat output"
     assert machine_page(passport).endswith("a run is finished already; next:\n  lora-practice chat output")
 
@@ -242,12 +250,12 @@ def test_after_a_finished_run_the_next_thing_is_to_talk(tmp_path: Path) -> None:
 def test_counting_a_cache_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     os.symlink(tmp_path / "a", tmp_path / "link")
-    assert place(tmp_path).size < 1000
-    assert place(tmp_path).whole
+    assert inspect_place(tmp_path).size < 1000
+    assert inspect_place(tmp_path).whole
     monkeypatch.setattr(surroundings, "COUNT_SECONDS", -1)
-    assert not place(tmp_path).whole
-    assert place(tmp_path / "not" / "yet").writable
-    assert not place(tmp_path / "a" / "below").writable
+    assert not inspect_place(tmp_path).whole
+    assert inspect_place(tmp_path / "not" / "yet").writable
+    assert not inspect_place(tmp_path / "a" / "below").writable
 
 
 def test_this_machine_gets_its_passport(tmp_path: Path) -> None:

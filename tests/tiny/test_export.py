@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_folder_as_it_was(made, 
         before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
         filler = place / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(place).free - 300_000))
-        monkeypatch.setattr(disk, "free_disk_check", lambda *_: None)
+        monkeypatch.setattr(disk, "check_free_disk", lambda *_: None)
         with pytest.raises(UserError) as caught:
             gguf.to_gguf(run)
         line = str(caught.value)

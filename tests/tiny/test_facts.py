@@ -145,7 +145,7 @@ def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    facts = machine_facts.look(driver_too=True)
+    facts = machine_facts.read_facts(driver_too=True)
     assert 1 <= facts.cores <= facts.board_cores
     assert 0 < facts.memory <= facts.memory_total
     assert facts.torch
@@ -169,7 +169,7 @@ def test_the_most_memory_is_the_cards_only_where_the_card_computes(monkeypatch: 
 
 def test_the_processor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {})
-    facts = machine_facts.look()
+    facts = machine_facts.read_facts()
     assert (facts.cpu, facts.cpu_bf16, facts.instructions) == ("Some CPU", True, ("avx2", "avx512_bf16"))
 
 
@@ -179,12 +179,12 @@ def test_elsewhere_torch_knows_the_processor(
 ) -> None:
     monkeypatch.setattr(machine_facts, "read_system_file", lambda path: "")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: word)
-    assert machine_facts.look().instructions == known  # None: unknown, which is not the same as none
+    assert machine_facts.read_facts().instructions == known  # None: unknown, which is not the same as none
 
 
 def test_a_torch_that_does_not_load_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    facts = machine_facts.look()
+    facts = machine_facts.read_facts()
     assert "torch" in facts.torch_trouble
     assert (facts.torch, facts.cuda_usable) == ("", False)
 

@@ -153,7 +153,7 @@ def test_checkpoints_whole_and_not_and_what_can_be_resumed(folder, monkeypatch):
         checkpoint = folder / f"checkpoint-{number}"
         checkpoint.mkdir()
         (checkpoint / "optimizer.pt").write_bytes(b"state")
-        signature.seal(checkpoint, "checkpoint.json")
+        signature.sign_checkpoint(checkpoint, "checkpoint.json")
     assert check_folder(folder).uses["resuming"] == Use(True, "from checkpoint-10: --resume")
     (folder / "checkpoint-10" / "optimizer.pt").write_bytes(b"stat")
     verdict = check_folder(folder)

@@ -23,7 +23,7 @@ class Memory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room, self.largest, self.most, self.before = room, 0, 0, 0
-        monkeypatch.setattr(memory_fit, "Watch", lambda: self)
+        monkeypatch.setattr(memory_fit, "PeakMemory", lambda: self)
         monkeypatch.setattr(memory_fit, "available_memory", lambda ulimit=True: room)
         monkeypatch.setattr(memory_fit, "held_memory", lambda: 0)
         monkeypatch.setenv("LORA_PRACTICE_LANG", "en")

@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = make_base(place / "base")
     folder = make_output(place / "out", base)
     record = a_record(base)
-    manifest.write_whole(folder / "README.md", model_card.card(record))
+    manifest.write_atomically(folder / "README.md", model_card.card(record))
     record["files"] = {"README.md": manifest.sha256(folder / "README.md")}
     (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
     return folder

@@ -84,7 +84,7 @@ def test_ulimit_v_counts() -> None:
 
 
 def test_a_watched_block_knows_the_most_it_held_though_it_gave_it_back() -> None:
-    with memory.Watch() as watch:
+    with memory.PeakMemory() as watch:
         block = bytearray(200_000_000)
         block[::4096] = b"x" * len(block[::4096])
         watch._done.wait(0.02)

@@ -294,9 +294,9 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_whole_ones(tmp_path: Path)
 
 def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
     file = tmp_path / RECORD
-    manifest.write_whole(file, "old")
+    manifest.write_atomically(file, "old")
     with pytest.raises(UnicodeEncodeError):
-        manifest.write_whole(file, "\ud800")
+        manifest.write_atomically(file, "\ud800")
     assert file.read_text() == "old"
 
 

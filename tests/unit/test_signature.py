@@ -31,7 +31,7 @@ def checkpoint(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "optimizer.pt").write_bytes(b"moments")
     (folder / "scheduler.pt").write_bytes(b"rate")
-    signature.seal(folder, NAME)
+    signature.sign_checkpoint(folder, NAME)
     return folder
 
 
@@ -56,7 +56,7 @@ def test_the_key_is_private_and_made_once(checkpoint: Path, key: Path) -> None:
     assert key.stat().st_mode & 0o777 == 0o600 and key.parent.stat().st_mode & 0o077 == 0
     first = key.read_bytes()
     signature._own_key.cache_clear()
-    signature.seal(checkpoint, NAME)
+    signature.sign_checkpoint(checkpoint, NAME)
     assert key.read_bytes() == first and len(first) == 32
 
 
@@ -70,7 +70,7 @@ def test_a_key_that_is_gone_and_the_next_save_makes_a_new_one(checkpoint: Path, 
     assert "not saved by you on this machine" in refusal(checkpoint)
     assert not key.exists()  # looking makes nothing
     signature._own_key.cache_clear()
-    signature.seal(checkpoint, NAME)
+    signature.sign_checkpoint(checkpoint, NAME)
     signature.check_signature(checkpoint, NAME, trusted=False)
 
 
@@ -118,7 +118,7 @@ def test_where_no_key_can_be_kept_it_is_said_and_the_checkpoint_is_whole(
     key.parent.write_text("a file in the folder's place")
     signature._own_key.cache_clear()
     for _ in range(2):
-        signature.seal(checkpoint, NAME)
+        signature.sign_checkpoint(checkpoint, NAME)
     assert capsys.readouterr().err.count("--trust_checkpoint") == 1
     assert manifest.folder_fault(checkpoint, NAME) == ""
     refusal(checkpoint)
@@ -127,7 +127,7 @@ def test_where_no_key_can_be_kept_it_is_said_and_the_checkpoint_is_whole(
 def test_half_a_key_is_made_anew(checkpoint: Path, key: Path) -> None:
     key.write_bytes(b"half")
     signature._own_key.cache_clear()
-    signature.seal(checkpoint, NAME)
+    signature.sign_checkpoint(checkpoint, NAME)
     assert len(key.read_bytes()) == 32
     signature.check_signature(checkpoint, NAME, trusted=False)
 

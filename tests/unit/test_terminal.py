@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lora_practice.console.terminal import Typing, columns, fitted
+from lora_practice.console.terminal import StreamPrinter, columns, fit_to_terminal
 
 STORY = "I'm sorry for your loss. I'm here to help you with any printer issues you're experiencing, if any.\n\n" * 3
 MIXED = "留出的数据从不参与训练：它变差而训练还在变好，就是过拟合（overfitting）。看 lora-practice report 的曲线，" * 3
@@ -28,11 +28,11 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 @pytest.mark.parametrize("words", [STORY, MIXED, "  - " + STORY, ""])
 def test_lines_fit_and_no_word_is_broken_or_lost(words: str, width: int) -> None:
-    said = fitted(words, Screen())
+    said = fit_to_terminal(words, Screen())
     assert all(columns(line) <= width for line in said.splitlines())
     assert re.sub(r"\s", "", said) == re.sub(r"\s", "", words)
     assert set(re.findall(r"[a-z']+", said)) == set(re.findall(r"[a-z']+", words))
-    assert fitted(words, io.StringIO()) == words
+    assert fit_to_terminal(words, io.StringIO()) == words
 
 
 def test_a_command_is_never_broken() -> None:
@@ -42,9 +42,9 @@ def test_a_command_is_never_broken() -> None:
         f"没有这张卡的内核 → {command}",
         f"  {command}",
     ):
-        assert fitted(words, Screen()).splitlines()[-1].endswith(command)
-    assert fitted(f"once more:\n  {command}", Screen()) == f"once more:\n  {command}"
-    assert fitted("no such folder -> python fine.py", Screen()) == "no such folder -> python fine.py"
+        assert fit_to_terminal(words, Screen()).splitlines()[-1].endswith(command)
+    assert fit_to_terminal(f"once more:\n  {command}", Screen()) == f"once more:\n  {command}"
+    assert fit_to_terminal("no such folder -> python fine.py", Screen()) == "no such folder -> python fine.py"
 
 
 @pytest.mark.parametrize("words", [STORY, MIXED, "def f():\n    return 1\n", "  ", "", "w" * 200])
@@ -52,7 +52,7 @@ def test_a_command_is_never_broken() -> None:
 def test_an_answer_is_typed_as_it_comes_and_ends_its_lines_at_words(words: str, size: int, width: int) -> None:
     screen, pipe = Screen(), io.StringIO()
     for stream, column in ((screen, 7), (pipe, 7)):
-        typing = Typing(stream, column)
+        typing = StreamPrinter(stream, column)
         for start in range(0, len(words), size):
             typing.add(words[start : start + size])
         typing.end()
@@ -68,7 +68,7 @@ def test_an_answer_is_typed_as_it_comes_and_ends_its_lines_at_words(words: str, 
 
 def test_of_an_answer_no_more_than_a_word_waits() -> None:
     screen = Screen()
-    typing = Typing(screen)
+    typing = StreamPrinter(screen)
     typing.add("one two thr")
     assert screen.getvalue() == "one two"
     typing.add("ee ")

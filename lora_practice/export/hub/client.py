@@ -132,7 +132,7 @@ class Link:
 def open_link(token: str, silence: float) -> None:
     """Prepare huggingface_hub: its messages come through without tokens, and a server is given up after
     `silence` seconds without a byte (by itself it would wait for ever)."""
-    compat.limit_silence(silence)
+    compat.set_hub_timeout(silence)
 
     class Discreet(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

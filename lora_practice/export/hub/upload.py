@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from lora_practice.console.errors import UserError, at_home
+from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.settings import parse, setting
 from lora_practice.console.text import tell, text
 from lora_practice.export.hub.client import Link, open_link, plain_transfer
@@ -67,7 +67,7 @@ def upload_as_asked(settings: UploadSettings) -> str:
         UserError: nothing to send, something that must not be sent, no permission, or the upload failed.
     """
     token = os.environ.get("HF_TOKEN", "").strip()
-    parcel = pack_folder(at_home(settings.local_dir), settings.exclude_checkpoints, token, settings.exclude_merged)
+    parcel = pack_folder(expand_home(settings.local_dir), settings.exclude_checkpoints, token, settings.exclude_merged)
     for note in parcel.notes:
         tell(note)
     if settings.dry_run:

@@ -9,7 +9,7 @@ from lora_practice.console.text import text
 from lora_practice.machine import gpus
 from lora_practice.machine.doctor.surroundings import Place, Surroundings
 from lora_practice.machine.facts import Facts
-from lora_practice.machine.gpu_problems import card_trouble, sm
+from lora_practice.machine.gpu_problems import gpu_problem, sm_name
 from lora_practice.sources import embedded
 
 STOP, MEND, NOTE = "stop", "mend", "note"
@@ -95,7 +95,7 @@ def _too_little(place: Place, needed: float) -> str:
 
 
 def _card(facts: Facts) -> Iterator[Finding]:
-    trouble = card_trouble(facts)
+    trouble = gpu_problem(facts)
     if trouble and (facts.gpu or facts.card_on_bus or facts.driver_trouble):
         yield Finding(MEND if trouble.cure else NOTE, trouble.what, trouble.cure)
     elif trouble and facts.wsl:
@@ -111,8 +111,8 @@ def _card(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             NOTE,
             text(
-                f"{facts.gpu}（{sm(facts)}）：torch 2.14 是最后一个支持它的版本，驱动最高 580",
-                f"{facts.gpu} ({sm(facts)}): torch 2.14 is the last for it, and driver 580",
+                f"{facts.gpu}（{sm_name(facts)}）：torch 2.14 是最后一个支持它的版本，驱动最高 580",
+                f"{facts.gpu} ({sm_name(facts)}): torch 2.14 is the last for it, and driver 580",
             ),
             text("别升级到 torch 2.15", "do not upgrade to torch 2.15"),
         )
@@ -122,7 +122,7 @@ def _processor(facts: Facts, around: Surroundings) -> Iterator[Finding]:
     if facts.cores < facts.board_cores:
         zh = f"机器有 {facts.board_cores} 核，这里只能用 {facts.cores} 核"
         yield Finding(NOTE, text(zh, f"the machine has {facts.board_cores} cores, {facts.cores} of them usable here"))
-    if facts.cuda_usable and not card_trouble(facts):
+    if facts.cuda_usable and not gpu_problem(facts):
         return  # the rest is about training on the CPU
     if facts.instructions is not None and not {"avx2", "asimd"} & set(facts.instructions):
         yield Finding(NOTE, text("CPU 没有 AVX2：能练，但慢得多", "the CPU has no AVX2: it trains, but much slower"))

@@ -14,16 +14,16 @@ from lora_practice.console.terminal import columns, wrap
 from lora_practice.console.text import counted, text, visible
 from lora_practice.machine.device import Machine, decide
 from lora_practice.machine.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigabytes
-from lora_practice.machine.doctor.surroundings import Hub, Need, Place, PlannedRun, Surroundings, look_around
-from lora_practice.machine.facts import Facts, look
-from lora_practice.machine.gpu_problems import sm
+from lora_practice.machine.doctor.surroundings import Hub, Need, Place, PlannedRun, Surroundings, read_surroundings
+from lora_practice.machine.facts import Facts, read_facts
+from lora_practice.machine.gpu_problems import sm_name
 
 WIDTH, LABEL = 80, 12
 Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Passport:
+class MachineReport:
     """All that was found, and what follows from it. `machine` is the decision without any flag."""
 
     machine: Machine
@@ -47,21 +47,25 @@ class Passport:
         return command if self.can_train else ""
 
 
-def examine(plan: PlannedRun) -> Passport:
+def examine_machine(plan: PlannedRun) -> MachineReport:
     """Look at this machine and judge it."""
-    facts = look(driver_too=True)
-    around = look_around(plan, facts)
-    return Passport(decide(facts), around, diagnose(facts, around))
+    facts = read_facts(driver_too=True)
+    around = read_surroundings(plan, facts)
+    return MachineReport(decide(facts), around, diagnose(facts, around))
 
 
-def present(plan: PlannedRun, as_json: bool) -> int:
+def print_machine_page(plan: PlannedRun, as_json: bool) -> int:
     """Print the passport. Returns the exit code: 0 if training can go on here, 2 if not."""
-    passport = examine(plan)
-    print(json.dumps(as_record(passport), ensure_ascii=False, indent=2) if as_json else visible(machine_page(passport)))
+    passport = examine_machine(plan)
+    print(
+        json.dumps(report_as_json(passport), ensure_ascii=False, indent=2)
+        if as_json
+        else visible(machine_page(passport))
+    )
     return 0 if passport.can_train else EXIT_USER_ERROR
 
 
-def as_record(passport: Passport) -> dict[str, Any]:
+def report_as_json(passport: MachineReport) -> dict[str, Any]:
     """The same for a program. Memory and disks in bytes, downloads in megabytes; what is unknown is null or empty."""
     machine = passport.machine
     return {
@@ -74,7 +78,7 @@ def as_record(passport: Passport) -> dict[str, Any]:
     }
 
 
-def machine_page(passport: Passport) -> str:
+def machine_page(passport: MachineReport) -> str:
     """What is here, what is not right, and the verdict last; 80 columns, but for commands and paths."""
     facts, around, lines = passport.machine.facts, passport.around, []
     for label, words in (*_machine(facts, around), *_disks(around), *_network(around)):
@@ -114,7 +118,7 @@ def _card(facts: Facts) -> str:
         if facts.card_on_bus:
             return text("有一张 NVIDIA 卡，没有驱动", "an NVIDIA card without a driver")
         return text("没有看到 NVIDIA 显卡", "no NVIDIA card is seen")
-    parts = [facts.gpu, sm(facts) if facts.capability else text("计算能力不知道", "compute capability unknown")]
+    parts = [facts.gpu, sm_name(facts) if facts.capability else text("计算能力不知道", "compute capability unknown")]
     parts += [gigabytes(facts.gpu_memory)] if facts.gpu_memory else []
     parts.append(text(f"驱动 {facts.driver or '不知道'}", f"driver {facts.driver or 'unknown'}"))
     if facts.kernels:
@@ -174,7 +178,7 @@ def _need(need: Need) -> str:
     return text(f"要下载 {size} MB", f"to be fetched, {size} MB")
 
 
-def _verdict(passport: Passport) -> list[str]:
+def _verdict(passport: MachineReport) -> list[str]:
     machine = passport.machine
     if not passport.can_train:
         return [text("现在还不能训练：先解决上面带 ! 的第一条。", "No training yet: mend the first ! above.")]

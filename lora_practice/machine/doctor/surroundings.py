@@ -83,7 +83,7 @@ class Surroundings:
     finished: bool  # `output` holds the result of a run already
 
 
-def look_around(plan: PlannedRun, facts: Facts) -> Surroundings:
+def read_surroundings(plan: PlannedRun, facts: Facts) -> Surroundings:
     """Look around. What is asked of the Hub is asked at once, and only if it answers at all."""
     offline = environment.offline_wanted()  # before an unreachable Hub turns it on
     reachable = environment.hub_is_reachable()
@@ -97,10 +97,10 @@ def look_around(plan: PlannedRun, facts: Facts) -> Surroundings:
         needs.append(Need(wheel.requirement, here, wheel.megabytes))
     model_here, data_here = _has_model(plan.model_name), _has_data(plan.dataset_path)
     return Surroundings(
-        output=place(Path(plan.output_dir).expanduser()),
-        cache=place(embedded.cache_dir()),
-        hub_cache=place(environment.hub_cache()),
-        datasets_cache=place(environment.datasets_cache()),
+        output=inspect_place(Path(plan.output_dir).expanduser()),
+        cache=inspect_place(embedded.cache_dir()),
+        hub_cache=inspect_place(environment.hub_cache()),
+        datasets_cache=inspect_place(environment.datasets_cache()),
         embedded=tuple(needs),
         wanted=(
             Need(plan.model_name, model_here, None if model_here else model()),
@@ -122,7 +122,7 @@ def _finished(folder: Path) -> bool:
         return False
 
 
-def place(path: Path) -> Place:
+def inspect_place(path: Path) -> Place:
     """Free space where `path` is or will be, whether it may be written, and what it holds (counted for 1 s at most)."""
     there = disk.nearest_existing(path)
     if there is None:
