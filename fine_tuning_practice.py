@@ -28,251 +28,304 @@ from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder
 
 @dataclass
 class TrainSettings:
-    """Everything a run can be told. Each field: default, why (zh), why (en), limits."""
+    """All settings of a run. Each field: default, why (zh), why (en), limits; `section` heads a group of them."""
 
-    # 模型和数据 / model and data
     model_name: str = setting(
         "HuggingFaceTB/SmolLM2-135M",
-        "底座模型：Hub 名字或文件夹；135M 小到 CPU 也练得动",
-        "base model: Hub name or folder; 135M is small enough for a CPU",
+        "底座模型：Hub 上的名字或本地文件夹；135M 足够小，CPU 也能训练",
+        "base model: a Hub name or a folder; 135M is small enough for a CPU",
+        common=True,
+        section=("模型和数据", "model and data"),
     )
     chat_template_path: str = setting(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "聊天模板从哪来：底座没有对话格式，借 Instruct 版的",
-        "where the chat template comes from: the base has none, so it borrows Instruct's",
+        "聊天模板的来源：底座没有对话格式，借用 Instruct 版的",
+        "source of the chat template: the base has none, so it borrows Instruct's",
     )
     dataset_path: str = setting(
         "HuggingFaceTB/smoltalk",
-        "数据：Hub 名字，或本地 JSONL/JSON/CSV/Parquet 文件",
-        "data: Hub name, or a local JSONL/JSON/CSV/Parquet file",
+        "训练数据：Hub 上的名字，或本地 JSONL/JSON/CSV/TSV/Parquet 文件",
+        "training data: a Hub name, or a local JSONL, JSON, CSV, TSV or Parquet file",
+        common=True,
     )
     dataset_name: str = setting(
         "everyday-conversations",
-        "Hub 数据集的子集：短的日常对话",
-        "the data set's subset: short everyday chats",
+        "Hub 数据集的子集：默认是简短的日常对话",
+        "subset of the Hub data set: short everyday conversations",
     )
     train_subset_size: int = setting(
-        2000, "最多用多少行；0 是全部", "rows used at most; 0 takes all", minimum=0, maximum=10**9
-    )
-    eval_subset_size: int = setting(
-        0,
-        "留出多少段对话不训练，只用来测损失和困惑度",
-        "conversations held out, never trained on: their loss and perplexity are measured",
-        minimum=0,
-    )
-    eval_strategy: str = setting(
-        "steps",
-        "训练中何时测留出的对话；no 只在前后各测一次",
-        "when the held-out ones are measured; no: only before and after",
-        choices=("no", "steps", "epoch"),
-    )
-    eval_steps: int = setting(
-        50, "eval_strategy=steps 时每几步测一次", "steps between measurements with eval_strategy=steps", minimum=1
-    )
-    load_best_model_at_end: bool = setting(
-        True, "结束时用留出损失最低的适配器", "end with the adapter whose held-out loss was the lowest"
-    )
-    early_stopping_patience: int = setting(
-        0,
-        "连续几次没有更低就提前停；0 不提前停",
-        "stop after so many measurements without a lower loss; 0 never",
-        minimum=0,
-        maximum=10**9,
+        2000, "训练最多用多少行；0 表示全部", "most rows to train on; 0 takes all", minimum=0, maximum=10**9
     )
     skip_bad_rows: bool = setting(
-        False, "坏行跳过并计数；默认遇到就停", "skip and count bad rows; by default they stop the run"
+        False, "跳过有问题的行并计数；默认遇到就停止", "skip and count bad rows; by default one stops the run"
     )
     embedded: bool = setting(
         False,
-        "用内置模型和对话（来自 PyPI），不碰 Hub",
-        "use the embedded model and chats (from PyPI), no Hub",
+        "使用内置的模型和对话（来自 PyPI），不访问 Hub",
+        "use the embedded model and conversations (from PyPI), no Hub",
+        common=True,
     )
-    # 输出 / output
-    output_dir: str = setting(DEFAULT_OUTPUT_DIR, "结果放哪里", "where the results go")
-    overwrite: bool = setting(False, "换掉 output_dir 里已有的结果", "replace the earlier run in output_dir")
-    resume: bool = setting(False, "从最新的完整存盘点继续", "go on from the newest whole checkpoint")
+    eval_subset_size: int = setting(
+        0,
+        "留出多少行作验证集：不参与训练，只用来测验证损失和困惑度",
+        "rows held out for validation: never trained on, only measured (loss, perplexity)",
+        minimum=0,
+        common=True,
+        section=("验证集", "held-out rows"),
+    )
+    eval_strategy: str = setting(
+        "steps",
+        "训练中何时测验证损失：每 eval_steps 步、每个 epoch；no 只在训练前后各测一次",
+        "when held-out loss is measured: every eval_steps steps, each epoch; no: only before and after",
+        choices=("no", "steps", "epoch"),
+    )
+    eval_steps: int = setting(
+        50,
+        "eval_strategy=steps 时，每多少步测一次",
+        "steps between measurements with eval_strategy=steps",
+        minimum=1,
+    )
+    load_best_model_at_end: bool = setting(
+        True, "训练结束时采用验证损失最低的适配器", "end with the adapter of the lowest held-out loss"
+    )
+    early_stopping_patience: int = setting(
+        0,
+        "验证损失连续多少次没有降低就提前停止；0 表示不提前停止",
+        "stop after this many measurements without a lower held-out loss; 0: never",
+        minimum=0,
+        maximum=10**9,
+    )
+    output_dir: str = setting(
+        DEFAULT_OUTPUT_DIR,
+        "训练结果写到哪个文件夹",
+        "folder for the results",
+        common=True,
+        section=("输出", "output"),
+    )
+    overwrite: bool = setting(
+        False, "替换 output_dir 里已有的训练结果", "replace an earlier run in output_dir", common=True
+    )
+    resume: bool = setting(
+        False,
+        "从最新的完整检查点（checkpoint）继续训练",
+        "go on from the newest complete checkpoint",
+        common=True,
+    )
     trust_checkpoint: bool = setting(
         False,
-        "也从别处拷来的存盘点继续：只对信得过的来源用",
-        "resume a checkpoint from elsewhere too: only if you trust it",
+        "检查点来自别处也继续：仅限来源可信时使用",
+        "resume a checkpoint from elsewhere too: only if you trust its source",
     )
     plan: bool = setting(
-        False, "只估计时间、内存和磁盘（真的试两步），不训练", "try two steps, tell time, memory and disk, do not train"
+        False,
+        "只试两步，估计时间、内存和磁盘，不训练",
+        "try two steps to estimate time, memory and disk; do not train",
+        common=True,
     )
-    json: bool = setting(False, "和 --plan 一起：计划写成 JSON", "with --plan: the plan as JSON")
-    # 序列 / sequences
+    json: bool = setting(False, "与 --plan 连用：以 JSON 输出", "with --plan: print it as JSON")
     max_length: int = setting(
         512,
-        "一行最多多少 token；越长越慢、越占内存",
-        "tokens in a row at most; longer is slower and larger",
+        "一行最多多少个 token；越长越慢、越占内存",
+        "most tokens in a row; longer is slower and takes more memory",
         minimum=8,
         maximum=1_000_000,
+        common=True,
+        section=("序列", "sequences"),
     )
     packing: bool = setting(
         False,
-        "把短行拼成一行（互不可见）：更快，但每步样本变多",
-        "join short rows (blind to each other): other batches",
+        "把短的行拼成一行（互不可见）：更快，但每步包含的样本不同",
+        "join short rows (blind to each other): faster, but other batches",
     )
     assistant_only_loss: bool = setting(
-        True, "只学助手的话，不学用户的提问", "learn only the assistant's words, not the questions"
+        True, "只在助手的回答上计算 loss，不学用户的提问", "loss on the assistant's answers only, not on the questions"
     )
-    # 训练 / training
     per_device_train_batch_size: int = setting(
-        1, "一次前向的行数：小内存用 1", "rows in one forward pass: 1 for little memory", minimum=1, maximum=4096
+        1,
+        "一次前向计算多少行：内存小就用 1",
+        "rows in one forward pass: 1 for little memory",
+        minimum=1,
+        maximum=4096,
+        section=("训练", "training"),
     )
     gradient_accumulation_steps: int = setting(
-        8, "攒几次梯度走一步：等效批量 1x8", "passes per optimizer step: effective batch 1x8", minimum=1, maximum=4096
+        8,
+        "累积几次梯度更新一次参数：默认等效批量 1x8",
+        "forward passes per optimizer step: by default an effective batch of 1x8",
+        minimum=1,
+        maximum=4096,
     )
     num_train_epochs: float = setting(
         1.0,
-        "数据过几遍：小数据多了会背下来",
-        "passes over the data: many on little data is rote",
+        "数据过几遍：数据少、遍数多，模型会死记硬背（过拟合）",
+        "passes over the data: many passes over little data overfit",
         above=0,
         maximum=10_000,
+        common=True,
     )
     max_steps: int = setting(
         -1,
-        "走多少步就停，大于 0 时代替 epoch",
-        "stop after so many steps; above 0 it overrides epochs",
+        "最多训练多少步；大于 0 时代替 num_train_epochs",
+        "most optimizer steps; above 0 it overrides num_train_epochs",
         minimum=-1,
         maximum=10**8,
+        common=True,
     )
     learning_rate: float = setting(
         2e-4,
-        "LoRA 的学习率比全参大十倍",
-        "ten times that of full fine-tuning, usual for LoRA",
+        "学习率：LoRA 通常是全参数微调的 10 倍",
+        "learning rate: for LoRA usually ten times that of full fine-tuning",
         above=0,
         maximum=1,
+        common=True,
     )
     lr_scheduler_type: str = setting(
         "constant",
-        "学习率怎么变：短训练不衰减最简单",
-        "how the rate changes: constant is simplest for a short run",
+        "学习率如何变化：训练短时，保持不变最简单",
+        "schedule of the learning rate: constant is simplest for a short run",
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
     )
     warmup_ratio: float = setting(
         0.03,
-        "预热占总步数的比例（constant 不用）",
-        "share of steps for warm-up (constant ignores it)",
+        "预热步数占总步数的比例；constant 不预热",
+        "share of steps for warm-up; constant has none",
         minimum=0,
         maximum=0.99,
     )
     max_grad_norm: float = setting(
         0.3,
-        "梯度裁剪：小批量噪声大，裁紧一点",
-        "gradient clipping: tight, since small batches are noisy",
+        "梯度裁剪的上限：批量小、梯度噪声大，所以设得低",
+        "gradient clipping: low, since gradients of small batches are noisy",
         above=0,
         maximum=10**6,
     )
     optim: str = setting(
         "adamw_torch",
-        "优化器：到处都能跑的那个；融合版要自己选",
-        "optimizer: the one that runs everywhere; fused only when asked for",
+        "优化器：默认的到处都能运行；融合版（fused）需要自己选",
+        "optimizer: the default runs everywhere; fused only when asked for",
         choices=("adamw_torch", "adamw_torch_fused", "sgd", "adafactor"),
     )
-    seed: int = setting(42, "随机种子：同样的数重现同样的训练", "same seed, same run", minimum=0, maximum=2**32 - 1)
-    # LoRA
+    seed: int = setting(
+        42, "随机种子：种子相同，训练结果相同", "random seed: same seed, same run", minimum=0, maximum=2**32 - 1
+    )
     lora_r: int = setting(
         6,
-        "秩：适配器有多大，6 约 1.8M 参数",
-        "rank: how large the adapter is; 6 is about 1.8M parameters",
+        "秩（rank）：决定适配器的大小，6 约为 180 万参数",
+        "rank: size of the adapter; 6 is about 1.8M parameters",
         minimum=1,
         maximum=1024,
+        common=True,
+        section=("LoRA", "LoRA"),
     )
     lora_alpha: int = setting(
-        8, "缩放：更新乘以 alpha/r", "scale: the update is multiplied by alpha/r", minimum=1, maximum=10_000
+        8, "缩放：更新量乘以 alpha/r", "scale: the update is multiplied by alpha/r", minimum=1, maximum=10_000
     )
     lora_dropout: float = setting(
-        0.05, "随机丢弃：防止背诵", "random zeros against rote learning", minimum=0, maximum=0.95
+        0.05,
+        "训练时随机置零的输入比例：减轻过拟合",
+        "share of inputs zeroed at random while training: against overfitting",
+        minimum=0,
+        maximum=0.95,
     )
     target_modules: str = setting(
         "all-linear",
-        "哪些层加 LoRA：全部，或逗号隔开，如 q_proj,v_proj",
-        "layers that get LoRA: all of them, or such as q_proj,v_proj",
+        "哪些层加 LoRA：全部线性层，或用逗号分隔的名字，如 q_proj,v_proj",
+        "modules that get LoRA: all linear ones, or names such as q_proj,v_proj",
     )
     use_rslora: bool = setting(
         False,
-        "rsLoRA：缩放改为 alpha/√r，秩大时才不变弱",
-        "rsLoRA: scale alpha/√r, so that a high rank is not weaker",
+        "rsLoRA：缩放改为 alpha/√r，秩大时更新量不会变弱",
+        "rsLoRA: scale alpha/√r, so that a high rank does not weaken the update",
     )
     use_dora: bool = setting(
         False,
-        "DoRA：权重的长度和方向分开学，秩很小时更准，但慢",
-        "DoRA: learns length and direction apart; better at low rank, slower",
+        "DoRA：分别学习权重的大小和方向；秩很小时效果更好，但较慢",
+        "DoRA: learns magnitude and direction apart; better at low rank, slower",
     )
     init_lora_weights: str = setting(
         "default",
-        "从哪开始：pissa、olora 从底座最主要的部分开始，学得更快",
-        "where it begins: pissa and olora at the base's main part, and learn sooner",
+        "初始化：pissa、olora 从底座权重的主成分开始，学得更快",
+        "initialisation: pissa and olora begin with the base's principal part and learn sooner",
         choices=STARTS,
     )
     loraplus_lr_ratio: float = setting(
         1.0,
-        "LoRA+：B 的学习率是 A 的几倍；1 是普通 LoRA",
-        "LoRA+: B's learning rate over A's; 1 is plain LoRA",
+        "LoRA+：B 矩阵的学习率是 A 矩阵的几倍；1 为普通 LoRA",
+        "LoRA+: learning rate of B over that of A; 1 is plain LoRA",
         minimum=1,
         maximum=1000,
     )
-    # 精度和内存 / precision and memory
     fast: str = setting(
         "auto",
-        "快速路径：同样的数学，快好几倍；off 是普通的 TRL",
-        "the fast path: same mathematics, several times faster; off is plain TRL",
+        "快速路径：数学上相同，快好几倍；off 使用普通的 TRL",
+        "fast path: the same mathematics, several times faster; off is plain TRL",
         choices=("auto", "on", "off"),
         bare="on",
+        section=("精度和内存", "precision and memory"),
     )
-    bf16: bool = setting(False, "用 bf16：硬件真支持才开", "use bf16: only where the hardware truly has it")
+    bf16: bool = setting(
+        False, "用 bf16 计算：硬件真正支持才打开", "compute in bf16: only where the hardware truly has it"
+    )
     gradient_checkpointing: str = setting(
         "auto",
-        "用时间换内存：auto 只在内存不够时开",
+        "用时间换内存：auto 只在内存不够时启用",
         "trade time for memory: auto only when memory needs it",
         choices=("auto", "on", "off"),
         bare="on",
     )
     load_in_4bit: bool = setting(
         False,
-        "底座用 4 位放在内存里（QLoRA，要 bitsandbytes）：大底座才值得",
+        "底座以 4 位放在内存里（QLoRA，需要 bitsandbytes）：底座大时才值得",
         "hold the base in 4 bits (QLoRA, needs bitsandbytes): for large bases",
     )
     allow_shorter: bool = setting(
         False,
-        "一行都放不下时，允许缩短 max_length",
+        "连一行都放不下时，允许缩短 max_length",
         "where not even one row fits, max_length may be lowered",
     )
-    # 记录 / records
-    logging_steps: int = setting(10, "每几步记一次 loss", "steps between logged losses", minimum=1, maximum=10**8)
+    logging_steps: int = setting(
+        10,
+        "每几步记一次 loss",
+        "steps between logged losses",
+        minimum=1,
+        maximum=10**8,
+        section=("日志和检查点", "logs and checkpoints"),
+    )
     save_strategy: str = setting(
         "epoch",
-        "何时存盘：每个 epoch、每 N 步、不存",
-        "when to save a checkpoint",
+        "何时保存检查点：每个 epoch、每 save_steps 步，或不保存",
+        "when to save a checkpoint: each epoch, every save_steps steps, or never",
         choices=("epoch", "steps", "no"),
     )
     save_steps: int = setting(
         100,
-        "save_strategy=steps 时每几步存一次",
+        "save_strategy=steps 时，每多少步保存一次",
         "steps between checkpoints with save_strategy=steps",
         minimum=1,
         maximum=10**8,
     )
     save_total_limit: Optional[int] = setting(
-        None, "最多留几个存盘点；不写就全留", "checkpoints kept at most; all if not given", minimum=1, maximum=10**6
+        None, "最多保留几个检查点；不写则全部保留", "most checkpoints kept; all if not given", minimum=1, maximum=10**6
     )
     report_to: str = setting(
         "none",
-        "把曲线发给哪个工具",
-        "tracker that gets the curve",
+        "把训练曲线发送给哪个工具",
+        "tracker that gets the curves",
         choices=("none", "tensorboard", "wandb", "trackio", "swanlab"),
     )
-    # 训练之后 / afterwards
     merge_adapter: bool = setting(
-        False, "另写一份合并好的完整模型到 merged/", "also write the merged whole model to merged/"
+        False,
+        "另写一份合并好的完整模型到 merged/",
+        "also write the merged whole model to merged/",
+        section=("训练之后", "afterwards"),
     )
     run_inference: bool = setting(
         False,
         "训练后答四个问题，底座和微调并排",
         "answer four prompts afterwards, base and adapter side by side",
+        common=True,
     )
-    skip_login: bool = setting(False, "不用 HF_TOKEN 登录", "do not log in with HF_TOKEN")
+    skip_login: bool = setting(False, "不使用 HF_TOKEN 登录", "do not log in with HF_TOKEN")
 
 
 @entry_point

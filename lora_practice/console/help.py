@@ -10,7 +10,7 @@ from lora_practice.console.terminal import columns, wrap
 from lora_practice.console.text import text
 
 INDENT, GAP = 2, 2  # terminal columns before a name and between a name and its sentence
-NAMES_WIDTH = 32  # a longer name has its sentence on the next line
+NAMES_WIDTH = 28  # a longer name has its sentence on the next line
 NARROWEST = 40
 
 

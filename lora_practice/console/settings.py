@@ -173,7 +173,7 @@ def _page(cls: Any, prog: str, description: str) -> str:
     for field in _fields(cls):
         if marked and any(field.metadata["section"]):
             rows = []
-            sections.append(Section(text("高级选项 · ", "advanced options: ") + text(*field.metadata["section"]), rows))
+            sections.append(Section(text("高级选项 · ", "advanced options, ") + text(*field.metadata["section"]), rows))
         name = f"--{field.name} {_metavar(types[field.name], field)}".rstrip()
         row = (name, _why(field) + default_note(_shown_default(field)))
         (common if field.metadata["common"] else rows).append(row)

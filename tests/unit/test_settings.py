@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -212,3 +214,19 @@ def test_the_table_shows_every_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(table.splitlines()) == 2 + len(dataclasses.fields(TrainSettings))
     monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
     assert "| `save_total_limit` | 无 |" in markdown_table(TrainSettings)
+
+
+def test_the_help_shows_the_common_settings_first_and_each_setting_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for language, common, advanced in (("zh", "常用选项：", "高级选项 · LoRA："), ("en", "common options:", "LoRA:")):
+        monkeypatch.setenv("LORA_PRACTICE_LANG", language)
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as page:
+            read("--help", cls=TrainSettings)
+        lines = page.getvalue().splitlines()
+        assert lines[4] == common
+        first = lines[lines.index(common) : lines.index("", lines.index(common))]
+        shown = [line.split()[0] for line in first if line.startswith("  --")]
+        assert shown == [f"--{field.name}" for field in dataclasses.fields(TrainSettings) if field.metadata["common"]]
+        assert 10 <= len(shown) <= 15 and any(line.endswith(advanced) for line in lines)
+        every = [line.split()[0] for line in lines if line.startswith("  --")]
+        assert sorted(every) == sorted(f"--{field.name}" for field in dataclasses.fields(TrainSettings))
