@@ -95,16 +95,16 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "inference.py") -> in
 
     set_seed(settings.seed)
     machine, chats = decide(read_facts(), device=settings.device), not settings.prompt
-    talker = load_chat.load_chat_model(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
+    chat_model = load_chat.load_chat_model(settings.model_dir, machine, settings.base_model or None, keep_base=chats)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not settings.prompt:
-        chat.chat_loop(settings.model_dir, talker, settings.system, **options)
+        chat.chat_loop(settings.model_dir, chat_model, settings.system, **options)
         return 0
     for prompt in settings.prompt:
         messages = [*samples.system_messages(settings.system), {"role": "user", "content": prompt}]
         if len(settings.prompt) > 1:
             print(f"> {prompt}")
-        samples.say(talker, messages, **options)
+        samples.print_answer(chat_model, messages, **options)
     return 0
 
 

@@ -229,8 +229,8 @@ def chat(folder: Folder = DEFAULT_FOLDER, system: System = "", max_new_tokens: T
     from lora_practice.inference import chat
     from lora_practice.inference import load as load_chat
 
-    talker = load_chat.load_chat_model(str(folder), machine, keep_base=True)
-    chat.chat_loop(str(folder), talker, system, max_new_tokens=max_new_tokens)
+    chat_model = load_chat.load_chat_model(str(folder), machine, keep_base=True)
+    chat.chat_loop(str(folder), chat_model, system, max_new_tokens=max_new_tokens)
 
 
 @command(

@@ -14,6 +14,7 @@ from lora_practice.console.text import tell, text
 from lora_practice.export import gguf_tokenizer, gguf_writer, llama_cpp, parity
 from lora_practice.export.merge import MERGED, merge_adapter, merge_sentence
 from lora_practice.export.ollama import modelfile, template_turns
+from lora_practice.inference.chat_model import stop_ids
 from lora_practice.inference.load import find_base
 from lora_practice.model import adapter_config, adapter_files
 from lora_practice.model.load import load_tokenizer, stored_bytes
@@ -98,7 +99,7 @@ def _write_gguf(folder: Path, target: Path, kinds: Sequence[str], config: dict[s
         en = "no Modelfile: Ollama's syntax cannot express this chat template; llama.cpp uses the one in the GGUF"
         tell(text(zh, en))
         return
-    stops = [tokenizer.convert_ids_to_tokens(one) for one in _ends(merged, tokenizer)]
+    stops = [tokenizer.convert_ids_to_tokens(one) for one in _stop_ids(merged, tokenizer)]
     first, *others = [f"{MERGED}-{kind}.gguf" for kind in reversed(kinds)]
     (target / "Modelfile").write_text(modelfile(turns, stops, first, others), "utf-8")
 
@@ -107,12 +108,10 @@ def _token_fields(model: Path, tokens: Path) -> dict[str, Any]:
     """GGUF fields of the tokenizer in `tokens` for the model in `model`."""
     tokenizer = load_tokenizer(Source("folder", str(tokens), tokens))
     rows = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
-    return gguf_tokenizer.token_fields(tokens, tokenizer, rows, _ends(model, tokenizer))
+    return gguf_tokenizer.token_fields(tokens, tokenizer, rows, _stop_ids(model, tokenizer))
 
 
-def _ends(model: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the tokenizer's end of turn, then the model's own."""
+def _stop_ids(model: Path, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer of the model in the folder `model`."""
     path = model / "generation_config.json"
-    named = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-    more = named if isinstance(named, list) else [named]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(one for one in more if isinstance(one, int))]))
+    return stop_ids(tokenizer, json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None)

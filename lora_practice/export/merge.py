@@ -49,7 +49,7 @@ def merge_adapter(folder: Path) -> tuple[Path, float]:
 
     base = find_base(folder)
     model = with_adapter(load_base(base, "fp32"), folder).eval()
-    tokenizer = tokenizer_for(model, Source("folder", str(folder), folder), base)
+    tokenizer = tokenizer_for(model, folder, base)
     assert base.path is not None
     stored = stored_dtype(base.path)  # after loading, which finds a damaged file
     needed = sum(p.numel() for p in model.parameters()) * 4
@@ -81,7 +81,7 @@ def merge_sentence(target: Path, difference: float) -> str:
 
 def _set_ends(model: Any, tokenizer: Any) -> None:
     """The merged model stops where the adapter's chats end, in any program."""
-    stop = stop_ids(model, tokenizer)
+    stop = sorted(stop_ids(tokenizer, model.generation_config.eos_token_id))
     model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id

@@ -15,7 +15,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 from lora_practice.data.chat_template import render, token_ids_of
 from lora_practice.export import llama_cpp
-from lora_practice.inference.chat_model import decoder_of, talker
+from lora_practice.inference.chat_model import as_chat_model, decoder_of
 from lora_practice.inference.load import find_base, tokenizer_for, with_adapter
 from lora_practice.model.load import load_base
 from lora_practice.run.folder import CARD, PROOF, rewrite_card
@@ -77,7 +77,7 @@ def prove(folder: Path, gguf: Path, base_gguf: Path) -> list[Line]:
     """
     base = find_base(folder)
     model = with_adapter(load_base(base, "fp32"), folder).eval()
-    tokenizer = tokenizer_for(model, Source("folder", str(folder), folder), base)
+    tokenizer = tokenizer_for(model, folder, base)
     prompts = [chat for chat in PROMPTS if _taken(tokenizer, chat)]
     wanted = _ask_torch(model, tokenizer, prompts)
     with model.disable_adapter():
@@ -198,9 +198,9 @@ def _ask_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]
         with torch.no_grad():
             return model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
 
-    talking = talker(model, tokenizer, decoder_of(model))
+    chat_model = as_chat_model(model, tokenizer, decoder_of(model))
     ids = [token_ids_of(tokenizer, render(tokenizer, chat, prompt=True)) for chat in prompts]
-    tokens = [talking.write(one, LONGEST) for one in ids]
+    tokens = [chat_model.generate_ids(one, LONGEST) for one in ids]
     return FormAnswers(ids, [logprobs(one) for one in ids], tokens, [len(one) < LONGEST for one in tokens], logprobs)
 
 

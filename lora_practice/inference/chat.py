@@ -1,4 +1,4 @@
-"""The chat at the terminal: history, several lines, the base to compare with, a file to keep it in."""
+"""The chat at the terminal: history, several lines, the base to compare with, a file to save the conversation in."""
 
 from __future__ import annotations
 
@@ -13,120 +13,181 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.terminal import aligned
 from lora_practice.console.text import tell, text
 from lora_practice.inference.chat_model import ChatModel, without_adapter
-from lora_practice.inference.samples import piped, say, system_messages
+from lora_practice.inference.samples import piped, print_answer, system_messages
 from lora_practice.sources.embedded import cache_dir
+from lora_practice.storage.json_files import parse_object
 
-COMMANDS = (
-    ("/help", "显示这些说明", "show these lines"),
-    ("/reset", "忘掉前面的话，重新开始", "forget what was said, begin anew"),
-    ("/system TEXT", "换系统提示并重新开始（不写就去掉）", "another system prompt, and begin anew (none: drop it)"),
-    ("/adapter off|on", "听听底座怎么说，再换回来", "hear the base, and back again"),
-    ("/save FILE", "把对话存成一行训练数据（JSONL）", "keep the conversation as a row of training data"),
-    ("/exit", "退出，或按 Ctrl-D", "leave; so does Ctrl-D"),
+COMMANDS = (  # each: command (zh), command (en), what it does (zh), what it does (en)
+    ("/help", "/help", "显示这些说明", "show these lines"),
+    ("/reset", "/reset", "清空对话历史，重新开始", "forget the conversation and start over"),
+    (
+        "/system 提示词",
+        "/system TEXT",
+        "换系统提示词并重新开始；不写提示词就是去掉",
+        "set the system prompt and start over; without TEXT: none",
+    ),
+    (
+        "/adapter off|on",
+        "/adapter off|on",
+        "切换：off 由底座回答，on 换回微调后的模型",
+        "off: the base answers; on: the fine-tuned model",
+    ),
+    (
+        "/save 文件名",
+        "/save FILE",
+        "把对话存为一行训练数据（JSONL）；可以追加",
+        "save the conversation as a row of training data",
+    ),
+    ("/exit", "/exit", "退出，也可以按 Ctrl-D", "leave; so does Ctrl-D"),
 )
 KEYS = (
-    "Enter 发送，Alt-Enter 换行，上下键翻历史，Ctrl-C 打断回答",
+    "Enter 发送，Alt-Enter 换行，上下方向键翻看历史，Ctrl-C 中断回答",
     "Enter sends, Alt-Enter breaks the line, Up is history, Ctrl-C stops an answer",
 )
 
 
 class Chat:
-    """One conversation. `options` go to `Talker.answer`."""
+    """One conversation, with the fine-tuned model or its base.
 
-    def __init__(self, talker: ChatModel, system: str = "", **options: Any) -> None:
-        self.adapted, self.talker, self.options = talker, talker, options
+    Args:
+        options: for `ChatModel.answer`.
+
+    Attributes:
+        active: the chat model that answers now, `adapted` or its base.
+        messages: the conversation so far, the system prompt included.
+    """
+
+    def __init__(self, chat_model: ChatModel, system: str = "", **options: Any) -> None:
+        self.adapted, self.active, self.options = chat_model, chat_model, options
         self.base: Optional[ChatModel] = None
         self.system = system
         self.messages = system_messages(system)
 
-    def say(self, words: str) -> bool:
-        """Answer a question, or do what a /command says; False when the chat is to end."""
-        command, _, rest = words.partition(" ")
+    def handle(self, line: str) -> bool:
+        """Answer a question or run a /command; returns False when the chat is to end."""
+        command, _, argument = line.partition(" ")
         if command in ("/exit", "/quit"):
             return False
         actions: dict[str, Callable[[str], None]] = {
             "/help": lambda _: tell(guide()),
-            "/reset": lambda _: self._begin(self.system),
-            "/system": self._begin,
+            "/reset": lambda _: self._start_over(self.system),
+            "/system": self._start_over,
             "/adapter": self._switch,
             "/save": self._save,
         }
         try:
             if command in actions:
-                actions[command](rest.strip())
-            elif command.startswith("/") and command[1:].isalpha() and not rest:
+                actions[command](argument.strip())
+            elif command.startswith("/") and command[1:].isalpha() and not argument:
                 tell(text(f"没有 {command} 这个命令，看 /help", f"no such command: {command}; see /help"))
             else:
-                self._ask(words)
+                self._ask(line)
         except UserError as error:  # costs this line, not the chat
             tell(str(error))
         return True
 
-    def _ask(self, words: str) -> None:
-        asked = {"role": "user", "content": words}
+    def _ask(self, question: str) -> None:
+        asked = {"role": "user", "content": question}
         try:
-            answer = say(self.talker, [*self.messages, asked], **self.options)
-        except KeyboardInterrupt:  # enough of this answer, not of the chat
+            answer = print_answer(self.active, [*self.messages, asked], **self.options)
+        except KeyboardInterrupt:  # ends this answer, not the chat
             print()
-            tell(text("（打断了，这一问不算）", "(stopped; this question does not count)"))
+            tell(text("（已中断，这一问不计入历史）", "(stopped; this question does not count)"))
             return
         self.messages += [asked, {"role": "assistant", "content": answer}]
 
-    def _begin(self, system: str) -> None:
+    def _start_over(self, system: str) -> None:
         self.system, self.messages = system, system_messages(system)
-        tell(
-            text("重新开始", "begun anew")
-            + (text(f"，系统提示：{system}", f"; system prompt: {system}") if system else "")
-        )
+        prompt = text(f"，系统提示词：{system}", f"; system prompt: {system}") if system else ""
+        tell(text("已重新开始", "started over") + prompt)
 
     def _switch(self, state: str) -> None:
         if state not in ("on", "off"):
             raise UserError(text("写 /adapter off 或 /adapter on", "write /adapter off or /adapter on"))
-        if state == "off" and self.base is None:
+        if state == "on":
+            self.active = self.adapted
+            tell(text("现在由微调后的模型回答", "the fine-tuned model answers now"))
+            return
+        if self.base is None:
             self.base = without_adapter(self.adapted)
-        self.talker = self.base if state == "off" and self.base is not None else self.adapted
-        zh, en = "现在是底座在回答", "the base answers now"
-        if self.messages != system_messages(self.system):  # an adapter's answers above it are an example to the base
-            zh, en = f"{zh}，它也看到前面的话：/reset 重新开始", f"{en}, and sees what was said: /reset begins anew"
-        said = text(zh, en)
-        tell(said if state == "off" else text("现在是微调后的模型在回答", "the fine-tuned model answers now"))
+        self.active = self.base
+        zh, en = "现在由底座回答", "the base answers now"
+        if self.messages != system_messages(self.system):  # earlier answers of the adapter are an example to the base
+            zh, en = (
+                f"{zh}；它会看到前面的对话，/reset 重新开始",
+                f"{en}, and sees the conversation; /reset starts over",
+            )
+        tell(text(zh, en))
 
     def _save(self, name: str) -> None:
         if not name:
-            raise UserError(text("存到哪里？/save 文件名.jsonl", "where to? /save name.jsonl"))
+            raise UserError(text("存到哪个文件？/save 文件名.jsonl", "where to? /save name.jsonl"))
         if self.messages == system_messages(self.system):
-            raise UserError(text("还没有对话", "nothing was said yet"))
+            raise UserError(text("还没有对话", "there is no conversation yet"))
         file = Path(name).expanduser()
-        try:
-            with open(file, "x", encoding="utf-8") as opened:  # "x": never over an earlier file
-                opened.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except FileExistsError:
-            what = text("已经有这个文件了，没有写", "this file exists: nothing was written")
-            raise UserError(what, str(file), text("换个名字", "choose another name")) from None
-        except OSError as error:
-            raise UserError(error.strerror or str(error), str(file)) from error
-        tell(text(f"存好了：{file}（可以直接当 --dataset_path）", f"kept in {file} (it can serve as --dataset_path)"))
+        rows = append_conversation(file, self.messages)
+        zh, en = f"已存到 {file}（第 {rows} 行", f"saved to {file} (row {rows}"
+        tell(text(f"{zh}；可以用作 --dataset_path）", f"{en}; it can serve as --dataset_path)"))
 
 
-def chat_loop(name: str, talker: ChatModel, system: str = "", **options: Any) -> None:
-    """Talk to `talker`, loaded from `name`, until Ctrl-D, /exit or the end of a piped input (one question a line)."""
-    talking = Chat(talker, system, **options)
-    live = sys.stdin.isatty() and sys.stdout.isatty()
-    if live:
+def append_conversation(file: Path, messages: list[dict[str, str]]) -> int:
+    """Add a row {"messages": ...} to a JSONL file of such rows; a file that is not there is created.
+
+    Returns:
+        The number of rows in the file.
+
+    Raises:
+        UserError: the file holds something else, this very row is its last one, or it cannot be written.
+    """
+    row = json.dumps({"messages": messages}, ensure_ascii=False)
+    try:
+        before = file.read_bytes() if file.exists() else b""
+        rows = [line for line in before.splitlines() if line.strip()]
+        if any(not _is_conversation(line) for line in rows):
+            what = text("这个文件里有别的内容，没有写入", "this file holds something else: nothing was written")
+            raise UserError(what, str(file), text("换个文件名", "choose another name"))
+        if rows and parse_object(rows[-1]) == {"messages": messages}:
+            raise UserError(text("这段对话已经存过了", "this conversation is saved already"), str(file))
+        with open(file, "ab") as opened:
+            opened.write(b"\n" if before and not before.endswith(b"\n") else b"")
+            opened.write(row.encode("utf-8") + b"\n")
+    except OSError as error:
+        raise UserError(error.strerror or str(error), str(file)) from error
+    return len(rows) + 1
+
+
+def _is_conversation(line: bytes) -> bool:
+    """Whether a line of a file is a row that `append_conversation` may have written."""
+    try:
+        messages = parse_object(line).get("messages")
+    except ValueError:
+        return False
+    return isinstance(messages, list) and all(isinstance(one, dict) and "role" in one for one in messages)
+
+
+def chat_loop(name: str, chat_model: ChatModel, system: str = "", **options: Any) -> None:
+    """Chat with a model loaded from `name`, until Ctrl-D, /exit or the end of a piped input (one question per line).
+
+    `options` are for `ChatModel.answer`.
+    """
+    chat = Chat(chat_model, system, **options)
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_interactive:
         tell(text(f"和 {name} 聊天", f"a chat with {name}"))
         tell(guide())
-    for words in _typed(talking) if live else piped():
-        if words and not talking.say(words):
+    for line in _typed(chat) if is_interactive else piped():
+        if line and not chat.handle(line):
             return
 
 
 def guide() -> str:
     """The commands and keys, in the user's language."""
-    return "\n".join([*aligned((name, text(zh, en)) for name, zh, en in COMMANDS), text(*KEYS)])
+    rows = ((text(name_zh, name_en), text(zh, en)) for name_zh, name_en, zh, en in COMMANDS)
+    return "\n".join([*aligned(rows), text(*KEYS)])
 
 
-def _typed(talking: Chat) -> Iterator[str]:
-    """What a person types at the terminal; ends with Ctrl-D."""
+def _typed(chat: Chat) -> Iterator[str]:
+    """Lines typed at the terminal, until Ctrl-D."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -135,17 +196,18 @@ def _typed(talking: Chat) -> Iterator[str]:
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: Any = PromptSession(history=_history(), multiline=True, key_bindings=keys)
     while True:
-        name = text("你> ", "you> ") if talking.talker is talking.adapted else text("你（底座）> ", "you (base)> ")
+        is_base = chat.active is not chat.adapted
+        prompt = text("［底座］你> ", "you (base)> ") if is_base else text("你> ", "you> ")
         try:
-            yield session.prompt(name).strip()
-        except KeyboardInterrupt:  # an unsent line is dropped
+            yield session.prompt(prompt).strip()
+        except KeyboardInterrupt:  # drops a line that was not sent
             continue
         except EOFError:
             return
 
 
 def _history() -> Any:
-    """Earlier questions, in a file that only this user can read; forgotten at the end where none can be written."""
+    """Earlier questions, in a file that only this user can read; in memory where no file can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     file = cache_dir() / "chat_history"

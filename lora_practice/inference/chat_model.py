@@ -1,4 +1,4 @@
-"""A model that answers chats, whole or piece by piece; the base below an adapter is one of its own."""
+"""Chat models: answer a list of messages, whole or streamed. The base below an adapter is a chat model of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.data.chat_template import render, token_ids_of
-from lora_practice.inference.streamer import Pieces
+from lora_practice.inference.streamer import AnswerStreamer
 
 if TYPE_CHECKING:
     from lora_practice.fast.decode.decoder import Decoder
@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class ChatModel:
-    """A model that answers chats; `stop_ids` are the tokens that end an answer.
+    """A causal language model with its tokenizer, which answers chats.
 
-    `decoder` generates where it serves the model (several times faster, the same greedy tokens); without one it
-    is transformers' own `generate`. `cut`: the tokens at which the last answer was cut, 0 if it ended by itself.
+    Attributes:
+        stop_ids: token ids that end an answer.
+        decoder: the fast path of generation (several times faster, the same greedy tokens); None where it does not
+            serve this model, which then runs transformers' own `generate`.
+        cut_at: number of tokens at which the last answer was cut off; 0 if it ended by itself.
     """
 
     model: Any
     tokenizer: Any
     stop_ids: list[int]
     decoder: Optional[Decoder] = None
-    cut: int = 0
+    cut_at: int = 0
 
     def answer(
         self,
@@ -38,64 +41,77 @@ class ChatModel:
         top_p: float = 1.0,
         on_text: Optional[Callable[[str], None]] = None,
     ) -> str:
-        """The model's next turn, as it wrote it; ends at the end-of-turn token, which is not part of it.
+        """The model's next turn, up to its end-of-turn token, which is not part of it.
 
-        `temperature` 0 takes the likeliest token each time. `on_text` receives the answer piece by piece.
+        Args:
+            temperature: 0 takes the likeliest token each time (greedy); above 0 it samples, within `top_p`.
+            on_text: receives the answer piece by piece while it is generated.
 
         Raises:
             UserError: the template refuses the messages, or they are longer than the model can take.
         """
-        pieces = Pieces(self.tokenizer, self.stop_ids, on_text) if on_text else None
-        tokens = self.write(self._asked(messages), max_new_tokens, temperature, top_p, pieces)
-        self.cut = max_new_tokens if len(tokens) >= max_new_tokens else 0
+        streamer = AnswerStreamer(self.tokenizer, self.stop_ids, on_text) if on_text else None
+        tokens = self.generate_ids(self._prompt_ids(messages), max_new_tokens, temperature, top_p, streamer)
+        self.cut_at = max_new_tokens if len(tokens) >= max_new_tokens else 0
         return self.tokenizer.decode(tokens)
 
     def stream(self, messages: Sequence[dict[str, str]], max_new_tokens: int = 128) -> Iterator[str]:
-        """The likeliest answer in pieces, a token's worth each: computed when it is asked for, so that several answers
-        can be written in turn.
+        """The greedy answer, one token's text at a time; each token is computed when it is asked for.
+
+        Several models can so be streamed in turn.
 
         Raises:
-            UserError: as `answer` does.
+            UserError: see `answer`.
         """
-        said: list[str] = []
-        pieces = Pieces(self.tokenizer, self.stop_ids, said.append)
-        for token in self._tokens(self._asked(messages), max_new_tokens):
-            said.clear()
-            pieces.add(token)
-            yield "".join(said)
-        self.cut = max_new_tokens if len(pieces.ids) >= max_new_tokens else 0
-        said.clear()
-        pieces.end()
-        yield "".join(said)
+        texts: list[str] = []
+        streamer = AnswerStreamer(self.tokenizer, self.stop_ids, texts.append)
+        for token in self._stream_ids(self._prompt_ids(messages), max_new_tokens):
+            texts.clear()
+            streamer.add(token)
+            yield "".join(texts)
+        self.cut_at = max_new_tokens if len(streamer.ids) >= max_new_tokens else 0
+        texts.clear()
+        streamer.end()
+        yield "".join(texts)
 
-    def write(
-        self, ids: list[int], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, pieces: Any = None
+    def generate_ids(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        streamer: Optional[AnswerStreamer] = None,
     ) -> list[int]:
-        """The tokens after `ids`, shown by `pieces`; fewer than `max_new_tokens` when the answer ended by itself."""
+        """The ids of the answer to a prompt, shown by `streamer` as they come.
+
+        Returns:
+            Fewer than `max_new_tokens` ids if the answer ended by itself; the stop token is not among them.
+        """
         if self.decoder is None:
             sampling: dict[str, Any] = {"do_sample": False}
             if temperature > 0:
                 sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-            written = self._generate(ids, max_new_tokens=max_new_tokens, streamer=pieces, **sampling).sequences[0]
-            return [token for token in written[len(ids) :].tolist() if token not in self.stop_ids]
-        told = []
-        for token in self.decoder.tokens(ids, max_new_tokens, self.stop_ids, temperature, top_p):
-            told.append(token)
-            if pieces:
-                pieces.add(token)
-        if pieces:
-            pieces.end()
-        return told
+            written = self._generate(prompt_ids, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+            answer_ids = written.sequences[0][len(prompt_ids) :].tolist()
+            return [token for token in answer_ids if token not in self.stop_ids]
+        answer_ids = []
+        for token in self.decoder.tokens(prompt_ids, max_new_tokens, self.stop_ids, temperature, top_p):
+            answer_ids.append(token)
+            if streamer:
+                streamer.add(token)
+        if streamer:
+            streamer.end()
+        return answer_ids
 
-    def _tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """The tokens of `write`, one at a time."""
+    def _stream_ids(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
+        """The ids of the greedy answer to the prompt `ids`, one at a time."""
         if self.decoder is not None:
             yield from self.decoder.tokens(ids, max_new_tokens, self.stop_ids)
             return
-        cache, known = compat.generation_cache(), None  # keys and values of all tokens but the last
+        cache_name, cache = compat.generation_cache(), None  # keys and values of all tokens but the last
         for _ in range(max_new_tokens):
-            step = self._generate(ids, max_new_tokens=1, do_sample=False, **{cache: known})
-            known, ids = step.get(cache), step.sequences[0].tolist()
+            step = self._generate(ids, max_new_tokens=1, do_sample=False, **{cache_name: cache})
+            cache, ids = step.get(cache_name), step.sequences[0].tolist()
             if ids[-1] in self.stop_ids:
                 return
             yield ids[-1]
@@ -115,8 +131,8 @@ class ChatModel:
                 **options,
             )
 
-    def _asked(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The prompt in tokens."""
+    def _prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the messages and of the opening of the next answer."""
         fix = text("去掉 --system 试试", "try without --system")
         rendered = render(self.tokenizer, list(messages), fix=fix, prompt=True)
         ids = token_ids_of(self.tokenizer, rendered)
@@ -124,38 +140,40 @@ class ChatModel:
         if len(ids) >= longest:
             raise UserError(
                 text(
-                    f"对话有 {len(ids)} 个 token，模型最多 {longest}", f"{len(ids)} tokens; the model takes {longest}"
+                    f"对话有 {len(ids)} 个 token，模型最多 {longest} 个",
+                    f"the conversation has {len(ids)} tokens; the model takes {longest}",
                 ),
-                fix=text("缩短提问，或用 /reset 重来", "ask something shorter, or begin anew with /reset"),
+                fix=text("缩短提问，或用 /reset 重新开始", "ask something shorter, or start over with /reset"),
             )
         return ids
 
 
-class Bare(ChatModel):
-    """The base below an adapter, where transformers generates: the adapter is off for the time of an answer."""
+class AdapterOff(ChatModel):
+    """The base below an adapter, generated by transformers: the adapter is disabled while an answer is generated."""
 
     def _generate(self, ids: list[int], **options: Any) -> Any:
         with self.model.disable_adapter():
             return super()._generate(ids, **options)
 
 
-def without_adapter(talk: ChatModel) -> ChatModel:
-    """The base of a Talker that was loaded with `keep_base`: what the adapter changed can be heard.
+def without_adapter(chat_model: ChatModel) -> ChatModel:
+    """The base of a chat model that was loaded with `keep_base`; both share their weights.
 
     Raises:
         UserError: there is no adapter in it to turn off.
     """
-    if not hasattr(talk.model, "disable_adapter"):
+    if not hasattr(chat_model.model, "disable_adapter"):
         what = text("这是完整的模型，没有可以关掉的适配器", "this is a whole model: there is no adapter to turn off")
         raise UserError(what)
-    with talk.model.disable_adapter():
-        return Bare(talk.model, talk.tokenizer, talk.stop_ids, decoder_of(talk.model, talk.decoder))
+    with chat_model.model.disable_adapter():
+        decoder = decoder_of(chat_model.model, chat_model.decoder)
+        return AdapterOff(chat_model.model, chat_model.tokenizer, chat_model.stop_ids, decoder)
 
 
 def decoder_of(model: Any, like: Optional[Decoder] = None) -> Optional[Decoder]:
-    """The fast path of generation for this model as it is now (adapter on or off); None where it is not served.
+    """The fast path of generation for this model in its present state (adapter on or off); None if it is not served.
 
-    `like`, that of the same model before, shares its copy of the weights.
+    `like`, the decoder of the same model in another state, shares its copy of the base's weights.
     """
     from lora_practice.fast import NotServed
     from lora_practice.fast.decode.decoder import build_decoder
@@ -166,14 +184,17 @@ def decoder_of(model: Any, like: Optional[Decoder] = None) -> Optional[Decoder]:
         return None
 
 
-def talker(model: Any, tokenizer: Any, decoder: Optional[Decoder] = None) -> ChatModel:
-    """A Talker that stops at the tokenizer's end of turn and at the model's own ends of text."""
+def as_chat_model(model: Any, tokenizer: Any, decoder: Optional[Decoder] = None) -> ChatModel:
+    """A chat model that stops at the tokenizer's end of turn and at the model's own end-of-text tokens."""
     model.config.use_cache = True
-    return ChatModel(model.eval(), tokenizer, stop_ids(model, tokenizer), decoder)
+    return ChatModel(model.eval(), tokenizer, stop_ids(tokenizer, model.generation_config.eos_token_id), decoder)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end of turn and the model's own ends of text, in order."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return sorted({tokenizer.eos_token_id, *(end for end in ends if isinstance(end, int))})
+def stop_ids(tokenizer: Any, eos: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's end of turn, then the model's own ends of text.
+
+    Args:
+        eos: `eos_token_id` of the model's generation config: an id, a list of ids, or None.
+    """
+    others = eos if isinstance(eos, list) else [eos]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(one for one in others if isinstance(one, int))]))

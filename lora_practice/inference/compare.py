@@ -1,11 +1,13 @@
-"""Base and adapter, or two adapters, side by side: their answers as they are written, and their loss on unseen rows."""
+"""Compares base and adapter, or two adapters: answers side by side as they are generated, losses on unseen rows."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,149 +17,197 @@ from lora_practice.console.text import tell, text, visible
 from lora_practice.data import held_out
 from lora_practice.inference import load as load_chat
 from lora_practice.inference.chat_model import ChatModel, without_adapter
-from lora_practice.inference.samples import SAMPLE_PROMPTS, SAMPLE_TOKENS, cut, say, system_messages
+from lora_practice.inference.samples import SAMPLE_PROMPTS, SAMPLE_TOKENS, cut_note, print_answer, system_messages
 from lora_practice.machine.device import Machine
 from lora_practice.model import loss as model_loss
-from lora_practice.run.folder import read_record
+from lora_practice.storage.json_files import read_record
 
-NARROW = 80  # columns; below, answers stand under each other
+LEAST_COLUMNS = 80  # in a narrower terminal, answers stand under each other
 
 
-def two_sides(folder: str, other: Optional[str], machine: Machine) -> dict[str, ChatModel]:
-    """What is compared, by name: the base and the adapter in `folder`, or the adapters in both folders."""
-    shelf: dict[Path, Any] = {}  # of a base that both were trained on there is one copy
-    talker = load_chat.load_chat_model(folder, machine, keep_base=True, shelf=None if other is None else shelf)
+@dataclass(frozen=True)
+class Side:
+    """One of the two models that are compared.
+
+    Attributes:
+        key: its name for programs: "base", "fine-tuned", or the folder as the user wrote it.
+        heading: its name for people, in their language.
+        folder: the output folder that it was loaded from.
+        is_base: the adapter in `folder` is turned off.
+    """
+
+    key: str
+    heading: str
+    folder: str
+    chat_model: ChatModel
+    is_base: bool = False
+
+
+def two_sides(folder: str, other: Optional[str], machine: Machine) -> tuple[Side, Side]:
+    """The base and the adapter in `folder`, or the adapters in `folder` and `other`.
+
+    Adapters of one base share its weights in memory.
+
+    Raises:
+        UserError: `other` is `folder`, or one of them cannot be loaded.
+    """
     if other is None:
-        return {text("底座", "base"): without_adapter(talker), text("微调后", "fine-tuned"): talker}
+        adapted = load_chat.load_chat_model(folder, machine, keep_base=True)
+        base = without_adapter(adapted)
+        return (
+            Side("base", text("底座", "base"), folder, base, is_base=True),
+            Side("fine-tuned", text("微调后", "fine-tuned"), folder, adapted),
+        )
     if Path(folder).resolve() == Path(other).resolve():
         raise UserError(text("两个文件夹是同一个", "both folders are the same one"), other)
-    return {folder: talker, other: load_chat.load_chat_model(other, machine, keep_base=True, shelf=shelf)}
+    bases: dict[Path, Any] = {}
+    first = load_chat.load_chat_model(folder, machine, keep_base=True, shared_bases=bases)
+    second = load_chat.load_chat_model(other, machine, keep_base=True, shared_bases=bases)
+    return Side(folder, folder, folder, first), Side(other, other, other, second)
 
 
 def answers(
-    sides: Mapping[str, ChatModel], prompts: Sequence[str], system: str = "", quiet: bool = False, **options: Any
+    sides: Sequence[Side], prompts: Sequence[str], system: str = "", quiet: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
-    """Ask everyone every prompt, and show the answers as they come unless `quiet`.
+    """Ask every side every prompt, and print the answers as they come unless `quiet`.
+
+    Args:
+        options: for `ChatModel.answer`.
 
     Returns:
-        One {"prompt", "answers": {name: words}} each.
+        {"prompt", "answers": {key of a side: its answer}} for each prompt.
     """
     found = []
     for prompt in prompts:
         messages = [*system_messages(system), {"role": "user", "content": prompt}]
         if quiet:
-            said = {name: talker.answer(messages, **options) for name, talker in sides.items()}
-        elif sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
-            said = _in_columns(sides, prompt, messages, options)
+            answered = {side.key: side.chat_model.answer(messages, **options) for side in sides}
+        elif sys.stdout.isatty() and shutil.get_terminal_size().columns >= LEAST_COLUMNS:
+            answered = _in_columns(sides, prompt, messages, options)
         else:
-            said = _stacked(sides, prompt, messages, options)
-        found.append({"prompt": prompt, "answers": said})
+            answered = _stacked(sides, prompt, messages, options)
+        found.append({"prompt": prompt, "answers": answered})
     return found
 
 
 def in_turn(streams: Mapping[str, Iterator[str]]) -> Iterator[dict[str, str]]:
-    """What each has said so far, by name, whenever one of them has said more: a piece of each, in turn."""
-    said = dict.fromkeys(streams, "")
-    left = dict(streams)
-    yield said
-    while left:
-        for name, stream in list(left.items()):
+    """Draw a piece from each stream in turn, until all have ended.
+
+    Yields:
+        {key: text so far}, at first empty, then after each piece.
+    """
+    texts = dict.fromkeys(streams, "")
+    running = dict(streams)
+    yield texts
+    while running:
+        for key, stream in list(running.items()):
             piece = next(stream, None)
             if piece is None:
-                del left[name]
+                del running[key]
                 continue
-            said = {**said, name: said[name] + piece}
-            yield said
+            texts = {**texts, key: texts[key] + piece}
+            yield texts
 
 
 def samples(folder: str, machine: Machine) -> list[dict[str, str]]:
-    """The four sample prompts answered by base and adapter, as `--run_inference` records them."""
-    base, adapted = two_sides(folder, None, machine).values()
-    names = {"base": base, "adapter": adapted}
-    found = answers(names, SAMPLE_PROMPTS, quiet=True, max_new_tokens=SAMPLE_TOKENS)
-    return [{"prompt": one["prompt"], **one["answers"]} for one in found]
+    """Answers of base and adapter to SAMPLE_PROMPTS, as `--run_inference` records them."""
+    base, adapted = two_sides(folder, None, machine)
+    options: dict[str, Any] = {"quiet": True, "max_new_tokens": SAMPLE_TOKENS}
+    found = answers((base, adapted), SAMPLE_PROMPTS, **options)
+    return [
+        {"prompt": row["prompt"], "base": row["answers"][base.key], "adapter": row["answers"][adapted.key]}
+        for row in found
+    ]
 
 
-def losses(sides: Mapping[str, ChatModel], folder: str, other: Optional[str]) -> dict[str, Any]:
-    """{"rows", "loss": {name: nats per token}} on the rows that the run in `folder` held out.
+def losses(sides: Sequence[Side], folder: str, other: Optional[str]) -> dict[str, Any]:
+    """Mean loss of each side on the rows that the run in `folder` held out.
+
+    Returns:
+        {"rows": how many, "loss": {key of a side: nats per token}}
 
     Raises:
-        UserError: there are none, or `other` may have been trained on them.
+        UserError: the run held no rows out, or `other` may have been trained on them.
     """
     record = read_record(Path(folder)) or {}
-    talkers = list(sides.values())
-    rows = held_out.held_out_rows(record, talkers[-1 if other is None else 0].tokenizer, folder)
+    tokenizer = next(side for side in sides if side.folder == folder).chat_model.tokenizer
+    rows = held_out.held_out_rows(record, tokenizer, folder)
     if other is not None:
-        theirs = (read_record(Path(other)) or {}).get("data") or {}
-        if theirs.get("fingerprint") != record["data"].get("fingerprint"):
-            zh, en = (
-                "它训练用的行不同，可能见过这些留出的行",
+        other_data = (read_record(Path(other)) or {}).get("data") or {}
+        if other_data.get("fingerprint") != record["data"].get("fingerprint"):
+            what = text(
+                "它是用别的数据训练的，验证集里的对话它可能见过",
                 "it was trained on other rows, and may have seen the held-out ones",
             )
-            raise UserError(text(zh, en), other)
-    found = {}
-    for name, talker in sides.items():
-        model = talker.model.float() if talker.model.device.type == "cpu" else talker.model
-        if other is None and talker is talkers[0]:
-            with model.disable_adapter():
-                found[name] = model_loss.mean_loss(model, rows)
-        else:
-            found[name] = model_loss.mean_loss(model, rows)
-    return {"rows": len(rows), "loss": found}
+            raise UserError(what, other)
+    return {"rows": len(rows), "loss": {side.key: _loss(side, rows) for side in sides}}
+
+
+def _loss(side: Side, rows: Sequence[Any]) -> float:
+    model = side.chat_model.model
+    model = model.float() if model.device.type == "cpu" else model
+    with model.disable_adapter() if side.is_base else contextlib.nullcontext():
+        return model_loss.mean_loss(model, rows)
 
 
 def compare_folders(
     folder: str, other: Optional[str], machine: Machine, prompts: Sequence[str], as_json: bool, **options: Any
 ) -> None:
-    """The verb: answers, then losses; what cannot be compared is said in a line."""
+    """The command `compare`: prints answers, then losses, or a line that says why there are no losses."""
     sides = two_sides(folder, other, machine)
     result: dict[str, Any] = {"answers": answers(sides, prompts or SAMPLE_PROMPTS, quiet=as_json, **options)}
     try:
         result["held_out"] = losses(sides, folder, other)
     except UserError as error:
-        tell(text("没有比较留出数据的损失：", "held-out losses are not compared: ") + str(error))
+        tell(text("没有比较验证集上的损失：", "held-out losses are not compared: ") + str(error))
     if as_json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     elif "held_out" in result:
-        rows, each = result["held_out"]["rows"], result["held_out"]["loss"]
-        listed = text("，", ", ").join(f"{name} {loss:.3f}" for name, loss in each.items())
-        print(text(f"留出的 {rows} 行的损失：{listed}", f"loss on {rows} held-out rows: {listed}"))
+        rows, loss_of = result["held_out"]["rows"], result["held_out"]["loss"]
+        listed = text("，", ", ").join(f"{side.heading} {loss_of[side.key]:.3f}" for side in sides)
+        print(
+            text(
+                f"验证集（训练时没见过的 {rows} 段对话）上的损失，越低越好：{listed}",
+                f"loss on {rows} held-out rows (lower is better): {listed}",
+            )
+        )
 
 
 def _stacked(
-    sides: Mapping[str, ChatModel], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
+    sides: Sequence[Side], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
 ) -> dict[str, str]:
     print(f"> {visible(prompt)}")
-    said = {}
-    for name, talker in sides.items():
-        heading = f"[{visible(name)}] "
+    answered = {}
+    for side in sides:
+        heading = f"[{visible(side.heading)}] "
         print(heading, end="", flush=True)
-        said[name] = say(talker, messages, columns(heading), **options)
+        answered[side.key] = print_answer(side.chat_model, messages, columns(heading), **options)
     print(flush=True)
-    return said
+    return answered
 
 
 def _in_columns(
-    sides: Mapping[str, ChatModel], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
+    sides: Sequence[Side], prompt: str, messages: list[dict[str, str]], options: dict[str, Any]
 ) -> dict[str, str]:
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-    def table(said: Mapping[str, str], marks: Mapping[str, str]) -> Table:
+    def table(texts: Mapping[str, str], has_ended: bool = False) -> Table:
         shown = Table(title=Text(f"> {visible(prompt)}"), title_justify="left", expand=True, title_style="bold")
-        for name in said:
-            shown.add_column(Text(visible(name)), ratio=1, overflow="fold")
-        cells = [Text(visible(words)) for words in said.values()]
-        for cell, mark in zip(cells, marks.values()):
-            cell.append(f"\n{mark}" if mark else "", style="dim")
+        cells = []
+        for side in sides:
+            shown.add_column(Text(visible(side.heading)), ratio=1, overflow="fold")
+            cell = Text(visible(texts[side.key]))
+            note = cut_note(side.chat_model) if has_ended else ""
+            cells.append(cell.append(f"\n{note}" if note else "", style="dim"))
         shown.add_row(*cells)
         return shown
 
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     with Live(console=Console(highlight=False), refresh_per_second=12) as live:
-        for said in in_turn({name: one.stream(messages, **options) for name, one in sides.items()}):
-            live.update(table(said, {}))
-        live.update(table(said, {name: cut(one) for name, one in sides.items()}))
-    return said
+        for texts in in_turn({side.key: side.chat_model.stream(messages, **options) for side in sides}):
+            live.update(table(texts))
+        live.update(table(texts, has_ended=True))
+    return texts

@@ -1,4 +1,4 @@
-"""Load what was trained and let it answer: an output folder, a checkpoint, a merged folder or a Hub name."""
+"""Loads a chat model: from an output folder, a checkpoint, a merged folder, a plain model folder or a Hub name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Optional
 
 from lora_practice.console.errors import UserError, expand_home, reason_of
 from lora_practice.console.text import tell, text
-from lora_practice.inference.chat_model import ChatModel, decoder_of, talker
+from lora_practice.inference.chat_model import ChatModel, as_chat_model, decoder_of
 from lora_practice.machine.device import Machine, fits_in_fp32
 from lora_practice.model import adapter_config, adapter_files
-from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS, CONFIG
 from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes
 from lora_practice.run.folder import checkpoints
 from lora_practice.run.resume import another_base, cached_as_before
@@ -26,72 +26,84 @@ def load_chat_model(
     machine: Machine,
     base_model: Optional[str] = None,
     keep_base: bool = False,
-    shelf: Optional[dict[Path, Any]] = None,
+    shared_bases: Optional[dict[Path, Any]] = None,
 ) -> ChatModel:
     """Load an adapter folder, checkpoint, merged or plain model folder, or a Hub name.
 
-    With `keep_base` the adapter is not merged in memory, so that `without_adapter` can answer too. What is loaded with
-    the same `shelf`, a dict that is empty at first, holds the weights of a common base once (the 16-bit
-    copy that a decoder makes of a base in fp32 is its own).
+    Args:
+        base_model: folder or Hub name of the base, instead of the one that the adapter names.
+        keep_base: do not merge the adapter in memory, so that `without_adapter` can answer too.
+        shared_bases: a dict, empty at first, that several calls share: bases by folder, each in memory once (the
+            16-bit copy that a decoder makes of a base in fp32 belongs to that decoder).
 
     Raises:
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
     """
     folder = _local_folder(model_dir)
-    here = Source("folder", str(folder), folder)
-    has_adapter = (folder / "adapter_config.json").is_file()
-    base = find_base(folder, base_model) if has_adapter else here
-    on_cpu = machine.device == "cpu"
-    dtype = "stored" if on_cpu else machine.precision
-    if dtype == "fp32" and not fits_in_fp32(stored_bytes(base.path), machine.facts.gpu_memory):
+    base = find_base(folder, base_model) if (folder / CONFIG).is_file() else None  # None: a whole model
+    source = base or folder_source(folder)
+    is_cpu = machine.device == "cpu"
+    dtype = "stored" if is_cpu else machine.precision
+    if dtype == "fp32" and not fits_in_fp32(stored_bytes(source.path), machine.facts.gpu_memory):
         dtype = "fp16"
-    model = load_base(base, dtype) if shelf is None else _from_shelf(shelf, base, dtype)
-    if has_adapter:
+    model = load_base(source, dtype) if shared_bases is None else _shared_base(shared_bases, source, dtype)
+    if base:
         model = with_adapter(model, folder)
-    tokenizer = tokenizer_for(model, here, base, base_model)
+    tokenizer = tokenizer_for(model, folder, base, base_model)
     decoder = decoder_of(model)
     if decoder is None:
-        model = model.float() if on_cpu else model
-        if has_adapter and not keep_base:  # merged in memory it answers the same, faster
+        model = model.float() if is_cpu else model
+        if base and not keep_base:  # merged in memory it answers the same, faster
             model = model.merge_and_unload()
-    return talker(model.to(machine.device), tokenizer, decoder)
+    return as_chat_model(model.to(machine.device), tokenizer, decoder)
 
 
-def _from_shelf(shelf: dict[Path, Any], base: Source, dtype: str) -> Any:
-    """A model with modules of its own, for an adapter to change, around the weights on the shelf."""
-    assert base.path is not None
-    place = base.path.resolve()
-    if place not in shelf:
-        shelf[place] = load_base(base, dtype)
-    kept = shelf[place]
+def folder_source(folder: Path) -> Source:
+    """A folder on this machine as the source of a model or a tokenizer."""
+    return Source("folder", str(folder), folder)
+
+
+def _shared_base(shared_bases: dict[Path, Any], source: Source, dtype: str) -> Any:
+    """A model with its own modules, for an adapter to change, around weights that `shared_bases` keeps."""
+    assert source.path is not None
+    place = source.path.resolve()
+    if place not in shared_bases:
+        shared_bases[place] = load_base(source, dtype)
+    kept = shared_bases[place]
     return copy.deepcopy(kept, {id(one): one for one in (*kept.parameters(), *kept.buffers())})
 
 
-def tokenizer_for(model: Any, here: Source, base: Source, base_model: Optional[str] = None) -> Any:
-    """The tokenizer in the folder `here`, or where it has none the base's (`base_model`'s for a plain model).
+def tokenizer_for(model: Any, folder: Path, base: Optional[Source], base_model: Optional[str] = None) -> Any:
+    """The tokenizer in `folder`; where it has none, that of the base, or of `base_model` for a whole model.
+
+    Args:
+        base: the base of the adapter in `folder`; None if `folder` holds a whole model.
 
     Raises:
         UserError: it is not the one that the base was trained with, or too large for the model.
     """
-    assert here.path is not None and base.path is not None
-    tokens, has_adapter = here, base is not here
-    if not (here.path / "tokenizer_config.json").is_file() and (has_adapter or base_model):
-        tokens = base if has_adapter else find_model(str(base_model), is_default=False, flag="--base_model")
-        zh, en = f"文件夹里没有分词器，用 {tokens.name} 的", f"no tokenizer in the folder: using {tokens.name}'s"
+    source = folder_source(folder)
+    if not (folder / "tokenizer_config.json").is_file() and (base or base_model):
+        source = base or find_model(str(base_model), is_default=False, flag="--base_model")
+        zh, en = f"文件夹里没有分词器，改用 {source.name} 的", f"no tokenizer in the folder: using {source.name}'s"
         tell(text(zh, en))
-    elif has_adapter:
-        adapter_files.check_same_tokens(here.path, base.path)
-    if has_adapter and (other := another_base(read_record(here.path) or {}, base)):
-        tell(text("注意：", "note: ") + other)
-    tokenizer = load_tokenizer(tokens)
-    check_vocabulary(model, tokenizer, tokens.name)
+    elif base:
+        assert base.path is not None
+        adapter_files.check_same_tokens(folder, base.path)
+    if base and (difference := another_base(read_record(folder) or {}, base)):
+        tell(text("注意：", "note: ") + difference)
+    tokenizer = load_tokenizer(source)
+    check_vocabulary(model, tokenizer, source.name)
     return tokenizer
 
 
 def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
-    """The base that this adapter was trained on, found on this machine again.
+    """Find the base model of the adapter in `folder` on this machine.
 
-    The adapter's own word comes first; an embedded base is found in the cache wherever that is now.
+    What the adapter names comes first; the embedded base is found in the cache wherever that is now.
+
+    Raises:
+        UserError: it cannot be found.
     """
     if base_model:
         return find_model(base_model, is_default=False, flag="--base_model")
@@ -102,7 +114,7 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
     if kept := cached_as_before({"model": trained_on}, named):
         return kept
     found = find_model(named, is_default=False, flag="--base_model")
-    if found.kind == "folder":  # chosen by what lies in the folder, which may have come from elsewhere
+    if found.kind == "folder":  # named by a file that may have come from elsewhere
         tell(text(f"底座：{found.path}", f"base: {found.path}"))
     return found
 
@@ -110,11 +122,8 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
 def _local_folder(model_dir: str) -> Path:
     folder = expand_home(model_dir)
     if folder.is_dir():
-        if not (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            zh, en = (
-                "里面没有训练好的模型（没有 adapter_config.json）",
-                "no trained model here (no adapter_config.json)",
-            )
+        if not (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+            zh, en = f"里面没有训练好的模型（没有 {CONFIG}）", f"no trained model here (no {CONFIG})"
             fix = text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py")
             if saved := checkpoints(folder):
                 fix = text(f"训练还没完成，可以先用 {saved[-1]}", f"the run is unfinished; try {saved[-1]}")
@@ -130,10 +139,10 @@ def _local_folder(model_dir: str) -> Path:
 
 
 def with_adapter(base: Any, folder: Path) -> Any:
-    """The PEFT model of `base` and the adapter in `folder`.
+    """The PEFT model of `base` with the adapter in `folder`.
 
     Raises:
-        UserError: the adapter is damaged, or of another base.
+        UserError: the adapter is damaged, or was trained on another base.
     """
     from peft import PeftModel
 
@@ -152,8 +161,8 @@ def with_adapter(base: Any, folder: Path) -> Any:
         raise _damaged(reason_of(error), folder) from error
     if reason := adapter_files.misfit(model, folder):
         raise _damaged(reason, folder)
-    changes = [float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n]
-    if changes and max(changes) == 0:
+    largest = [float(weight.abs().max()) for name, weight in model.named_parameters() if "lora_B" in name]
+    if largest and max(largest) == 0:
         tell(text("注意：这个适配器全是零，回答与底座相同", "note: this adapter is all zero: answers are the base's"))
     return model
 

@@ -23,7 +23,8 @@ QUESTION = "My printer is not printing."
 
 def test_the_losses_are_those_that_the_run_measured_and_answers_differ(trained, tmp_path):
     words = (*CLI, "compare", str(trained.folder), "--prompt", QUESTION, "--max-new-tokens", "12", "--json")
-    found = json.loads(succeeded(run(tmp_path, *words)).stdout)
+    done = succeeded(run(tmp_path, *words, LORA_PRACTICE_LANG="zh"))  # the keys are the same in every language
+    found = json.loads(done.stdout)
     held_out, recorded = found["held_out"], trained.record["held_out_loss"]
     assert held_out["rows"] == 4
     assert held_out["loss"]["base"] == pytest.approx(recorded["before"], abs=2e-3)
@@ -45,6 +46,8 @@ def test_two_folders_are_compared_and_data_that_changed_is_said(trained, copied,
     assert "may have seen the held-out ones" in done.stderr
     done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
     assert "the data is not what it was" in done.stderr
+    done = succeeded(run(tmp_path, *CLI, "compare", str(trained.folder), *words))
+    assert "loss on 4 held-out rows (lower is better): base " in done.stdout
     record["data"].pop("rows_held_out")  # and its output_dir is where it lay before it was moved
     (copied / "run_record.json").write_text(json.dumps(record), "utf-8")
     done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
@@ -59,21 +62,22 @@ def test_both_columns_are_written_in_turn_and_say_what_each_says_alone(trained, 
     edit("run_record.json", files={})(copied)
     for other in (None, str(copied)):
         sides = compare.two_sides(str(trained.folder), other, decide(Facts(memory=8 << 30)))
-        assert all(one.decoder is not None for one in sides.values())
+        chat_models = {side.key: side.chat_model for side in sides}
+        assert all(one.decoder is not None for one in chat_models.values())
         if path == "transformers":
-            sides = {
-                name: dataclasses.replace(one, model=one.model.float(), decoder=None) for name, one in sides.items()
+            chat_models = {
+                key: dataclasses.replace(one, model=one.model.float(), decoder=None) for key, one in chat_models.items()
             }
         asked = [{"role": "user", "content": "Do you have feelings?"}]
-        said = list(compare.in_turn({name: one.stream(asked, 12) for name, one in sides.items()}))
-        wrote = [
-            next(name for name in sides if old[name] != new[name]) for old, new in zip(said, said[1:]) if old != new
+        texts = list(compare.in_turn({key: one.stream(asked, 12) for key, one in chat_models.items()}))
+        grown = [
+            next(key for key in chat_models if old[key] != new[key]) for old, new in zip(texts, texts[1:]) if old != new
         ]
-        both = wrote[: 2 * min(map(wrote.count, sides))]
-        assert len(both) > 6 and both == [*sides] * (len(both) // 2)
-        assert said[-1] == {name: one.answer(asked, max_new_tokens=12) for name, one in sides.items()}
-        assert len({*said[-1].values()}) == 2
-        first, second = (one.model.get_base_model().get_input_embeddings().weight for one in sides.values())
+        both = grown[: 2 * min(map(grown.count, chat_models))]
+        assert len(both) > 6 and both == [*chat_models] * (len(both) // 2)
+        assert texts[-1] == {key: one.answer(asked, max_new_tokens=12) for key, one in chat_models.items()}
+        assert len({*texts[-1].values()}) == 2
+        first, second = (one.model.get_base_model().get_input_embeddings().weight for one in chat_models.values())
         assert first.data_ptr() == second.data_ptr()  # one base in memory
 
 
@@ -103,7 +107,7 @@ def test_a_chat_on_a_real_terminal_edits_breaks_lines_stops_an_answer_and_ends(t
     terminal.expect("the base answers now")
     terminal.expect(r"base\)>")
     terminal.send("/save kept.jsonl\r")
-    terminal.expect("kept in kept.jsonl")
+    terminal.expect("saved to kept.jsonl")
     terminal.send("half a quest\x03")  # drops the line, not the chat
     terminal.send("/exit\r")
     terminal.expect(pexpect.EOF)

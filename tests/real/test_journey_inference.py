@@ -25,7 +25,7 @@ QUESTION = "My printer is not printing."
 
 
 @pytest.fixture(scope="module")
-def talker(trained):
+def chat_model(trained):
     return load_chat.load_chat_model(str(trained.folder), CPU)
 
 
@@ -88,26 +88,26 @@ def test_a_folder_without_tokenizer_takes_the_named_one_and_says_so(copied, tmp_
     assert done.stdout == expected[QUESTION] + "\n"
 
 
-def test_the_answer_comes_piece_by_piece_and_nothing_is_stripped_or_lost(talker):
+def test_the_answer_comes_piece_by_piece_and_nothing_is_stripped_or_lost(chat_model):
     pieces: list[str] = []
     messages = [{"role": "user", "content": "用中文说：你好，世界！"}]
-    answer = talker.answer(messages, max_new_tokens=24, on_text=pieces.append)
+    answer = chat_model.answer(messages, max_new_tokens=24, on_text=pieces.append)
     assert "".join(pieces) == answer and len([piece for piece in pieces if piece]) > 3
     assert not any("\ufffd" in piece for piece in pieces[:-1])
 
 
-def test_the_answer_ends_at_the_end_of_turn(talker):
-    answer = talker.answer([{"role": "user", "content": "What is the capital of France? One sentence."}], 128)
+def test_the_answer_ends_at_the_end_of_turn(chat_model):
+    answer = chat_model.answer([{"role": "user", "content": "What is the capital of France? One sentence."}], 128)
     assert "<|im_end|>" not in answer and "<|im_start|>" not in answer
-    assert len(talker.tokenizer(answer)["input_ids"]) < 100
+    assert len(chat_model.tokenizer(answer)["input_ids"]) < 100
 
 
-def test_the_same_seed_gives_the_same_sample_and_another_seed_another(talker):
+def test_the_same_seed_gives_the_same_sample_and_another_seed_another(chat_model):
     from transformers import set_seed
 
     def sample(seed: int) -> str:
         set_seed(seed)
-        return talker.answer([{"role": "user", "content": "Tell me a story."}], 16, temperature=1.0, top_p=0.95)
+        return chat_model.answer([{"role": "user", "content": "Tell me a story."}], 16, temperature=1.0, top_p=0.95)
 
     assert sample(1) == sample(1) != sample(2)
 
@@ -171,18 +171,18 @@ class Terminal:
         return self.words[start:].split(wanted)[0]
 
 
-def test_a_chat_on_a_terminal_remembers_and_forgets_on_reset_and_ends_with_ctrl_d(trained, tmp_path, talker):
+def test_a_chat_on_a_terminal_remembers_and_forgets_on_reset_and_ends_with_ctrl_d(trained, tmp_path, chat_model):
     def answer(*turns: str) -> str:
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        return talker.answer(messages, max_new_tokens=12)
+        return chat_model.answer(messages, max_new_tokens=12)
 
     first = answer(QUESTION)
     second = answer(QUESTION, first, QUESTION)
     terminal = Terminal(tmp_path, "--model-dir", str(trained.folder), *SHORT)
     try:
         terminal.read_until("you> ")
-        for typed, wanted in ((QUESTION, first), (QUESTION, second), ("/reset", "begun anew"), (QUESTION, first)):
+        for typed, wanted in ((QUESTION, first), (QUESTION, second), ("/reset", "started over"), (QUESTION, first)):
             terminal.type(typed + "\n")
             said = terminal.read_until("you> ")
             said = said.removeprefix(typed).replace("(cut at 12 tokens: --max_new_tokens N)", "")

@@ -57,15 +57,15 @@ def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(varia
     assert verdict.findings == [] and verdict.uses["inference"][0]
     assert {one.rank for one in verdict.adapter.modules} == {VARIANTS[name][2]}
     assert len({one.target for one in verdict.adapter.modules}) == (2 if "some layers" in name else 7)
-    talker = load_chat.load_chat_model(str(folder), decide(Facts(memory=8 << 30)))
-    assert (talker.decoder is None) == (name == "dora")
-    assert talker.answer(ASK, max_new_tokens=8)
+    chat_model = load_chat.load_chat_model(str(folder), decide(Facts(memory=8 << 30)))
+    assert (chat_model.decoder is None) == (name == "dora")
+    assert chat_model.answer(ASK, max_new_tokens=8)
     base = load_base(Source("folder", str(embedded_model), embedded_model), "fp32")
-    ids = talker.tokenizer("The quick brown fox")["input_ids"]
+    ids = chat_model.tokenizer("The quick brown fox")["input_ids"]
     without = logits(base, ids)
     wanted = logits(load_chat.with_adapter(base, folder), ids)
     assert float((wanted - without).abs().max()) > 0.01
-    found = talker.decoder.logits(ids) if talker.decoder else logits(talker.model, ids)
+    found = chat_model.decoder.logits(ids) if chat_model.decoder else logits(chat_model.model, ids)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
     _, difference = merge.merge_adapter(Path(shutil.copytree(folder, tmp_path / "copy")))
     assert difference < 0.25
