@@ -11,19 +11,28 @@ To change a default, edit TrainSettings below or pass the flag of the same name.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Optional
 
+from lora_practice import compat
 from lora_practice.console.errors import UserError, entry_point
-from lora_practice.console.settings import named_by_user, parse, setting
+from lora_practice.console.settings import given_as_flags, named_by_user, parse, setting, with_given
 from lora_practice.console.text import tell, text
+from lora_practice.data.prepare import prepare
+from lora_practice.export.merge import merge_adapter, merge_sentence
+from lora_practice.inference.samples import answer_side_by_side
+from lora_practice.machine.device import decide
+from lora_practice.machine.facts import read_facts
+from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes, weights_dtype
+from lora_practice.model.lora import add_lora
 from lora_practice.model.pissa import STARTS, check_lora_settings
 from lora_practice.model.quantization import four_bit
-from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder
+from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder, record_in
+from lora_practice.run.record import farewell, how_to_resume, starting_record
+from lora_practice.run.resume import check_same_base, check_same_data, note_files, settings_as_begun
+from lora_practice.sources.environment import leave_launcher, prepare_environment
+from lora_practice.sources.find import SHIPPED, find_sources
 
 
 @dataclass
@@ -328,100 +337,79 @@ class TrainSettings:
     skip_login: bool = setting(False, "不使用 HF_TOKEN 登录", "do not log in with HF_TOKEN")
 
 
-@entry_point
-def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice.py") -> int:
-    """The whole story: settings, sources, data, model, training, files."""
-    settings = parse(
-        TrainSettings,
-        argv,
-        prog=prog,
-        description=text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"),
-    )
-    from lora_practice.run.resume import cached_as_before, check_same_base, check_same_data, remember
-    from lora_practice.sources.environment import check_login, leave_launcher, prepare_environment
-    from lora_practice.sources.find import SHIPPED, find_dataset, find_model
-
+def claim_folder(settings: TrainSettings) -> tuple[TrainSettings, OutputFolder]:
+    """The settings of the run and its folder, once both are known to be right; nothing is written yet."""
+    leave_launcher()
+    if settings.resume:
+        settings = settings_as_begun(settings, record_in(settings.output_dir))
     check_lora_settings(settings)
+    compat.check_tracker(settings.report_to)
     if settings.json and not settings.plan:
         raise UserError(text("--json 只和 --plan 一起用", "--json goes with --plan"), fix="--plan --json")
+    overwrite = settings.overwrite or (settings.plan and not settings.resume)  # a plan writes nothing
+    return settings, OutputFolder.claim(settings.output_dir, settings.resume, overwrite, asdict(settings))
+
+
+@entry_point
+def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice.py") -> int:
+    """The story of a run, chapter by chapter; what one chapter makes, the next ones use."""
+    what = text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA")
+    settings = parse(TrainSettings, argv, prog, what)
+
+    # 1. Claim the output folder; a resumed run takes its settings from the record there, where none are given
     prepare_environment()
-    leave_launcher()
-    plain_settings = dataclasses.asdict(settings)
-    replace = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches nothing
-    started = time.time()
-    folder = OutputFolder.claim(settings.output_dir, settings.resume, replace, plain_settings)
-    meant = {name: named_by_user(settings, name, shipped) for name, shipped in SHIPPED.items()}
-    # a resumed run goes on with the model and the data that it began with
-    embedded_data = settings.embedded or folder.began_with("data", "embedded")
-    own_data = meant["dataset_path"] or meant["dataset_name"] or folder.began_with("data", "hub")
-    data = find_dataset(settings.dataset_path, not own_data, embedded_data)
-    embedded_model = settings.embedded or folder.began_with("model", "embedded")
-    own_model = meant["model_name"] or folder.began_with("model", "hub")
-    check_login(settings.skip_login or (embedded_model and data.kind != "hub"))
-    same_model = cached_as_before(folder.resumed, settings.model_name)
-    base = remember(same_model or find_model(settings.model_name, not own_model, embedded_model))
-    check_same_base(folder.resumed, base)
-    for source in (base, data):
-        if source.note:
-            tell(source.note)
-    # the default subset belongs to the default data set
-    subset = settings.dataset_name if meant["dataset_name"] or not meant["dataset_path"] else None
+    settings, folder = claim_folder(settings)
 
-    from lora_practice import compat
-
+    # 2. Find the base model and the data: a folder, a file, the Hub, or the embedded ones
+    named = named_by_user(settings, SHIPPED)
+    found = find_sources(settings, named, folder.resumed)
+    sources = replace(found, model=note_files(found.model))
+    check_same_base(folder.resumed, sources.model)
     compat.check_stack()
-    compat.check_tracker(settings.report_to)
-    from lora_practice.data.prepare import prepare
-    from lora_practice.export import merge
-    from lora_practice.inference import samples
-    from lora_practice.machine.device import decide
-    from lora_practice.machine.facts import read_facts
-    from lora_practice.model import load as load_model
-    from lora_practice.model import lora as model_lora
-    from lora_practice.run import record
-    from lora_practice.training import build, run
-    from lora_practice.training import plan as training_plan
+    from lora_practice.training import build, plan, run  # torch, transformers, TRL and PEFT: seconds to load
 
-    machine = decide(read_facts(), settings.bf16, weights=load_model.stored_bytes(base.path))
-    tokenizer = load_model.load_tokenizer(base, settings.chat_template_path, meant["chat_template_path"])
-    rows = prepare(data, subset, tokenizer, settings)
+    # 3. Prepare the data: conversations become token ids, and labels that train the answers only
+    machine = decide(read_facts(), settings.bf16, weights=stored_bytes(sources.model.path))
+    tokenizer = load_tokenizer(sources.model, settings.chat_template_path, "chat_template_path" in named)
+    rows = prepare(sources.data, sources.subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)
-    quantised = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
-    weights = load_model.load_base(base, load_model.weights_dtype(machine, base, settings.fast), **quantised)
-    lora = model_lora.add_lora(weights, settings, base)
-    load_model.check_vocabulary(lora, tokenizer, base.name)
-    engine = build.build_engine(lora, settings, machine)
-    trainer = build.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
-    given = list(sys.argv[1:] if argv is None else argv)
-    while shorter := build.find_room(trainer, settings.allow_shorter and not settings.resume):
-        settings.max_length, given = shorter, [*given, "--max_length", str(shorter)]
-        rows = prepare(data, subset, tokenizer, settings)
-        trainer = build.build_trainer(lora, engine, tokenizer, rows.train, settings, machine, folder)
-    downloaded = training_plan.fetched_mb(base, started) + training_plan.fetched_mb(data, started)
-    plan = training_plan.estimate(trainer, base, build.steps_of(trainer), settings, rows.held_out, downloaded)
-    tell(build.announce(machine, base, data, rows, trainer, plan))
-    if settings.plan:
-        if settings.json:
-            print(training_plan.plan_as_json(plan, trainer, settings, machine))
-        else:
-            tell(training_plan.plan_text(plan, trainer, settings, machine))
-        return 0
 
-    notes = record.starting_record(settings, machine, base, data, rows, given)
-    notes["estimate"] = plan.record()
-    folder.begin(notes)
-    notes.update(run.train(trainer, rows.held_out, settings))
-    if notes["interrupted"]:
-        folder.write_record({**notes, "status": "interrupted"})
-        tell(record.how_to_resume(notes))
+    # 4. Build the model: the frozen base with LoRA beside its linear layers, and the fast engine where it serves
+    quantised = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
+    base = load_base(sources.model, weights_dtype(machine, sources.model, settings.fast), **quantised)
+    model = add_lora(base, settings, sources.model)
+    check_vocabulary(model, tokenizer, sources.model.name)
+    engine = build.build_engine(model, settings, machine)
+
+    # 5. Fit the longest rows into memory: fewer at once, and only if that is allowed a smaller max_length
+    trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
+    while shorter := build.find_room(trainer, settings.allow_shorter and not settings.resume):
+        settings = with_given(settings, given_as_flags(settings) | {"max_length"}, max_length=shorter)
+        rows = prepare(sources.data, sources.subset, tokenizer, settings)
+        trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
+
+    # 6. Try two steps and tell what the run will take; then train, unless only the plan was asked for
+    steps, fetched = build.steps_of(trainer), sources.downloaded_mb
+    expected = plan.estimate(trainer, sources.model, steps, settings, rows.held_out, fetched)
+    tell(build.announce(machine, sources.model, sources.data, rows, trainer, expected))
+    if settings.plan:
+        return plan.show_plan(expected, trainer, settings, machine)
+    record = {**starting_record(settings, machine, sources, rows), "estimate": expected.record()}
+    folder.begin(record)
+    record.update(run.train(trainer, rows.held_out, settings))
+    if record["interrupted"]:
+        folder.write_record({**record, "status": "interrupted"})
+        tell(how_to_resume(record))
         return 130
-    run.finish(trainer, notes)
+
+    # 7. Write the results: adapter, tokenizer, model card, and the record last; then what was asked for besides
+    run.finish(trainer, record)
     if settings.run_inference:
-        notes["samples"] = samples.answer_side_by_side(lora, tokenizer)
-        run.write_card(folder, notes)
+        record["samples"] = answer_side_by_side(model, tokenizer)
+        run.write_card(folder, record)
     if settings.merge_adapter:
-        tell(merge.merge_sentence(*merge.merge_adapter(folder.path)))
-    tell(record.farewell(folder.path, notes))
+        tell(merge_sentence(*merge_adapter(folder.path)))
+    tell(farewell(folder.path, record))
     return 0
 
 

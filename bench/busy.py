@@ -51,7 +51,7 @@ def main() -> None:
 def run(wait: str, busy: bool, dtype: str) -> dict[str, float]:
     """One process that waits in this way; it alone, or beside an endless loop."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment.update([wait.split("=", 1)] if "=" in wait else [], LORA_PRACTICE_WAIT="as it is")
+    environment.update([wait.split("=", 1)] if "=" in wait else [])
     command = [sys.executable, "-m", "bench.busy", "--one", "--dtype", dtype]
     with another_program() if busy else _nothing():
         done = subprocess.run(

@@ -96,7 +96,7 @@ def _train_settings() -> Any:
 
 
 def _inference_settings() -> Any:
-    from inference import InferenceSettings
+    from lora_practice.inference.answer import InferenceSettings
 
     return InferenceSettings
 
@@ -155,7 +155,7 @@ def check_data(
 )
 def infer(ctx: typer.Context) -> None:
     """Run inference.py's main."""
-    from inference import main
+    from lora_practice.inference.answer import main
 
     main(ctx.args, ctx.command_path)
 

@@ -13,7 +13,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Optional, TypeVar
 
 from lora_practice.console.errors import UserError
@@ -21,6 +21,7 @@ from lora_practice.console.help import Section, default_note, help_page, shown_f
 from lora_practice.console.text import text
 
 T = TypeVar("T")
+_GIVEN = "_given"
 _NO_VALUE: Any = object()  # what argparse stores for a flag whose value was left out
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -74,7 +75,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str)
         raise UserError("; ".join(issues), fix=_see_help(prog))
     result = cls(**chosen)
     validate(result)
-    vars(result)["_given"] = frozenset(chosen)
+    vars(result)[_GIVEN] = frozenset(chosen)
     return result
 
 
@@ -95,9 +96,35 @@ def validate(values: Any) -> None:
         raise UserError("; ".join(issues))
 
 
-def named_by_user(values: Any, name: str, shipped: Any) -> bool:
-    """True if this field was given as a flag, or its default in the source is no longer the one we `shipped`."""
-    return name in vars(values).get("_given", ()) or getattr(values, name) != shipped
+def named_by_user(values: Any, shipped: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the settings that the user chose: given as a flag, or with an edited default, no longer as `shipped`."""
+    edited = {name for name, default in shipped.items() if getattr(values, name) != default}
+    return frozenset(given_as_flags(values) | edited)
+
+
+def given_as_flags(values: Any) -> frozenset[str]:
+    """Names of the settings that stood on the command line (of a resumed run: on its first one, too)."""
+    return vars(values).get(_GIVEN, frozenset())
+
+
+def with_given(values: T, given: Set[str], **changed: Any) -> T:
+    """A copy with some values changed, in which the settings `given` count as given on the command line."""
+    result = dataclasses.replace(values, **changed)  # type: ignore[type-var]
+    validate(result)
+    vars(result)[_GIVEN] = frozenset(given)
+    return result
+
+
+def as_flags(values: Any, names: Set[str]) -> list[str]:
+    """Words of a command line that give these settings the values that they have, in the order of the fields."""
+    words: list[str] = []
+    for field in _fields(type(values)):
+        value = getattr(values, field.name)
+        if field.name in names and isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{field.name}")
+        elif field.name in names and value is not None:
+            words += [f"--{field.name}", str(value)]
+    return words
 
 
 def markdown_table(cls: Any) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.data.prepare import prepare
 from lora_practice.data.tokenization import Example
 from lora_practice.sources import embedded
-from lora_practice.sources.find import SHIPPED, Source
+from lora_practice.sources.find import Source
 
 
 def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[Example]:
@@ -26,7 +26,7 @@ def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequ
         what = text("这次训练没有留出数据", "this run held no rows out")
         fix = text("训练时加 --eval_subset_size 100", "train with --eval_subset_size 100")
         raise UserError(what, where, fix)
-    rows = prepare(_source(data), _subset(settings, data), tokenizer, SimpleNamespace(**settings))
+    rows = prepare(_source(data), data.get("subset"), tokenizer, SimpleNamespace(**settings))
     if rows.facts["fingerprint"] != data.get("fingerprint"):
         what = text(
             "数据和训练时不一样了，认不出哪些是留出的", "the data is not what it was: held-out rows cannot be told"
@@ -45,9 +45,3 @@ def _source(data: Mapping[str, Any]) -> Source:
     if not file.is_file():
         raise UserError(text("没有这个数据文件了", "the data file is no longer there"), str(file))
     return Source(kind, name, file)
-
-
-def _subset(settings: Mapping[str, Any], data: Mapping[str, Any]) -> Optional[str]:
-    """The default subset belongs to the default data set, as in training."""
-    named = settings.get("dataset_name")
-    return named if named != SHIPPED["dataset_name"] or data.get("name") == SHIPPED["dataset_path"] else None

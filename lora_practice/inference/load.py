@@ -15,9 +15,9 @@ from lora_practice.model import adapter_config, adapter_files
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS, CONFIG
 from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes
 from lora_practice.run.folder import checkpoints
-from lora_practice.run.resume import another_base, cached_as_before
+from lora_practice.run.resume import another_base
 from lora_practice.sources import embedded
-from lora_practice.sources.find import Source, fetch_repository, find_model
+from lora_practice.sources.find import Source, cached_as_before, fetch_repository, find_model
 from lora_practice.storage.json_files import read_record
 
 

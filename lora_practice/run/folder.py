@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from lora_practice.console.errors import UserError
+from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.text import tell, text, without_tokens
 from lora_practice.run.resume import check_same_settings
 from lora_practice.storage import disk, lock, manifest, signature
@@ -111,10 +111,6 @@ class OutputFolder:
                 claimed.checkpoint, CHECKPOINT_MANIFEST, trusted=bool(settings.get("trust_checkpoint"))
             )
         return claimed
-
-    def began_with(self, thing: str, kind: str) -> bool:
-        """Whether the resumed run's `thing` ("model" or "data") is of this `kind` ("hub", "embedded", ...)."""
-        return (self.resumed.get(thing) or {}).get("kind") == kind
 
     def begin(self, record: dict[str, Any]) -> None:
         """Create and lock the folder; an earlier run that is replaced is renamed until this one is finished.
@@ -218,6 +214,14 @@ def is_runs_own_card(folder: Path, record: Mapping[str, Any]) -> bool:
     """Whether DIR/README.md is still the card that the run of this `record` wrote, not edited or replaced since."""
     card, written = folder / CARD, record.get("files") or {}
     return card.is_file() and written.get(CARD) == manifest.sha256(card)
+
+
+def record_in(output_dir: str) -> dict[str, Any]:
+    """run_record.json of the run in this folder; empty where there is none."""
+    try:
+        return read_record(lock.link_target(expand_home(output_dir))) or {}
+    except (OSError, ValueError):  # a path that cannot be one: `claim` says what is wrong with it
+        return {}
 
 
 def rewrite_card(folder: Path, content: str) -> None:

@@ -8,34 +8,35 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_practice import __version__, compat
+from lora_practice.console.settings import as_flags, given_as_flags
 from lora_practice.console.text import text
 from lora_practice.data.prepare import PreparedData
 from lora_practice.machine.device import Machine
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
-from lora_practice.sources.find import Source
+from lora_practice.sources.find import RunSources, Source
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
 def starting_record(
-    settings: DataclassInstance, machine: Machine, base: Source, data: Source, rows: PreparedData, argv: Sequence[str]
+    settings: DataclassInstance, machine: Machine, sources: RunSources, rows: PreparedData
 ) -> dict[str, Any]:
-    """The record before the first step. `settings`: TrainSettings; `argv`: the flags that were given."""
-    only_once = ("--resume", "--overwrite", "--trust_checkpoint", "--trust-checkpoint")
-    repeatable = [word for word in argv if word not in only_once]
+    """The record before the first step. `settings`: TrainSettings."""
+    given = given_as_flags(settings)
+    flags = as_flags(settings, given - {"resume", "overwrite", "trust_checkpoint"})
     return {
         "made_by": f"lora-finetune-practice {__version__}",
         "started_at": time.strftime("%Y-%m-%d %H:%M"),
-        "command": shlex.join([*_command("fine_tuning_practice.py", "train"), *repeatable]),
+        "command": shlex.join([*_command("fine_tuning_practice.py", "train"), *flags]),
         "settings": dataclasses.asdict(settings),
-        "model": base.record(),
-        "data": {**data.record(), **rows.facts},
+        "given": sorted(given),  # the others had their defaults
+        "model": sources.model.record(),
+        "data": {**sources.data.record(), "subset": sources.subset, **rows.facts},
         "machine": {
             "device": machine.device,
             "precision": machine.precision,
@@ -80,7 +81,9 @@ def about(seconds: float) -> str:
 
 def how_to_resume(record: dict[str, Any]) -> str:
     """The last lines of an interrupted run: the step that was saved and the command that resumes it."""
-    command = _runnable(record["command"]) + " --resume"
+    folder = record["settings"]["output_dir"]
+    place = [] if folder == DEFAULT_OUTPUT_DIR else ["--output_dir", folder]
+    command = _runnable(shlex.join([*_command("fine_tuning_practice.py", "train"), *place, "--resume"]))
     return text(
         f"已保存第 {record['steps']} 步的检查点。继续训练：\n  {command}",
         f"saved at step {record['steps']}. To go on:\n  {command}",

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, TypeVar
 
 from lora_practice.console.errors import UserError
+from lora_practice.console.settings import given_as_flags, with_given
 from lora_practice.console.text import text
-from lora_practice.sources.find import Source
+from lora_practice.sources.find import BASE_FILES, Source
 from lora_practice.storage import manifest
 
-BASE_FILES = ("config.json", "*.safetensors")  # a changed tokenizer is found by the fingerprint of the data
+Settings = TypeVar("Settings")
 HASHED_BYTES = 1 << 29  # of a file of weights, so that its hash takes half a second at most
 
+ASKED_ONCE = ("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login")  # what to do
 # Settings that may change when a run is resumed; every other one affects the result.
 FREE_ON_RESUME = (
-    *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login"),  # what to do
+    *ASKED_ONCE,
     "gradient_checkpointing",  # computes the same numbers twice
     *("logging_steps", "report_to"),  # what is logged
     *("save_strategy", "save_steps", "save_total_limit"),  # which checkpoints are kept
@@ -30,6 +32,23 @@ LATER = {
     "init_lora_weights": "default",
     "loraplus_lr_ratio": 1.0,
 }
+
+
+def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings:
+    """Settings of a run that is resumed: those given now, and for the rest those that its `record` has.
+
+    A default that was edited in the source since then counts as given; `check_same_settings` will name it.
+
+    Raises:
+        UserError: the record holds a value that the setting cannot have.
+    """
+    before, given = {**LATER, **(record.get("settings") or {})}, given_as_flags(settings)
+    defaults = vars(type(settings)())
+    then = record.get("given")
+    if then is None:  # an older record does not tell them
+        then = [name for name, value in before.items() if name in defaults and value != defaults[name]]
+    again = [name for name in then if name in before and name in defaults and name not in {*given, *ASKED_ONCE}]
+    return with_given(settings, given.union(again), **{name: before[name] for name in again})
 
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -46,7 +65,7 @@ def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, 
         )
 
 
-def remember(base: Source, known: Mapping[str, Any] = {}) -> Source:
+def note_files(base: Source, known: Mapping[str, Any] = {}) -> Source:
     """`base` with the size, time and SHA-256 of its config and weights in `files`, for the record.
 
     A file whose size and time are as in `known` is not read again.
@@ -65,30 +84,13 @@ def changed_files(record: Mapping[str, Any], base: Source) -> str:
     before = (record.get("model") or {}).get("files")
     if not before:  # an old record does not have them
         return ""
-    now = base.files or remember(base, before).files
+    now = base.files or note_files(base, before).files
     return ", ".join(sorted(name for name in {*before, *now} if _content(before, name) != _content(now, name)))
 
 
 def _content(files: Mapping[str, Any], name: str) -> Any:
     note = files.get(name) or {}
     return note.get("size"), note.get("sha256")
-
-
-def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
-    """The model `name` of a run, the very files in the Hub's cache; the Hub, which may have newer ones, is not asked.
-
-    None if the run of this `record` had another one, or they are gone. A record may come from anyone: it chooses no
-    other place than the cache.
-    """
-    from huggingface_hub import constants
-
-    model = record.get("model") or {}
-    kept = Path(str(model.get("path")))
-    ours = model.get("kind") == "hub" and model.get("name") == name
-    ours = ours and Path(constants.HF_HUB_CACHE).resolve() in kept.resolve().parents
-    if not ours or not all(any(kept.glob(pattern)) for pattern in BASE_FILES):
-        return None
-    return Source("hub", name, kept, name, model.get("revision"))
 
 
 def another_base(record: Mapping[str, Any], base: Source) -> str:

@@ -7,16 +7,17 @@ Hub cannot be reached, and say so.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 from lora_practice import compat
 from lora_practice.console.errors import UserError, expand_home
-from lora_practice.console.text import text
+from lora_practice.console.text import tell, text
 from lora_practice.sources import embedded
-from lora_practice.sources.environment import dataset_is_cached, hub_endpoint, hub_is_reachable
+from lora_practice.sources.environment import check_login, dataset_is_cached, hub_endpoint, hub_is_reachable
 
 # the defaults that we ship: only these may be stood in for, not what a learner writes in their place
 SHIPPED = {
@@ -26,6 +27,7 @@ SHIPPED = {
     "dataset_name": "everyday-conversations",
 }
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+BASE_FILES = ("config.json", "*.safetensors")  # a changed tokenizer is found by the fingerprint of the data
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -51,6 +53,72 @@ class Source:
         record = {"kind": self.kind, "name": self.name, "path": str(self.path) if self.path else None}
         record.update(hub_id=self.hub_id, revision=self.revision, note=self.note)
         return {**record, "files": dict(self.files)} if self.files else record
+
+
+class SourceSettings(Protocol):
+    """The settings that say where model and data come from."""
+
+    model_name: str
+    dataset_path: str
+    dataset_name: str
+    embedded: bool
+    skip_login: bool
+
+
+@dataclass(frozen=True)
+class RunSources:
+    """Base model and data of one run. `subset` is the configuration of a Hub data set, None for its only one."""
+
+    model: Source
+    data: Source
+    subset: Optional[str]
+    downloaded_mb: float  # fetched just now; a Hub data set is fetched later and does not count
+
+
+def find_sources(settings: SourceSettings, named: Set[str], resumed: Mapping[str, Any]) -> RunSources:
+    """Find the base model and the data of a run on this disk, and say where a default was replaced.
+
+    A resumed run goes on with the kind of model and data that it began with, whether or not the Hub answers now.
+
+    Args:
+        named: the settings that the user chose; the others are our defaults, which the embedded ones may replace.
+        resumed: the record of the run that is resumed, {} for a new one.
+
+    Raises:
+        UserError: see `find_model`, `find_dataset` and `check_login`.
+    """
+    started = time.time()
+    began = {thing: (resumed.get(thing) or {}).get("kind") for thing in ("model", "data")}
+    default_data = not named & {"dataset_path", "dataset_name"} and began["data"] != "hub"
+    default_model = "model_name" not in named and began["model"] != "hub"
+    embedded_model = settings.embedded or began["model"] == "embedded"
+    data = find_dataset(settings.dataset_path, default_data, settings.embedded or began["data"] == "embedded")
+    check_login(settings.skip_login or (embedded_model and data.kind != "hub"))
+    model = cached_as_before(resumed, settings.model_name)
+    model = model or find_model(settings.model_name, default_model, embedded_model)
+    for source in (model, data):
+        if source.note:
+            tell(source.note)
+    # the default subset belongs to the default data set
+    subset = settings.dataset_name if "dataset_name" in named or "dataset_path" not in named else None
+    return RunSources(model, data, subset, fetched_mb(model, started) + fetched_mb(data, started))
+
+
+def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
+    """The model `name` of a run, the very files in the Hub's cache; the Hub, which may have newer ones, is not asked.
+
+    None if the run of this `record` had another one, or they are gone. A record may come from anyone: it chooses no
+    other place than the cache.
+    """
+    from huggingface_hub import constants
+
+    model = record.get("model") or {}
+    kept = Path(str(model.get("path")))
+    ours = model.get("kind") == "hub" and model.get("name") == name
+    ours = ours and Path(constants.HF_HUB_CACHE).resolve() in kept.resolve().parents
+    if not ours or not all(any(kept.glob(pattern)) for pattern in BASE_FILES):
+        return None
+    return Source("hub", name, kept, name, model.get("revision"))
 
 
 def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: str = "--model_name") -> Source:
@@ -245,3 +313,16 @@ def _unreachable(name: str, flag: str) -> UserError:
             f"check the network, set a mirror in HF_ENDPOINT, or {other}",
         ),
     )
+
+
+def fetched_mb(source: Source, since: float) -> float:
+    """Megabytes that were downloaded for this source after the time `since` (a Hub data set has no path: 0)."""
+    if source.path is None or source.kind not in ("hub", "embedded"):
+        return 0.0
+    if source.kind == "embedded":
+        folder, wheel = source.path, embedded.MODEL
+        if not folder.is_dir():
+            folder, wheel = folder.parent, embedded.CONVERSATIONS
+        return wheel.megabytes if (folder / embedded.MANIFEST).stat().st_mtime >= since else 0.0
+    found = [one.stat() for one in source.path.iterdir()]
+    return sum(one.st_size for one in found if one.st_mtime >= since) / 1e6

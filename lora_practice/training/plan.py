@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lora_practice.console.terminal import aligned
-from lora_practice.console.text import text
+from lora_practice.console.text import tell, text
 from lora_practice.data.examples import Examples
 from lora_practice.machine.device import Machine, matmul_gflops, peak_memory
 from lora_practice.model import pissa
@@ -23,7 +23,6 @@ from lora_practice.model.load import stored_bytes
 from lora_practice.model.pissa import moves_base, ranks_saved
 from lora_practice.run.folder import step_of
 from lora_practice.run.record import about
-from lora_practice.sources import embedded
 from lora_practice.sources.find import Source
 from lora_practice.storage import disk
 from lora_practice.training.trainer import PracticeTrainer
@@ -112,19 +111,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def fetched_mb(source: Source, since: float) -> float:
-    """Megabytes that were downloaded for this source after the time `since` (a Hub data set has no path: 0)."""
-    if source.path is None or source.kind not in ("hub", "embedded"):
-        return 0.0
-    if source.kind == "embedded":
-        folder, wheel = source.path, embedded.MODEL
-        if not folder.is_dir():
-            folder, wheel = folder.parent, embedded.CONVERSATIONS
-        return wheel.megabytes if (folder / embedded.MANIFEST).stat().st_mtime >= since else 0.0
-    found = [one.stat() for one in source.path.iterdir()]
-    return sum(one.st_size for one in found if one.st_mtime >= since) / 1e6
-
-
 def _update_copy(trainer: PracticeTrainer) -> None:
     copies = [one.detach().clone().requires_grad_() for one in trainer.trainable]
     for one, original in zip(copies, trainer.trainable):
@@ -181,6 +167,15 @@ def _checkpoints(trainer: PracticeTrainer, steps: int) -> int:
     kept = {"no": 0, "epoch": math.ceil(arguments.num_train_epochs), "steps": steps // arguments.save_steps + 1}
     number = kept[str(getattr(arguments.save_strategy, "value", arguments.save_strategy))]
     return int(min(number, (trainer.keep_checkpoints or number) + 1))
+
+
+def show_plan(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> int:
+    """Print the plan, with --json for a program; the exit code."""
+    if settings.json:
+        print(plan_as_json(plan, trainer, settings, machine))
+    else:
+        tell(plan_text(plan, trainer, settings, machine))
+    return 0
 
 
 def plan_text(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Machine) -> str:

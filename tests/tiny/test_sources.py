@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from tiny import make_model, make_tokenizer
 
 from lora_practice.console.errors import UserError
 from lora_practice.sources import embedded, environment, find
-from lora_practice.sources.find import SHIPPED, Source, find_dataset, find_model, find_template
+from lora_practice.sources.find import SHIPPED, Source, find_dataset, find_model, find_sources, find_template
 
 CLOSED = "http://127.0.0.1:9"
 pytestmark = pytest.mark.usefixtures("no_hub")
@@ -26,6 +28,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A small folder in place of the embedded model, a file in place of the conversations."""
     folder = tmp_path / "embedded"
     folder.mkdir()
+    (folder / embedded.MANIFEST).write_text("{}")
     monkeypatch.setattr(embedded, "model_dir", lambda: folder)
     monkeypatch.setattr(embedded, "conversations_file", lambda: folder / "conversations.jsonl")
     return folder
@@ -193,6 +196,69 @@ def test_named_data_is_never_replaced() -> None:
 
 
 CHATS = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(3)]
+
+
+def wanted(**changed: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**SHIPPED, "embedded": False, "skip_login": True, **changed})
+
+
+def test_the_defaults_of_a_run_are_stood_in_for_and_that_is_said(stand_in: Path, capsys: pytest.CaptureFixture) -> None:
+    found = find_sources(wanted(), set(), {})
+    assert (found.model.kind, found.data.kind) == ("embedded", "embedded")
+    assert capsys.readouterr().err.count("the Hub cannot be reached") == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "subset"),
+    [
+        (set(), SHIPPED["dataset_name"]),
+        ({"dataset_path"}, None),  # the default subset belongs to the default data set
+        ({"dataset_path", "dataset_name"}, SHIPPED["dataset_name"]),  # the same word, but meant
+    ],
+)
+def test_the_subset_of_a_data_set(stand_in: Path, named: set[str], subset: str | None) -> None:
+    found = find_sources(wanted(embedded=True, dataset_path="someone/else" if named else DATASET), named, {})
+    assert found.subset == subset and found.data.kind == ("hub" if named else "embedded")
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with(hub: HubServer, tiny_model: Path, stand_in: Path) -> None:
+    """The Hub can be reached by now: another base under the same adapter would be another run."""
+    began = {"model": {"kind": "embedded"}, "data": {"kind": "embedded"}}
+    found = find_sources(wanted(), set(), began)
+    assert (found.model.kind, found.data.kind) == ("embedded", "embedded")
+    hub.add_repo("models", MODEL, tiny_model)
+    found = find_sources(wanted(), set(), {"model": {"kind": "hub"}, "data": {"kind": "hub"}})
+    assert (found.model.kind, found.data.kind) == ("hub", "hub")
+
+
+def test_a_run_that_began_on_the_hub_is_not_resumed_on_the_embedded_model(stand_in: Path) -> None:
+    began = {"model": {"kind": "hub"}, "data": {"kind": "embedded"}}
+    assert f"--model_name {MODEL}: {CLOSED} cannot be reached" in refusal(find_sources, wanted(), set(), began)
+
+
+def test_held_out_rows_are_read_from_the_subset_that_the_run_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The default subset's name may be meant for another data set; its name alone does not tell."""
+    from fine_tuning_practice import TrainSettings
+    from lora_practice.data import held_out, prepare
+
+    tokenizer, asked = make_tokenizer(), []
+
+    def rows(source: Source, config: str | None) -> list[dict[str, Any]]:
+        asked.append((source.name, config))
+        return [*CHATS, *({"messages": [*chat["messages"], *chat["messages"]]} for chat in CHATS)]
+
+    monkeypatch.setattr(prepare, "load_hub_rows", rows)
+    settings = TrainSettings(dataset_path="someone/else", eval_subset_size=2)
+    data = Source("hub", "someone/else", None, "someone/else")
+    trained = prepare.prepare(data, SHIPPED["dataset_name"], tokenizer, settings)
+    noted = {**data.record(), "subset": SHIPPED["dataset_name"], **trained.facts}
+    found = held_out.held_out_rows({"settings": asdict(settings), "data": noted}, tokenizer, "out")
+    assert asked == [("someone/else", SHIPPED["dataset_name"])] * 2
+    assert [row.input_ids for row in found] == [row.input_ids for row in trained.held_out]
+
+
 LOAD = """
 import sys
 from lora_practice.sources.environment import prepare_environment

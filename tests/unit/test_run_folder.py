@@ -10,14 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
 from lora_practice.console.errors import UserError
+from lora_practice.console.settings import given_as_flags, named_by_user, parse
 from lora_practice.run import folder as run_folder
 from lora_practice.run.folder import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints
-from lora_practice.run.resume import FREE_ON_RESUME, check_same_settings
+from lora_practice.run.resume import FREE_ON_RESUME, check_same_settings, settings_as_begun
+from lora_practice.sources.find import SHIPPED
 from lora_practice.storage import disk, manifest
 from lora_practice.storage import lock as storage_lock
 
@@ -227,12 +229,54 @@ def test_every_setting_must_stay_as_it_was_but_those_that_cannot_change_the_resu
     check_same_settings(tmp_path, {"settings": {}}, plain)  # of a version that knew fewer settings
 
 
-def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
-    """The Hub may be reachable by now: another base under the same adapter would be another run."""
-    assert not start(tmp_path / "run", kind="embedded").began_with("model", "embedded")
-    folder = claim(tmp_path / "run", resume=True)
-    assert folder.began_with("model", "embedded")
-    assert not folder.began_with("data", "embedded")
+def begun(*flags: str, edited: Optional[dict[str, Any]] = None) -> Any:
+    """TrainSettings of these flags, with defaults that were edited in the source."""
+    from fine_tuning_practice import TrainSettings
+
+    cls = TrainSettings
+    if edited:
+        fields = [(name, type(value), dataclasses.field(default=value)) for name, value in edited.items()]
+        cls = dataclasses.make_dataclass("Edited", fields, bases=(TrainSettings,))
+    return parse(cls, flags, "x", "")
+
+
+def written(settings: Any) -> dict[str, Any]:
+    """What the record of a run with these settings holds of them, as it is read again."""
+    found = {"settings": dataclasses.asdict(settings), "given": sorted(given_as_flags(settings))}
+    return json.loads(json.dumps(found))
+
+
+def test_a_resumed_run_needs_no_flag_again() -> None:
+    first = begun("--lora_r", "8", "--packing", "--dataset_path", "rows.jsonl", "--output_dir", "here")
+    again = settings_as_begun(begun("--resume", "--output_dir", "moved", "--logging_steps", "1"), written(first))
+    assert (again.lora_r, again.packing, again.dataset_path, again.logging_steps) == (8, True, "rows.jsonl", 1)
+    assert (again.output_dir, again.resume) == ("moved", True)
+    check_same_settings(Path("moved"), written(first), dataclasses.asdict(again))
+    assert given_as_flags(again) >= {"lora_r", "packing", "dataset_path"}  # for the next time that it is resumed
+    named = settings_as_begun(begun("--resume", "--lora_r", "4"), written(first))
+    with pytest.raises(UserError, match="lora_r: 8 -> 4"):
+        check_same_settings(Path("here"), written(first), dataclasses.asdict(named))
+
+
+def test_a_default_that_was_edited_since_is_a_difference() -> None:
+    again = settings_as_begun(begun("--resume", edited={"learning_rate": 1e-3}), written(begun("--lora_r", "8")))
+    with pytest.raises(UserError, match=r"learning_rate: 0.0002 -> 0.001"):
+        check_same_settings(Path("here"), written(begun("--lora_r", "8")), dataclasses.asdict(again))
+
+
+def test_an_older_record_that_does_not_tell_the_flags_is_resumed_without_them() -> None:
+    old = written(begun("--lora_r", "8", "--no-assistant_only_loss"))
+    del old["given"], old["settings"]["use_dora"]
+    again = settings_as_begun(begun("--resume"), old)
+    assert (again.lora_r, again.assistant_only_loss, again.use_dora) == (8, False, False)
+    assert not named_by_user(again, SHIPPED) & set(SHIPPED)
+
+
+@pytest.mark.parametrize("value", ["eight", -1, None, [8]])
+def test_a_record_with_a_value_that_cannot_be_is_one_line(value: Any) -> None:
+    record = {**written(begun("--lora_r", "8")), "settings": {"lora_r": value}}
+    with pytest.raises(UserError, match="--lora_r"):
+        settings_as_begun(begun("--resume"), record)
 
 
 def test_an_interrupted_finish_is_an_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

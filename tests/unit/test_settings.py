@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from fine_tuning_practice import TrainSettings
 from inference import InferenceSettings
 from lora_practice.console.errors import UserError
-from lora_practice.console.settings import markdown_table, named_by_user, parse, setting, validate
+from lora_practice.console.settings import (
+    as_flags,
+    given_as_flags,
+    markdown_table,
+    named_by_user,
+    parse,
+    setting,
+    validate,
+)
 from lora_practice.sources.find import SHIPPED
 
 
@@ -196,10 +204,26 @@ def test_a_whole_number_is_a_fine_fraction() -> None:
 
 def test_what_the_user_meant() -> None:
     """The same words as the default, given as a flag, are meant; so is an edited default."""
-    shipped = SHIPPED["model_name"]
-    assert not named_by_user(read(cls=TrainSettings), "model_name", shipped)
-    assert named_by_user(read("--model-name", shipped, cls=TrainSettings), "model_name", shipped)
-    assert named_by_user(dataclasses.replace(TrainSettings(), model_name="me/mine"), "model_name", shipped)
+    assert named_by_user(read(cls=TrainSettings), SHIPPED) == set()
+    assert named_by_user(read("--model-name", SHIPPED["model_name"], cls=TrainSettings), SHIPPED) == {"model_name"}
+    assert named_by_user(dataclasses.replace(TrainSettings(), model_name="me/mine"), SHIPPED) == {"model_name"}
+
+
+def test_settings_as_flags_give_the_same_settings() -> None:
+    words = (
+        "--packing",
+        "--no-assistant_only_loss",
+        "--max_steps",
+        "3",
+        "--save_total_limit",
+        "2",
+        "--fast",
+        "--seed=7",
+    )
+    settings = read(*words, cls=TrainSettings)
+    flags = as_flags(settings, given_as_flags(settings))
+    assert set(flags) == {*words[:-2], "on", "--seed", "7", "--fast"}
+    assert read(*flags, cls=TrainSettings) == settings
 
 
 def test_the_defaults_are_the_shipped_ones() -> None:
