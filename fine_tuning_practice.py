@@ -383,7 +383,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
 
     # 5. Fit the longest rows into memory: fewer at once, and only if that is allowed a smaller max_length
     trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
-    while shorter := build.find_room(trainer, settings.allow_shorter and not settings.resume):
+    while shorter := build.fit_memory(trainer, settings.allow_shorter and not settings.resume):
         settings = with_given(settings, given_as_flags(settings) | {"max_length"}, max_length=shorter)
         rows = prepare(sources.data, sources.subset, tokenizer, settings)
         trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)

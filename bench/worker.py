@@ -67,7 +67,8 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     from lora_practice.run.folder import OutputFolder
     from lora_practice.sources import embedded
     from lora_practice.sources.find import Source
-    from lora_practice.training.build import set_guard
+    from lora_practice.training.build import memory_demand
+    from lora_practice.training.memory_fit import ComputeConfig
     from lora_practice.training.trainer import PracticeTrainer
 
     variant, folder = SimpleNamespace(**spec["variant"]), embedded.model_dir()
@@ -108,21 +109,21 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
         made.pop("parts")
         return made
 
-    trainer = (PracticeTrainer if ours else SFTTrainer)(
-        model=adapted,
-        args=arguments,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        data_collator=collate if ours else without_parts,
+    shared = {"model": adapted, "args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
+    if not ours:
+        return SFTTrainer(**shared, data_collator=without_parts), None
+    engine = fast.build(adapted.to(spec["device"]), load_model.torch_dtype(variant.dtype), seed=42, **variant.engine)
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    planned = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=window // batch)
+    trainer = PracticeTrainer(
+        folder=OutputFolder(Path(spec["scratch"])),
+        engine=engine,
+        demand=memory_demand(planned, max(lengths), sum(lengths), is_fast=True),
+        compute_config=ComputeConfig(variant.dtype, batch, engine.token_budget),
+        data_collator=collate,
+        **shared,
     )
-    if ours:
-        dtype = load_model.torch_dtype(variant.dtype)
-        trainer.engine = fast.build(trainer.model.to(spec["device"]), dtype, seed=42, **variant.engine)
-        trainer.folder = OutputFolder(Path(spec["scratch"]))
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        planned = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=window // batch)
-        set_guard(trainer, SimpleNamespace(longest=max(lengths), tokens=sum(lengths)), planned, variant.dtype)
-    return trainer, trainer.engine if ours else None
+    return trainer, engine
 
 
 def step_timer(clock: Callable[[], float]) -> Any:

@@ -67,8 +67,8 @@ def trainer_of(
     told = dataclasses.replace(machine, precision="fp32") if precision == "fp16" else machine
     trainer = build.build_trainer(lora, engine, make_tokenizer(), examples, settings, told, claimed)
     if precision == "fp16":
-        trainer.regime = dataclasses.replace(trainer.regime, precision="fp16")
-        trainer.guard.precision = "fp16"
+        trainer.compute_config = dataclasses.replace(trainer.compute_config, precision="fp16")
+        trainer.recovery.precision = "fp16"
     claimed.begin({"settings": dataclasses.asdict(settings)})
     trainer.asked = settings
     return trainer

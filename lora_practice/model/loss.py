@@ -1,7 +1,8 @@
-"""Mean loss of any causal language model on prepared rows."""
+"""Mean loss of a causal language model on prepared rows, and its perplexity."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,3 +23,8 @@ def mean_loss(model: Any, rows: Sequence[Example]) -> float:
             total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
             count += int((labels != IGNORED).sum())
     return total / count
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss: among how many equally likely tokens the model seems to choose."""
+    return math.exp(min(loss, 700.0))

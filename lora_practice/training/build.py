@@ -1,9 +1,8 @@
-"""The training itself: TRL's trainer with our examples, our checkpoints, and words for the person watching."""
+"""Builds the trainer of a run: TRL's arguments, the fast engine, what the data asks of memory."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Optional
 
 from transformers import PrinterCallback
@@ -21,10 +20,12 @@ from lora_practice.model.pissa import ranks_saved
 from lora_practice.run import record
 from lora_practice.run.folder import OutputFolder
 from lora_practice.sources.find import Source
-from lora_practice.training.callbacks import Interrupt, Progress
-from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, Load, bytes_per_token
+from lora_practice.training import messages
+from lora_practice.training.callbacks import Progress, SaveOnInterrupt
+from lora_practice.training.events import MaxLengthLowered
+from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, MemoryDemand, bytes_per_token
 from lora_practice.training.plan import Estimate, short_of_disk
-from lora_practice.training.recovery import Recovery
+from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
 
@@ -33,14 +34,44 @@ def build_trainer(
     engine: Optional[fast.Engine],
     tokenizer: Any,
     examples: Examples,
-    settings: Any,
+    settings: TrainingSettings,
     machine: Machine,
     folder: OutputFolder,
 ) -> PracticeTrainer:
-    """A trainer that is ready to run. `settings` holds TrainSettings' fields; no file is written here."""
-    checkpointing = settings.gradient_checkpointing == "on"
+    """A trainer that is ready to run; no file is written here."""
     rows = packed_dataset(examples, settings.max_length) if settings.packing else examples.dataset()
-    arguments = compat.sft_config(
+    config = ComputeConfig(
+        machine.precision,
+        settings.per_device_train_batch_size,
+        engine.token_budget if engine else 0,
+        settings.gradient_checkpointing == "on",
+    )
+    missing = [place for place in [folder.path, *folder.path.parents] if not place.exists()]
+    trainer = PracticeTrainer(
+        folder=folder,
+        engine=engine,
+        demand=memory_demand(settings, examples.longest, examples.tokens, is_fast=engine is not None),
+        compute_config=config,
+        keep_checkpoints=settings.save_total_limit,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        model=model,
+        args=_training_arguments(settings, machine, folder, is_fast=engine is not None),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[SaveOnInterrupt()],
+    )
+    for place in missing:  # transformers has created the output folder, which `OutputFolder.begin` creates later
+        place.rmdir()
+    keep_trained_in_fp32(model)  # TRL makes them bf16 on a 4-bit base
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(lambda: trainer.tokens_seen))
+    return trainer
+
+
+def _training_arguments(settings: TrainingSettings, machine: Machine, folder: OutputFolder, is_fast: bool) -> Any:
+    """`trl.SFTConfig` for this run."""
+    return compat.sft_config(
         output_dir=str(folder.path),
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -58,93 +89,65 @@ def build_trainer(
         bf16=machine.precision == "bf16",
         fp16=machine.precision == "fp16",
         use_cpu=machine.device == "cpu",  # never MPS
-        gradient_checkpointing=checkpointing and engine is None,
+        gradient_checkpointing=settings.gradient_checkpointing == "on" and not is_fast,  # the engine has its own
         seed=settings.seed,
         max_length=settings.max_length,
         report_to=settings.report_to,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the rows are tokenised, with their labels, already
+        dataset_kwargs={"skip_prepare_dataset": True},  # the rows are tokenised and have labels already
         remove_unused_columns=False,
         dataloader_pin_memory=machine.device == "cuda",
         disable_tqdm=True,
         log_level="error",
     )
-    made = [place for place in [folder.path, *folder.path.parents] if not place.exists()]
-    trainer = PracticeTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[Interrupt()],
+
+
+def memory_demand(settings: TrainingSettings, longest: int, tokens: int, is_fast: bool) -> MemoryDemand:
+    """What data of `tokens` tokens, whose longest example has `longest`, asks of memory at most."""
+    longest_row = settings.max_length if settings.packing and not is_fast else longest
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    window = (settings.max_length if settings.packing else longest_row) * rows
+    return MemoryDemand(
+        is_fast, longest_row, min(window, max(longest_row, tokens)), settings.gradient_checkpointing != "off"
     )
-    keep_trained_in_fp32(model)  # TRL makes them bf16 on a 4-bit base
-    for place in made:  # transformers makes the folder here; ours is made when the run begins
-        place.rmdir()
-    trainer.folder, trainer.keep_checkpoints = folder, settings.save_total_limit
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(lambda: trainer.tokens_seen))
-    trainer.engine, trainer.loraplus_lr_ratio = engine, settings.loraplus_lr_ratio
-    set_guard(trainer, examples, settings, machine.precision)
-    return trainer
 
 
-def set_guard(trainer: PracticeTrainer, examples: Examples, settings: Any, precision: str) -> None:
-    """Begin as planned, or as the run that is resumed went on."""
-    fast_path, checkpointing = trainer.engine is not None, settings.gradient_checkpointing
-    batch = settings.per_device_train_batch_size
-    tokens = trainer.engine.token_budget if trainer.engine else 0
-    trainer.regime = ComputeConfig(precision, batch, tokens, checkpointing == "on" and not fast_path)
-    longest = settings.max_length if settings.packing and not fast_path else examples.longest
-    window = (settings.max_length if settings.packing else longest) * batch * settings.gradient_accumulation_steps
-    load = Load(fast_path, longest, min(window, max(longest, examples.tokens)), checkpointing != "off")
-    trainer.guard = Recovery(trainer, load)
-    before = trainer.folder.events[-1]["regime"] if trainer.folder.events else {}
-    planned = {**vars(trainer.regime), "checkpointing": checkpointing == "on"}
-    wanted = ComputeConfig(**{name: before.get(name) or value for name, value in planned.items()})
-    trainer.guard.precision = wanted.precision  # taken with the first step
-    trainer.take(replace(wanted, precision=precision))
-
-
-def build_engine(model: Any, settings: Any, machine: Machine) -> Optional[fast.Engine]:
-    """The fast engine for this model, or None for the plain path, with one line that says why.
+def build_engine(model: Any, settings: TrainingSettings, machine: Machine) -> Optional[fast.Engine]:
+    """The fast engine for this model; None for the plain path, with one line that says why.
 
     Raises:
         UserError: `--fast on`, and the fast path does not serve this model.
     """
     if settings.fast == "off" or (settings.fast == "auto" and machine.device != "cpu"):
         return None
-    dtype = torch_dtype(machine.precision)
     try:
-        return fast.build(model.to(machine.device), dtype, seed=settings.seed)
+        return fast.build(model.to(machine.device), torch_dtype(machine.precision), seed=settings.seed)
     except fast.NotServed as missing:
-        what = text(f"快速路径不支持：{missing.reason}", f"not served by the fast path: {missing.reason}")
+        what = messages.not_served(missing.reason)
         if settings.fast == "on":
             raise UserError(what, where="--fast on", fix="--fast auto") from missing
-        tell(text(f"{what}，用普通路径", f"{what}; taking the plain path"))
+        tell(messages.uses_plain_path(what))
         if machine.device == "cpu":
-            model.float()  # autocast wants float32 weights under it
+            model.float()  # autocast expects fp32 weights
         return None
 
 
 def announce(
     machine: Machine, base: Source, data: Source, rows: PreparedData, trainer: PracticeTrainer, plan: Estimate
 ) -> str:
-    """The first lines that a user reads: device, precision, model, data, steps, expected time; and advice."""
+    """The first lines of a run: device, precision, model, data, steps, expected time, memory and disk; and advice."""
     path = text("普通路径（TRL）", "plain path (TRL)")
     if trainer.engine is not None:
         path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
-    seen = machine.facts.gpu or machine.facts.card_on_bus
-    why = machine.reason if seen else ""  # "no card" goes without saying
-    # a run that begins with PiSSA or OLoRA needs fp32
-    advice = [one for one in machine.advice.splitlines() if ranks_saved(trainer.model) == 1 or "--bf16" not in one]
-    lines = [record.announcement(machine, base, data, rows, plan.steps, plan.seconds), why, path, *advice]
-    lines.append(
-        text(
-            f"预计内存最多 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",
-            f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
-        )
+    has_card = machine.facts.gpu or machine.facts.card_on_bus
+    reason = machine.reason if has_card else ""  # that a machine without a card uses its CPU needs no reason
+    # PiSSA and OLoRA need weights in fp32
+    advice = [line for line in machine.advice.splitlines() if ranks_saved(trainer.model) == 1 or "--bf16" not in line]
+    needs = text(
+        f"预计最多占用内存 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",
+        f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
     )
-    lines.append(short_of_disk(plan, trainer))
+    first_line = record.announcement(machine, base, data, rows, plan.steps, plan.seconds)
+    lines = [first_line, reason, path, *advice, needs, short_of_disk(plan, trainer)]
     return "\n".join(line for line in lines if line)
 
 
@@ -152,18 +155,24 @@ def steps_of(trainer: PracticeTrainer) -> int:
     """Optimizer steps of the whole run."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
-    an_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    return math.ceil(an_epoch * trainer.args.num_train_epochs)
+    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(steps_per_epoch * trainer.args.num_train_epochs)
 
 
-def find_room(trainer: PracticeTrainer, may_shorten: bool = False) -> int:
-    """The guard's dry run. Returns 0, or with `may_shorten` the `max_length` to begin anew with, instead of TooLong."""
+def fit_memory(trainer: PracticeTrainer, may_shorten: bool = False) -> int:
+    """Choose a compute config whose steps fit into memory.
+
+    Returns:
+        0; with `may_shorten`, where not even one row fits, the `max_length` to prepare the data with again.
+
+    Raises:
+        UserError: not even one row fits.
+    """
     try:
-        trainer.guard.find_room(bytes_per_token(trainer.model.config, trainer.regime.precision))
+        trainer.recovery.fit_memory(bytes_per_token(trainer.model.config, trainer.compute_config.precision))
     except DoesNotFit as error:
         if not (may_shorten and error.max_length):
-            raise
-        tell(said := text("内存放不下最长的一行", "no memory for the longest row") + f": max_length {error.max_length}")
-        trainer.folder.note("memory", 0, said, vars(trainer.regime))
+            raise messages.row_does_not_fit(error) from error
+        trainer.report(MaxLengthLowered(trainer.compute_config, error.max_length))
         return error.max_length
     return 0

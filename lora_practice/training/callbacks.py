@@ -1,4 +1,4 @@
-"""What a person sees and may do while it trains: a progress bar, and Ctrl-C that loses nothing."""
+"""Trainer callbacks for the user: progress lines, and a checkpoint on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lora_practice.machine.device import peak_memory
 
 
 class Progress(TrainerCallback):
-    """A bar with step, loss, tokens/s, time left and the most memory so far; plain lines when nobody watches.
+    """A bar with step, loss, tokens/s, time left and peak memory; plain lines where stderr is no terminal.
 
-    `tokens_seen()` gives the tokens trained on so far in this process.
+    `tokens_seen()`: tokens trained on so far in this process.
     """
 
     def __init__(self, tokens_seen: Callable[[], int]) -> None:
@@ -66,7 +66,7 @@ class Progress(TrainerCallback):
         self.bar.close()
 
     def _measure(self, state: Any) -> None:
-        """Speed since the last logged step and memory now, into the history that checkpoints keep."""
+        """Add the speed since the last logged step and the present memory to the log, which checkpoints contain."""
         now, tokens = time.perf_counter(), self.tokens_seen()
         (then, before), self.last = self.last, (now, tokens)
         speed = round((tokens - before) / max(now - then, 1e-9), 1)
@@ -83,51 +83,51 @@ class Progress(TrainerCallback):
         return ", ".join(part for part in parts if part)
 
 
-class Interrupt(TrainerCallback):
-    """Ctrl-C, SIGTERM or a closed terminal saves after the running step and stops; a second Ctrl-C leaves at once."""
+class SaveOnInterrupt(TrainerCallback):
+    """Saves after the running step and stops on Ctrl-C, SIGTERM or a closed terminal; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)  # Windows has none, and nohup asks to be left alone
+            numbers.append(signal.SIGHUP)  # Windows has none, and nohup ignores it
         for number in numbers:
-            self.previous[number] = signal.signal(number, self._ask)
+            self.previous[number] = signal.signal(number, self._request)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
+        if self.requested and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asked in the midst of a save: what was to be saved is, and another step may take minutes."""
-        control.should_training_stop |= self.asked
+        """Stop after a save during which the stop was requested: another step may take minutes."""
+        control.should_training_stop |= self.requested
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _request(self, number: int, frame: Any) -> None:
         if number == getattr(signal, "SIGHUP", None):
             _leave_the_terminal()
-            self.asked = True  # a shell passes the hang-up on, so a second one is no impatience
+            self.requested = True  # a shell passes SIGHUP on, so a second one is not the user's
             return
-        if self.asked:
+        if self.requested:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         tell(
             text(
-                "\n收到中断：这一步完成后存盘退出（再按一次立即退出）",
+                "\n收到中断：这一步完成后保存检查点并退出（再按一次立即退出）",
                 "\ninterrupted: saving after this step (once more leaves at once)",
             )
         )
 
 
 def _leave_the_terminal() -> None:
-    """Point stdout and stderr nowhere if their terminal is gone: a word to it would be an error and end the run."""
+    """Redirect stdout and stderr to the null device if their terminal is gone: writing to it would raise an error."""
     for stream in (1, 2):
         try:
             os.write(stream, b"")
@@ -138,7 +138,7 @@ def _leave_the_terminal() -> None:
 
 
 def _memory() -> int:
-    """Bytes that this process holds now: on its card where it has one in use, else in main memory."""
+    """Bytes that this process holds now: on its GPU if it uses one, else in main memory."""
     on_card = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return int(on_card or psutil.Process().memory_info().rss)
 

@@ -1,4 +1,4 @@
-"""Loss on conversations that are never trained on, while training: shown, the best adapter kept, an early stop."""
+"""Evaluation on held-out conversations while training: loss and perplexity, the best adapter, early stopping."""
 
 from __future__ import annotations
 
@@ -15,39 +15,37 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lora_practice.console.text import tell, text
 from lora_practice.data.tokenization import Example, count_trained
-from lora_practice.model.loss import mean_loss
+from lora_practice.model.loss import mean_loss, perplexity
 from lora_practice.storage import manifest
+from lora_practice.training.events import BestAdapterMissing, StoppedEarly
+from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
-BEST = "best.safetensors"  # the adapter with the lowest held-out loss so far; gone when the run is finished
-ROWS_PER_PASS = 64  # rows handed to the fast engine at once, which then cuts them as it cuts a step
+BEST = "best.safetensors"  # the adapter with the lowest held-out loss so far; deleted when the run is finished
+ROWS_PER_PASS = 64  # rows given to the fast engine at once, which splits them into micro-batches
 
 
 def held_out_loss(trainer: PracticeTrainer, examples: Sequence[Example]) -> float:
-    """Mean loss in nats per trained token over `examples`, without dropout or gradients, in flat memory.
+    """Mean loss in nats per trained token over `examples`, without dropout or gradients, in bounded memory.
 
-    In the precision of the training, also before and after it, when the loop has not prepared the model for it.
+    Computes in the precision of the training, also before and after it, when the loop has not prepared the model.
     """
     if trainer.engine is None:
-        with nullcontext() if trainer.regime.precision == "fp32" else trainer.accelerator.autocast():
+        with nullcontext() if trainer.compute_config.precision == "fp32" else trainer.accelerator.autocast():
             return mean_loss(trainer.model, examples)
     total, count = 0.0, 0
     for start in range(0, len(examples), ROWS_PER_PASS):
-        part = [(one.input_ids, one.labels) for one in examples[start : start + ROWS_PER_PASS]]
-        trained = sum(count_trained(labels) for _, labels in part)
-        total, count = total + trainer.engine.eval_loss(part) * trained, count + trained
+        parts = [(example.input_ids, example.labels) for example in examples[start : start + ROWS_PER_PASS]]
+        trained = sum(count_trained(labels) for _, labels in parts)
+        total, count = total + trainer.engine.eval_loss(parts) * trained, count + trained
     return total / count
 
 
-def perplexity(loss: float) -> float:
-    """e to the loss: among how many equally likely tokens the model seems to choose."""
-    return math.exp(min(loss, 700.0))
-
-
-def attach(trainer: PracticeTrainer, examples: Sequence[Example], settings: Any) -> Optional[Evaluation]:
-    """Evaluate while this trainer runs, as TrainSettings' fields say; None if they say not to."""
+def add_evaluation(
+    trainer: PracticeTrainer, examples: Sequence[Example], settings: TrainingSettings
+) -> Optional[Evaluation]:
+    """Add the callback that evaluates while the trainer runs; None if the settings ask for none."""
     if not examples or settings.eval_strategy == "no":
         return None
     steps = settings.eval_steps if settings.eval_strategy == "steps" else 0
@@ -60,9 +58,9 @@ def attach(trainer: PracticeTrainer, examples: Sequence[Example], settings: Any)
 class Evaluation(TrainerCallback):
     """Measures the held-out loss every `steps` steps (0: at the end of each epoch).
 
-    What was measured stands in the trainer's log, and so in its checkpoints: a resumed run goes on with it.
-    With `keep_best`, the best adapter lies in BEST until `take_best`; with a `patience` above 0, so many
-    evaluations in a row without a new best end the run.
+    Results go into the trainer's log, and so into its checkpoints: a resumed run continues with them. With `keep_best`
+    the best adapter is kept in BEST until `load_best`; with a `patience` above 0 the run ends after so many
+    evaluations in a row without a lower loss.
     """
 
     def __init__(
@@ -72,84 +70,78 @@ class Evaluation(TrainerCallback):
         self.keep_best, self.patience = keep_best, patience
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure before this step's checkpoint is made, so that it holds the result."""
+        """Measure before the checkpoint of this step is written, so that it contains the result."""
         due = state.global_step % self.steps == 0 if self.steps else state.epoch == round(state.epoch)
         if not due and state.global_step != state.max_steps:
             return
         loss = held_out_loss(self.trainer, self.examples)
         should_log = control.should_log
-        self.trainer.model.eval()  # by this TRL tells the log of an evaluation from that of training
+        self.trainer.model.eval()  # TRL takes a log entry of a model in eval mode for an evaluation
         self.trainer.log({"eval_loss": loss, "eval_perplexity": perplexity(loss)})
         self.trainer.model.train()
-        control.should_log = should_log  # the loss of this step is still to be logged
-        waited = since_best(state.log_history)
-        if self.keep_best and not waited:
-            keep(self.trainer, state.global_step, loss)
-        if self.is_over(state):
+        control.should_log = should_log  # the training loss of this step is logged afterwards
+        evaluations_since_best = since_best(state.log_history)
+        if self.keep_best and not evaluations_since_best:
+            save_best(self.trainer, state.global_step, loss)
+        if self.stops_early(state):
             control.should_training_stop = True
-            tell(
-                text(
-                    f"留出损失连续 {waited} 次没有更低，提前停止",
-                    f"the held-out loss has not fallen in {waited} evaluations: stopping early",
-                )
-            )
+            self.trainer.report(StoppedEarly(evaluations_since_best))
 
-    def is_over(self, state: Any) -> bool:
-        """Whether the run that came to this state was stopped early by it."""
+    def stops_early(self, state: TrainerState) -> bool:
+        """Whether the run stops at this state, before its last step."""
         return 0 < self.patience <= since_best(state.log_history) and state.global_step < state.max_steps
 
 
 def since_best(log_history: Sequence[dict[str, Any]]) -> int:
-    """How many evaluations came after the one with the lowest loss."""
-    losses = [one["loss"] if math.isfinite(one["loss"]) else math.inf for one in evaluations(log_history)]
+    """Number of evaluations after the one with the lowest loss."""
+    losses = [entry["loss"] if math.isfinite(entry["loss"]) else math.inf for entry in evaluations(log_history)]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def was_over(trainer: PracticeTrainer, checkpoint: Path, evaluation: Optional[Evaluation]) -> bool:
-    """Whether nothing is left to train after this checkpoint, which then is loaded; `train` would take a step more."""
+def load_if_complete(trainer: PracticeTrainer, checkpoint: Path, evaluation: Optional[Evaluation]) -> bool:
+    """Load `checkpoint` and return True if no step is left after it; `trainer.train` would compute one more."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if state.global_step < state.max_steps and not (evaluation and evaluation.is_over(state)):
+    if state.global_step < state.max_steps and not (evaluation and evaluation.stops_early(state)):
         return False
     trainer._load_from_checkpoint(str(checkpoint))
-    trainer.guard.go_on()
+    trainer.recovery.resume_precision()
     trainer.state = state
     return True
 
 
 def evaluations(log_history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """{"step", "loss", "perplexity"} of each evaluation in a trainer's log; loss in nats per trained token."""
-    found = [entry for entry in log_history if "eval_loss" in entry]
-    return [{"step": one["step"], "loss": one["eval_loss"], "perplexity": one["eval_perplexity"]} for one in found]
+    return [
+        {"step": entry["step"], "loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]}
+        for entry in log_history
+        if "eval_loss" in entry
+    ]
 
 
-def keep(trainer: PracticeTrainer, step: int, loss: float) -> None:
-    """Write the adapter as it is now to BEST, whole or not at all."""
-    tensors = {name: one.detach().cpu().contiguous() for name, one in _trainable(trainer)}
-    needed = sum(one.numel() * one.element_size() for one in tensors.values()) + 1_000_000
+def save_best(trainer: PracticeTrainer, step: int, loss: float) -> None:
+    """Write the present adapter to BEST, through a temporary file."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _trainable(trainer)}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + 1_000_000
     with trainer.folder.staging(needed) as staging:
         save_file(tensors, staging / BEST, {"step": str(step), "loss": repr(loss)})
         manifest.flush_to_disk(staging)
         os.replace(staging / BEST, trainer.folder.path / BEST)
 
 
-def take_best(trainer: PracticeTrainer) -> Optional[int]:
-    """Put the best adapter into the model.
-
-    Returns: the step that it is of; None if none was kept.
-    """
+def load_best(trainer: PracticeTrainer) -> Optional[int]:
+    """Load the best adapter into the model; returns its step, None if no best adapter was saved."""
     path = trainer.folder.path / BEST
     if not path.exists():
-        lost = text(f"{path} 不见了：用最后一步的适配器", f"{path} is gone: the adapter of the last step is taken")
         if evaluations(trainer.state.log_history):
-            tell(lost)
+            trainer.report(BestAdapterMissing(path))
         return None
-    with torch.no_grad(), safe_open(path, "pt") as kept:
-        step = int(kept.metadata()["step"])
+    with torch.no_grad(), safe_open(path, "pt") as saved:
+        step = int(saved.metadata()["step"])
         if step != trainer.state.global_step:
-            for name, one in _trainable(trainer):
-                one.copy_(kept.get_tensor(name))
+            for name, parameter in _trainable(trainer):
+                parameter.copy_(saved.get_tensor(name))
     return step
 
 
-def _trainable(trainer: PracticeTrainer) -> list[tuple[str, Any]]:
-    return [(name, one) for name, one in trainer.model.named_parameters() if one.requires_grad]
+def _trainable(trainer: PracticeTrainer) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]

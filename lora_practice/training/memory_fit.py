@@ -1,27 +1,28 @@
-"""How a step is computed, and the rungs down when memory is short: less at once, then checkpointing.
+"""Finds a way to compute a step that fits into memory: fewer rows or tokens at once, then gradient checkpointing.
 
-A rung changes what is held at once, never what is computed: the same rows make the same optimizer step, summed in
-other portions. (Dropout: on the plain path its masks are drawn for each portion; on the fast path examples in
-different portions no longer share a prefix, and so its masks.)
+A memory fallback changes what is held at once, never what is computed: the same rows make the same optimizer step,
+summed in other portions. (Dropout: the plain path draws its masks for each portion; on the fast path examples in
+different portions no longer share a prefix and its masks.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional, Protocol
 
-from lora_practice.console.errors import UserError
-from lora_practice.console.text import text
 from lora_practice.machine.memory import PeakMemory, available_memory, held_memory
 
-SHORTEST = 16  # tokens; a row cut shorter than this is nothing to train on
-SPARE = 1.25  # what is seen of a dry run is not all: short-lived pieces fall between two looks, and sizes grow unevenly
+SHORTEST_ROW = 16  # tokens; shorter rows are not worth training on
+HEADROOM = 1.25  # a dry run misses short-lived allocations between two looks, and sizes do not grow evenly
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a step is computed. `rows` at once on the plain path, `tokens` at once on the fast path."""
+    """How a step is computed: at most `rows` at once on the plain path, at most `tokens` on the fast path.
+
+    run_record.json holds these fields under its own name for them, "regime".
+    """
 
     precision: str
     rows: int
@@ -30,131 +31,126 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a run asks of memory at most: the `longest` row, and the `window` of one optimizer step, in tokens."""
+class MemoryDemand:
+    """What the data asks of memory at most: the `longest` row and the `window` of one optimizer step, in tokens."""
 
     fast: bool
     longest: int
     window: int
     may_checkpoint: bool = True
 
-    def at_once(self, regime: ComputeConfig) -> list[int]:
+    def lengths_at_once(self, config: ComputeConfig) -> list[int]:
         """Lengths of the rows that are computed at once, at most."""
         if not self.fast:
-            return [self.longest] * regime.rows
-        tokens = min(max(regime.tokens, self.longest), self.window)
+            return [self.longest] * config.rows
+        tokens = min(max(config.tokens, self.longest), self.window)
         whole, rest = divmod(tokens, self.longest)
         return [self.longest] * whole + [rest] * (rest > 0)
 
-    def lower(self, regime: ComputeConfig) -> Optional[ComputeConfig]:
-        """The next rung down; None at the lowest. The precision stays."""
-        if self.fast and min(regime.tokens, self.window) > self.longest:
-            return replace(regime, tokens=min(regime.tokens, self.window) // 2)
-        if not self.fast and regime.rows > 1:
-            return replace(regime, rows=regime.rows // 2)
-        if self.may_checkpoint and not regime.checkpointing:
-            return replace(regime, checkpointing=True)
+    def next_fallback(self, config: ComputeConfig) -> Optional[ComputeConfig]:
+        """The config that needs less memory than `config`, in the same precision; None if nothing is left."""
+        if self.fast and min(config.tokens, self.window) > self.longest:
+            return replace(config, tokens=min(config.tokens, self.window) // 2)
+        if not self.fast and config.rows > 1:
+            return replace(config, rows=config.rows // 2)
+        if self.may_checkpoint and not config.checkpointing:
+            return replace(config, checkpointing=True)
         return None
 
-    def rungs(self, regime: ComputeConfig) -> list[ComputeConfig]:
-        """`regime` and every rung below it."""
-        found = [regime]
-        while (below := self.lower(found[-1])) is not None:
-            found.append(below)
+    def fallbacks(self, config: ComputeConfig) -> list[ComputeConfig]:
+        """`config` and every fallback after it, each with less memory than the one before."""
+        found = [config]
+        while (less := self.next_fallback(found[-1])) is not None:
+            found.append(less)
         return found
 
 
-def bytes_per_token(config: Any, precision: str) -> int:
-    """A formula for what a token takes on the plain path, until it is measured; the fast path takes a third.
+class ModelShape(Protocol):
+    """Fields of a transformers config."""
 
-    A layer keeps about 30 times its hidden size for the backward, the head three copies of the logits (measured on
-    SmolLM2-135M with PEFT: 2 MB a token in fp32).
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+def bytes_per_token(shape: ModelShape, precision: str) -> int:
+    """An estimate of the bytes that one token takes on the plain path; the fast path takes a third.
+
+    Each layer keeps about 30 times its hidden size for the backward, the head three fp32 copies of the logits
+    (measured on SmolLM2-135M with PEFT: 2 MB per token in fp32).
     """
-    width = 4 if precision == "fp32" else 2
-    return config.num_hidden_layers * config.hidden_size * 30 * width + config.vocab_size * 3 * 4
-
-
-def described(regime: ComputeConfig, fast: bool) -> str:
-    """A rung in a few words."""
-    portion = text(f"一次 {regime.rows} 行", f"{regime.rows} row(s) at once")
-    if fast:
-        portion = text(f"一次最多 {regime.tokens} token", f"{regime.tokens} tokens at once")
-    checkpointing = text("，打开 gradient_checkpointing", ", gradient_checkpointing on")
-    return portion + (checkpointing if regime.checkpointing else "")
+    value_bytes = 4 if precision == "fp32" else 2
+    return shape.num_hidden_layers * shape.hidden_size * 30 * value_bytes + shape.vocab_size * 3 * 4
 
 
 TryOut = Callable[[ComputeConfig, Sequence[int]], bool]
 
 
-class DoesNotFit(UserError):
-    """Not even one whole row fits. `max_length` is the longest that was tried and fitted, 0 if none did."""
+class DoesNotFit(Exception):
+    """Not even one row of `longest` tokens fits; `max_length` is the longest row that was tried and fits, or 0."""
 
     def __init__(self, longest: int, max_length: int, may_checkpoint: bool) -> None:
-        self.max_length = max_length
-        flags = [] if may_checkpoint else ["--gradient_checkpointing auto"]
-        flags += [f"--max_length {max_length}"] if max_length else []
-        free = available_memory() / 1e6
-        super().__init__(
-            text(
-                f"内存不够：一行 {longest} token 也放不下（还能用 {free:.0f} MB）",
-                f"not enough memory: not even one row of {longest} tokens fits ({free:.0f} MB can be taken)",
-            ),
-            fix=text("关掉别的程序，或 ", "close other programs, or ")
-            + (text(" 或 ", " or ").join(flags) or text("换一个更小的模型", "choose a smaller model")),
-        )
+        super().__init__(f"one row of {longest} tokens does not fit; {max_length} tokens do")
+        self.longest, self.max_length, self.may_checkpoint = longest, max_length, may_checkpoint
 
 
 class Fitted(NamedTuple):
-    """The rung where the ladder was left, and the bytes that a step there takes above what is held at rest."""
+    """The config that fits, and the bytes that a step with it takes above what the process holds between steps."""
 
-    regime: ComputeConfig
-    growth: int
+    config: ComputeConfig
+    step_bytes: int
 
 
-def fit(regime: ComputeConfig, load: Load, try_out: TryOut, per_token: int, predict: bool, reserve: int = 0) -> Fitted:
-    """Find the first rung at which a dry run fits, climbing to it from what is small, so as to pass no limit.
+def fit(
+    config: ComputeConfig, demand: MemoryDemand, try_out: TryOut, per_token: int, predict: bool, reserve: int = 0
+) -> Fitted:
+    """The first of `config` and its fallbacks that fits a dry run.
+
+    Sizes are tried in ascending order, so that no try takes much more memory than one that succeeded.
 
     Args:
-        try_out: computes rows of these lengths and forgets them; False when memory ran out.
-        per_token: bytes that a token takes, by a formula, until it is measured.
-        reserve: bytes that training will hold beside its rows, once it runs.
-        predict: do not even try what the sizes before say will not fit (on a CPU nobody says no: the kernel kills).
+        try_out: computes rows of these lengths and discards the result; False if memory ran out.
+        per_token: estimated bytes of one token, used until a try has measured it.
+        predict: skip sizes that the tries before predict not to fit (on a CPU, where the kernel kills the process).
+        reserve: bytes that training will hold in addition, once it runs.
 
     Raises:
-        TooLong: not even one row of the longest fits.
+        DoesNotFit: not even one row of the longest fits.
     """
-    rungs = load.rungs(regime)
-    short = [[n] for n in sorted({load.longest // 16, load.longest // 4, load.longest // 2}) if n >= SHORTEST]
+    fallbacks = demand.fallbacks(config)
+    longest = demand.longest
+    short_rows = [[n] for n in sorted({longest // 16, longest // 4, longest // 2}) if n >= SHORTEST_ROW]
     longest_fitting = 0
     for checkpointing in (False, True):
-        group = [one for one in reversed(rungs) if one.checkpointing == checkpointing]
-        if not group:
+        ascending = [option for option in reversed(fallbacks) if option.checkpointing == checkpointing]
+        if not ascending:
             continue
-        sizes = [*short, *(load.at_once(one) for one in group)]
-        fitting, growth = _climb(group[0], sizes, try_out, per_token, reserve if predict else None)
-        if fitting > len(short):
-            return Fitted(group[fitting - len(short) - 1], growth)
-        longest_fitting = max([longest_fitting, *(lengths[0] for lengths in short[:fitting])])
-    raise DoesNotFit(load.longest, longest_fitting, load.may_checkpoint)
+        sizes = [*short_rows, *(demand.lengths_at_once(option) for option in ascending)]
+        fitting, step_bytes = _try_ascending(ascending[0], sizes, try_out, per_token, reserve if predict else None)
+        if fitting > len(short_rows):
+            return Fitted(ascending[fitting - len(short_rows) - 1], step_bytes)
+        longest_fitting = max([longest_fitting, *(lengths[0] for lengths in short_rows[:fitting])])
+    raise DoesNotFit(longest, longest_fitting, demand.may_checkpoint)
 
 
-def _climb(
-    regime: ComputeConfig, sizes: Sequence[Sequence[int]], try_out: TryOut, per_token: int, reserve: Optional[int]
+def _try_ascending(
+    config: ComputeConfig, sizes: Sequence[Sequence[int]], try_out: TryOut, per_token: int, reserve: Optional[int]
 ) -> tuple[int, int]:
     """(how many of the ascending sizes fit, bytes that the largest of them took above what is held now).
 
-    reserve: None where memory that ran out is an error that can be caught.
+    reserve: None where running out of memory is an error that can be caught.
     """
-    held, growth, tokens = held_memory(), per_token, 1
-    for done, lengths in enumerate(sizes):
-        expected = growth * sum(lengths) / tokens * SPARE
-        room = held_memory() - held + available_memory(ulimit=False)  # above `held`; a ulimit says no by itself
+    held, step_bytes, tokens = held_memory(), per_token, 1
+    for fitting, lengths in enumerate(sizes):
+        expected = step_bytes * sum(lengths) / tokens * HEADROOM
+        # bytes above `held`; a ulimit is left out, since beyond it an allocation fails, which can be caught
+        limit = held_memory() - held + available_memory(ulimit=False)
         with PeakMemory() as watch:
-            short = reserve is not None and expected + reserve > room
-            if short or not try_out(regime, lengths):
-                return done, growth
-        taken = watch.most - held
-        if reserve is not None and taken * SPARE + reserve > room:
-            return done, growth
-        growth, tokens = max(growth, taken), sum(lengths)
-    return len(sizes), growth
+            too_large = reserve is not None and expected + reserve > limit
+            if too_large or not try_out(config, lengths):
+                return fitting, step_bytes
+        used = watch.most - held
+        if reserve is not None and used * HEADROOM + reserve > limit:
+            return fitting, step_bytes
+        step_bytes, tokens = max(step_bytes, used), sum(lengths)
+    return len(sizes), step_bytes

@@ -1,71 +1,88 @@
-"""Can the numbers of a step be trusted? A pure function of what was read, so that recorded runs can be replayed.
+"""Decides whether the numbers of an optimizer step can be trusted. Pure functions: recorded runs can be replayed.
 
-What fp16 does on old cards (unslothai/unsloth#2040 on a V100, hiyouga/LlamaFactory#5660, huggingface/trl#1173,
-kohya-ss/sd-scripts#293 on a GTX 1660): the gradients turn NaN while the loss stays finite, the loss scale halves
-step after step, or the loss turns NaN or exactly 0.0, and nothing is learnt from there on.
+fp16 on old cards fails in a few known ways (unslothai/unsloth#2040 on a V100, hiyouga/LlamaFactory#5660,
+huggingface/trl#1173, kohya-ss/sd-scripts#293 on a GTX 1660): the gradients turn NaN while the loss stays finite, the
+loss scale halves step after step, or the loss turns NaN or exactly 0.0, and the model learns nothing from there on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import NamedTuple, Optional
 
-from lora_practice.console.text import text
-
-FINE, AGAIN, WIDEN, STOP = "fine", "again", "widen", "stop"
-SCALE_TRIES = 3  # a gradient that overflows at each of so many scales is no matter of the scale
-BACKOFF = (1 / 2, 1 / 64)  # of the loss scale, before the second and the third try
+SCALE_TRIES = 3  # gradients that overflow at so many loss scales do not overflow because of the scale
+BACKOFF = (1 / 2, 1 / 64)  # factors of the loss scale before the second and the third try
 
 
 class StepNumbers(NamedTuple):
-    """One computation of one optimizer step."""
+    """The numbers of one computation of an optimizer step."""
 
     loss: float  # nats per trained token
-    grad_norm: float  # of all trainable tensors together, before clipping; with `scale` still in it
-    labels: bool = True  # there is something to train on
-    scale: Optional[float] = None  # fp16's loss scale
+    grad_norm: float  # of all trainable tensors together, before clipping; multiplied by `scale`
+    labels: bool = True  # at least one token is trained
+    scale: Optional[float] = None  # loss scale of fp16; None without loss scaling
 
 
-def decide_step(now: StepNumbers, before: Sequence[StepNumbers], precision: str) -> str:
-    """What to do about the step that gave `now`.
+class Decision(Enum):
+    """What happens to a step that was computed."""
+
+    ACCEPT = "accept"  # the optimizer takes the step
+    RETRY_SMALLER_SCALE = "retry with a smaller loss scale"  # fp16 only, where one overflow is normal
+    UPCAST = "compute again in fp32"  # and stay in fp32
+    STOP = "stop"  # fp32 fails too
+
+
+class Symptom(Enum):
+    """Why a step is not accepted."""
+
+    LOSS_NOT_FINITE = "loss is NaN or infinite"
+    LOSS_ZERO = "loss is exactly 0"
+    GRADIENT_ZERO = "every gradient is 0"
+    SCALE_COLLAPSED = "loss scale is below 1"
+    GRADIENT_NOT_FINITE = "a gradient is NaN or infinite"
+
+
+def decide_step(now: StepNumbers, before: Sequence[StepNumbers], precision: str) -> Decision:
+    """The decision about the step that gave `now`.
 
     Args:
-        before: the readings directly before it that were not fine: earlier tries of this step, and, since a loss
-            of zero may be a fluke, such steps.
+        before: rejected numbers directly before it: earlier tries of this step, and earlier steps with a loss of zero,
+            which may be chance.
         precision: "fp32", "fp16" or "bf16".
-
-    Returns:
-        FINE: take the step. AGAIN: compute it once more with a smaller loss scale (fp16 only; one overflow is
-        normal there). WIDEN: compute it once more in fp32, and stay there. STOP: nothing can help.
     """
-    narrow = precision != "fp32"
+    if precision != "fp32":
+        return _decide_in_half_precision(now, len(before) + 1, precision)
     if not math.isfinite(now.loss):
-        return WIDEN if narrow else STOP
+        return Decision.STOP
     if now.labels and now.loss == 0.0:
-        if narrow:
-            return WIDEN
-        return STOP if sum(one.loss == 0.0 for one in before) + 1 >= SCALE_TRIES else FINE
+        zeros = sum(numbers.loss == 0.0 for numbers in before) + 1
+        return Decision.STOP if zeros >= SCALE_TRIES else Decision.ACCEPT
     if not math.isfinite(now.grad_norm):
-        if not narrow:
-            return STOP
-        return AGAIN if now.scale is not None and now.scale >= 1 and len(before) + 1 < SCALE_TRIES else WIDEN
+        return Decision.STOP
+    return Decision.UPCAST if now.scale is not None and now.scale < 1 else Decision.ACCEPT
+
+
+def _decide_in_half_precision(now: StepNumbers, tries: int, precision: str) -> Decision:
+    if not math.isfinite(now.loss) or (now.labels and now.loss == 0.0):
+        return Decision.UPCAST
+    if not math.isfinite(now.grad_norm):
+        may_retry = now.scale is not None and now.scale >= 1 and tries < SCALE_TRIES
+        return Decision.RETRY_SMALLER_SCALE if may_retry else Decision.UPCAST
     if now.scale is not None and now.scale < 1:
-        return WIDEN
-    if precision == "fp16" and now.labels and now.grad_norm == 0.0:  # all of it underflowed
-        return WIDEN
-    return FINE
+        return Decision.UPCAST
+    if precision == "fp16" and now.labels and now.grad_norm == 0.0:  # all gradients underflowed
+        return Decision.UPCAST
+    return Decision.ACCEPT
 
 
-def seen(now: StepNumbers, tries: int, precision: str) -> str:
-    """What was wrong with a reading, in a few words for a person."""
-    if not math.isfinite(now.loss):
-        return text(f"loss 是 {now.loss}", f"the loss is {now.loss}")
-    if now.labels and now.loss == 0.0:
-        return text("loss 正好是 0", "the loss is exactly 0")
-    if now.grad_norm == 0.0:
-        return text("梯度全是 0", "every gradient is 0")
-    if math.isfinite(now.grad_norm):
-        return text(f"loss scale 降到 {now.scale:g}", f"the loss scale fell to {now.scale:g}")
-    times = text(f"（连续 {tries} 次）", f" ({tries} times in a row)") if tries > 1 else ""
-    return text(f"{precision} 的梯度不是有限的数{times}", f"a gradient in {precision} is not finite{times}")
+def symptom(numbers: StepNumbers) -> Symptom:
+    """What is wrong with numbers that were not accepted."""
+    if not math.isfinite(numbers.loss):
+        return Symptom.LOSS_NOT_FINITE
+    if numbers.labels and numbers.loss == 0.0:
+        return Symptom.LOSS_ZERO
+    if numbers.grad_norm == 0.0:
+        return Symptom.GRADIENT_ZERO
+    return Symptom.SCALE_COLLAPSED if math.isfinite(numbers.grad_norm) else Symptom.GRADIENT_NOT_FINITE

@@ -90,9 +90,9 @@ def probe(trainer: PracticeTrainer, rows: Sequence[int]) -> float:
     """
     dataset: Any = trainer.train_dataset
     tried = [dataset[i] for i in rows]
-    with trainer.trying(), _no_collection():
+    with trainer.restoring(), _no_collection():
         started = time.perf_counter()
-        trainer.try_step(tried)
+        trainer.forward_backward(tried)
         _update_copy(trainer)
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()

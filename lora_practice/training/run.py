@@ -6,43 +6,53 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lora_practice.console.text import tell, text
 from lora_practice.data.tokenization import Example
+from lora_practice.model.loss import perplexity
 from lora_practice.run import model_card
 from lora_practice.run.folder import CARD, OutputFolder, checkpoints
 from lora_practice.storage import disk
-from lora_practice.training.evaluation import BEST, attach, evaluations, held_out_loss, perplexity, take_best, was_over
+from lora_practice.training.evaluation import (
+    BEST,
+    add_evaluation,
+    evaluations,
+    held_out_loss,
+    load_best,
+    load_if_complete,
+)
+from lora_practice.training.events import HeldOutMeasured, Resuming
 from lora_practice.training.plan import most_held
+from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
-PACE = ("step", "tokens_per_second", "memory_mb")  # apart from the losses, which the same run has again
+LOSSES = ("step", "loss", "grad_norm", "learning_rate")  # equal in each repetition of the same run
+PACE = ("step", "tokens_per_second", "memory_mb")  # these are not
 
 
-def train(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) -> dict[str, Any]:
-    """Train to the end, to an early stop, or to the user's Ctrl-C. `settings` holds TrainSettings' fields.
+def train(trainer: PracticeTrainer, held_out: Sequence[Example], settings: TrainingSettings) -> dict[str, Any]:
+    """Train to the end, to an early stop, or until the user interrupts.
 
     Returns:
-        For the record: "steps", "interrupted", "losses" (one dict per logged step; `loss` in nats per trained
-        token), "seconds", "tokens_per_second", "peak_memory_mb"; with held-out rows also what `_judged` returns.
+        For the record: "steps", "interrupted", "losses" and "pace" (one dict per logged step, see LOSSES and PACE;
+        `loss` in nats per trained token), "seconds", "tokens_per_second", "peak_memory_mb"; with held-out rows also
+        "stopped_early" and what `_measure_after` returns.
     """
     before = held_out_loss(trainer, held_out) if held_out else None
-    evaluation = attach(trainer, held_out, settings)
+    evaluation = add_evaluation(trainer, held_out, settings)
     checkpoint = trainer.folder.checkpoint
     if checkpoint:
-        tell(text(f"从 {checkpoint} 继续", f"going on from {checkpoint}"))
+        trainer.report(Resuming(checkpoint))
     started = time.perf_counter()
-    if not (checkpoint and was_over(trainer, checkpoint, evaluation)):
+    if not (checkpoint and load_if_complete(trainer, checkpoint, evaluation)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
     state = trainer.state
-    stopped_early = evaluation is not None and evaluation.is_over(state)
-    keys = ("step", "loss", "grad_norm", "learning_rate")
-    losses = [{key: entry[key] for key in keys if key in entry} for entry in state.log_history if "loss" in entry]
+    stopped_early = evaluation is not None and evaluation.stops_early(state)
+    logged = [entry for entry in state.log_history if "loss" in entry]
     result = {
         "steps": state.global_step,
         "interrupted": state.global_step < state.max_steps and not stopped_early,
-        "losses": losses,
-        "pace": [{key: entry[key] for key in PACE if key in entry} for entry in state.log_history if "loss" in entry],
+        "losses": [{key: entry[key] for key in LOSSES if key in entry} for entry in logged],
+        "pace": [{key: entry[key] for key in PACE if key in entry} for entry in logged],
         "seconds": round(seconds, 1),
         "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
         "peak_memory_mb": round(most_held(trainer.args.device) / 1e6),
@@ -50,22 +60,21 @@ def train(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Any) 
     if before is not None:
         result["stopped_early"] = stopped_early
         keeps_best = evaluation is not None and evaluation.keep_best and not result["interrupted"]
-        result.update(_judged(trainer, held_out, before, keeps_best))
+        result.update(_measure_after(trainer, held_out, before, keeps_best))
     return result
 
 
-def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float, keeps_best: bool) -> dict[str, Any]:
-    """Take the best adapter, if one was to be kept, and measure it.
+def _measure_after(
+    trainer: PracticeTrainer, held_out: Sequence[Example], before: float, keeps_best: bool
+) -> dict[str, Any]:
+    """Load the best adapter, if one was kept, and measure its held-out loss.
 
     Returns: "held_out_loss" before and after, "evaluations" (step, loss, perplexity), "best_step".
     """
-    best = take_best(trainer) if keeps_best else None
+    best = load_best(trainer) if keeps_best else None
     after = held_out_loss(trainer, held_out)
-    chosen = text(f"，取第 {best} 步的适配器（最低）", f"; the adapter of step {best}, the lowest") if best else ""
-    first, last = perplexity(before), perplexity(after)
-    zh = f"留出数据的损失：{before:.3f} → {after:.3f}，困惑度 {first:.2f} → {last:.2f}"
-    tell(text(zh, f"held-out loss: {before:.3f} -> {after:.3f}, perplexity {first:.2f} -> {last:.2f}") + chosen)
-    start = {"step": 0, "loss": before, "perplexity": first}
+    trainer.report(HeldOutMeasured(before, after, best))
+    start = {"step": 0, "loss": before, "perplexity": perplexity(before)}
     return {
         "held_out_loss": {"before": round(before, 4), "after": round(after, 4)},
         "evaluations": [start, *evaluations(trainer.state.log_history)],
@@ -74,10 +83,8 @@ def _judged(trainer: PracticeTrainer, held_out: Sequence[Example], before: float
 
 
 def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
-    """Write the adapter, the tokenizer, the card and the record into the output folder.
-
-    Kills before an old checkpoint was removed may have left more of them than were to be kept.
-    """
+    """Write the adapter, the tokenizer, the model card and the record into the output folder."""
+    # a run that was killed while it removed old checkpoints left too many
     disk.drop_older(checkpoints(trainer.folder.path), trainer.keep_checkpoints)
     notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
     with trainer.folder.staging(30_000_000) as staging:
@@ -88,7 +95,7 @@ def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
 
 
 def write_card(folder: OutputFolder, notes: dict[str, Any]) -> None:
-    """Write card and record of a finished run anew, when something was added to them."""
+    """Write the model card and the record of a finished run again, with what was added to them."""
     with folder.staging(100_000) as staging:
         (staging / CARD).write_text(model_card.card(notes), "utf-8")
         folder.finish(staging, notes)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from fine_tuning_practice import TrainSettings
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.prepare import hold_out
-from lora_practice.training.evaluation import BEST, held_out_loss, take_best
+from lora_practice.training.evaluation import BEST, held_out_loss, load_best
 
 HELD_OUT = rows(6, seed=1)
 # a rate at which the held-out loss falls at first and then climbs
@@ -80,7 +80,7 @@ def test_a_best_adapter_that_was_lost_is_told_and_the_last_one_taken(
     (tmp_path / "a" / BEST).unlink()  # as where checkpoints and record alone were copied
     before = weights_of(trainer)
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
-    assert take_best(trainer) is None and same(before, weights_of(trainer))
+    assert load_best(trainer) is None and same(before, weights_of(trainer))
     assert "best.safetensors is gone: the adapter of the last step is taken" in capsys.readouterr().err
 
 

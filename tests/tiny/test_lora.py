@@ -166,9 +166,9 @@ def test_4_bits_without_the_library_or_the_machine_for_it_are_one_line(monkeypat
         quantization.four_bit("cpu", "fp32")
 
 
-def test_where_the_guard_goes_over_to_fp32_a_4_bit_layer_does_too(tmp_path):
+def test_where_recovery_goes_over_to_fp32_a_4_bit_layer_does_too(tmp_path):
     trainer = trainer_of(tmp_path, fast="off")
     layer = trainer.model.get_base_model().model.layers[0].mlp.down_proj.base_layer
     layer.compute_dtype = torch.float16  # as bitsandbytes' Linear4bit has it
-    trainer.widen()
+    trainer.upcast_to_fp32()
     assert layer.compute_dtype == torch.float32

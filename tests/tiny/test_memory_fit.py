@@ -1,4 +1,4 @@
-"""The rungs down, over a memory of a known size: the first that fits is taken, and nothing larger was tried."""
+"""The memory fallbacks, over a memory of a known size: the first that fits is taken, and nothing larger was tried."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fine_tuning_practice import main as train
 from lora_practice.training import memory_fit, recovery
-from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, Fitted, Load, fit
+from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, Fitted, MemoryDemand, fit
+from lora_practice.training.messages import row_does_not_fit
 
 
 class Memory:
@@ -34,17 +35,17 @@ class Memory:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def try_out(self, regime: ComputeConfig, lengths: Sequence[int]) -> bool:
-        self.most = sum(lengths) * (100 if regime.checkpointing else 1000)
+    def try_out(self, config: ComputeConfig, lengths: Sequence[int]) -> bool:
+        self.most = sum(lengths) * (100 if config.checkpointing else 1000)
         self.largest = max(self.largest, self.most)
         return self.most <= self.room
 
 
-PLAIN, FAST = Load(False, 512, 8 * 512), Load(True, 512, 8 * 512)
+PLAIN, FAST = MemoryDemand(False, 512, 8 * 512), MemoryDemand(True, 512, 8 * 512)
 
 
 @pytest.mark.parametrize(
-    ("load", "room", "expected"),
+    ("demand", "room", "expected"),
     [
         (PLAIN, 10_000_000, ComputeConfig("fp32", 8, 1024)),
         (PLAIN, 3_000_000, ComputeConfig("fp32", 4, 1024)),
@@ -56,11 +57,11 @@ PLAIN, FAST = Load(False, 512, 8 * 512), Load(True, 512, 8 * 512)
     ],
 )
 @pytest.mark.parametrize("predict", [True, False])
-def test_the_first_rung_that_fits_is_taken(
-    monkeypatch, load: Load, room: int, expected: ComputeConfig, predict: bool
+def test_the_first_fallback_that_fits_is_taken(
+    monkeypatch, demand: MemoryDemand, room: int, expected: ComputeConfig, predict: bool
 ) -> None:
     memory = Memory(monkeypatch, room)
-    assert fit(ComputeConfig("fp32", 8, 1024), load, memory.try_out, 1, predict).regime == expected
+    assert fit(ComputeConfig("fp32", 8, 1024), demand, memory.try_out, 1, predict).config == expected
     if predict:
         assert memory.largest <= room  # the kernel would have killed
 
@@ -69,23 +70,24 @@ def test_what_would_fit_is_named_when_nothing_does(monkeypatch: pytest.MonkeyPat
     memory = Memory(monkeypatch, 35_000)
     with pytest.raises(DoesNotFit) as caught:
         fit(ComputeConfig("fp32", 8, 1024), PLAIN, memory.try_out, 1, True)
-    assert caught.value.max_length == 256 and "--max_length 256" in str(caught.value)
+    assert caught.value.max_length == 256 and "--max_length 256" in str(row_does_not_fit(caught.value))
     memory = Memory(monkeypatch, 10)
-    with pytest.raises(DoesNotFit, match="choose a smaller model") as caught:
+    with pytest.raises(DoesNotFit) as caught:
         fit(ComputeConfig("fp32", 8, 1024), PLAIN, memory.try_out, 1, True)
-    assert caught.value.max_length == 0
-    never = Load(False, 512, 8 * 512, may_checkpoint=False)
-    with pytest.raises(DoesNotFit, match="--gradient_checkpointing auto"):
+    assert caught.value.max_length == 0 and "choose a smaller model" in str(row_does_not_fit(caught.value))
+    never = MemoryDemand(False, 512, 8 * 512, may_checkpoint=False)
+    with pytest.raises(DoesNotFit) as caught:
         fit(ComputeConfig("fp32", 8, 1024), never, Memory(monkeypatch, 300_000).try_out, 1, True)
+    assert "--gradient_checkpointing auto" in str(row_does_not_fit(caught.value))
 
 
 @given(st.booleans(), st.integers(1, 600), st.integers(1, 64), st.integers(1, 64), st.booleans())
-def test_each_rung_takes_no_more_than_the_one_above_and_all_end(fast, longest, rows, batch, may) -> None:
-    load = Load(fast, longest, longest * batch, may)
-    rungs = load.rungs(ComputeConfig("fp32", rows, 1024))
-    sizes = [sum(load.at_once(rung)) for rung in rungs]
+def test_each_fallback_takes_no_more_than_the_one_above_and_all_end(fast, longest, rows, batch, may) -> None:
+    demand = MemoryDemand(fast, longest, longest * batch, may)
+    fallbacks = demand.fallbacks(ComputeConfig("fp32", rows, 1024))
+    sizes = [sum(demand.lengths_at_once(config)) for config in fallbacks]
     assert sizes == sorted(sizes, reverse=True) and min(sizes) >= longest
-    assert rungs[-1].checkpointing == may and len(rungs) <= 14
+    assert fallbacks[-1].checkpointing == may and len(fallbacks) <= 14
 
 
 @pytest.mark.parametrize("consent", [False, True])
@@ -94,10 +96,10 @@ def test_the_length_is_lowered_with_consent_only_and_the_run_says_so(
 ) -> None:
     """A memory that no row of more than 32 tokens fits into; `fit` itself is tried above."""
 
-    def fit_32(regime: ComputeConfig, load: Load, *_: Any) -> Fitted:
-        if load.longest > 32:
-            raise DoesNotFit(load.longest, 32, True)
-        return Fitted(regime, 1)
+    def fit_32(config: ComputeConfig, demand: MemoryDemand, *_: Any) -> Fitted:
+        if demand.longest > 32:
+            raise DoesNotFit(demand.longest, 32, True)
+        return Fitted(config, 1)
 
     monkeypatch.setattr(recovery, "fit", fit_32)
     monkeypatch.setattr(recovery, "available_memory", lambda ulimit=True: 0 if ulimit else 1 << 40)

@@ -76,7 +76,7 @@ def test_a_run_that_went_over_to_fp32_is_resumed_in_fp32_bit_for_bit(tmp_path: P
     assert again.folder.checkpoint.name == "checkpoint-4"
     assert losses(run(again)) == losses(whole)
     assert same(weights_of(trainer), weights_of(again))
-    assert again.regime.precision == "fp32"
+    assert again.compute_config.precision == "fp32"
 
 
 @pytest.mark.parametrize("widened", [True, False])
@@ -96,7 +96,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_measured_in_the_precision_tha
     assert held_out_loss(again, rows(3)) == held_out_loss(trainer, rows(3))
     assert resumed["held_out_loss"] == whole["held_out_loss"]
     assert same(weights_of(trainer), weights_of(again))
-    assert again.regime.precision == trainer.regime.precision == ("fp32" if widened else "bf16")
+    assert again.compute_config.precision == trainer.compute_config.precision == ("fp32" if widened else "bf16")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -171,7 +171,7 @@ def test_activations_beyond_fp16_are_computed_again_in_fp32(tmp_path: Path) -> N
 
     trainer = trainer_of(tmp_path / "a", "fp16", change=enlarge, fast="on")
     half = run(trainer)
-    assert events(trainer)[0]["step"] == 0 and trainer.regime.precision == "fp32"
+    assert events(trainer)[0]["step"] == 0 and trainer.compute_config.precision == "fp32"
     wide = trainer_of(tmp_path / "b", "fp32", change=enlarge, fast="on")
     assert losses(half) == pytest.approx(losses(run(wide)), rel=1e-5)
 
@@ -182,11 +182,11 @@ def test_one_overflow_of_fp16s_scaled_gradients_costs_a_second_try_and_no_row(tm
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     Poison(trainer, 2, float("inf"))
     seen: list[StepNumbers] = []
-    read = trainer.guard._read
-    trainer.guard._read = lambda *args: seen.append(read(*args)) or seen[-1]
+    read = trainer.recovery._read_numbers
+    trainer.recovery._read_numbers = lambda *args: seen.append(read(*args)) or seen[-1]
     result = run(trainer)
     assert [one.scale for one in seen[:4]] == [65536.0, 65536.0, 32768.0, 32768.0]
-    assert len(seen) == 7 and result["steps"] == 6 and trainer.regime.precision == "fp16"
+    assert len(seen) == 7 and result["steps"] == 6 and trainer.compute_config.precision == "fp16"
     assert scaler.get_scale() == 32768.0 and events(trainer) == []
 
 
@@ -196,7 +196,7 @@ def test_gradients_that_overflow_at_every_scale_send_fp16_to_fp32(tmp_path: Path
     Poison(trainer, 2, float("nan"), often=3)
     assert run(trainer)["steps"] == 6
     assert "step 2: a gradient in fp16 is not finite (3 times in a row)" in capfd.readouterr().err
-    assert trainer.accelerator.scaler.get_scale() == 1.0 and trainer.regime.precision == "fp32"
+    assert trainer.accelerator.scaler.get_scale() == 1.0 and trainer.compute_config.precision == "fp32"
 
 
 def as_on_a_card(trainer: Any) -> Any:
@@ -211,14 +211,14 @@ def test_fp16_with_loss_scaling_and_dropout_is_tried_beforehand_and_resumed_bit_
         return as_on_a_card(trainer_of(tmp_path / name, "fp16", fast="on", lora_dropout=0.3, **changed))
 
     trainer = half("a")
-    assert trainer.dry_run(trainer.regime, [40, 40])
+    assert trainer.dry_run(trainer.compute_config, [40, 40])
     whole = run(trainer)
     record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
     (tmp_path / "a" / "run_record.json").write_text(json.dumps({**record, "status": "interrupted"}))
     shutil.rmtree(tmp_path / "a" / "checkpoint-6")
     again = half("a", resume=True)
     assert losses(run(again)) == losses(whole) and same(weights_of(again), weights_of(trainer))
-    assert again.regime.precision == "fp16" and again.accelerator.scaler.get_scale() == 65536.0
+    assert again.compute_config.precision == "fp16" and again.accelerator.scaler.get_scale() == 65536.0
     wide = run(trainer_of(tmp_path / "b", fast="on", lora_dropout=0.3))
     assert losses(whole) == pytest.approx(losses(wide), rel=1e-4)
 
@@ -231,7 +231,7 @@ class Full:
         compute = trainer.compute
 
         def computed(model: Any, window: Any, items: Any) -> Any:
-            at_once = trainer.regime.tokens if trainer.engine else trainer.regime.rows
+            at_once = trainer.compute_config.tokens if trainer.engine else trainer.compute_config.rows
             if trainer.state.global_step + 1 >= from_step and at_once > rows:
                 compute(model, window[:1], items)  # some gradients are there already
                 self.refused += 1
@@ -275,7 +275,7 @@ def test_when_nothing_smaller_is_left_the_run_stops_in_one_line_and_goes_on_when
 def test_a_dry_run_leaves_no_trace(tmp_path: Path, path: str, precision: str) -> None:
     tried = trainer_of(tmp_path / "a", precision, fast=path, lora_dropout=0.3)
     random = torch.get_rng_state()
-    assert tried.dry_run(tried.regime, [40, 40])
+    assert tried.dry_run(tried.compute_config, [40, 40])
     assert torch.get_rng_state().equal(random)
     assert all(parameter.grad is None for parameter in tried.trainable)
     after = losses(run(tried))
