@@ -31,7 +31,7 @@ def upload(hub, folder):
 
 
 def test_a_new_repository_is_private_and_holds_every_file(hub, upload, folder):
-    done = upload()
+    done = upload("--include", "checkpoint-*")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub.url}/{REPO}"
     repo = hub.repo(REPO)
@@ -48,17 +48,19 @@ def test_public_makes_it_public(hub, upload):
     assert not hub.repo(REPO).private
 
 
-def test_checkpoints_can_be_left_out(hub, upload):
-    done = upload("--exclude-checkpoints")
+@pytest.mark.parametrize("flags", [(), ("--include", "*", "--exclude-checkpoints")])
+def test_checkpoints_stay_here_unless_they_are_asked_for(hub, upload, flags):
+    done = upload(*flags)
     assert done.returncode == 0
     assert not [name for name in hub.repo(REPO).names() if "checkpoint" in name]
-    assert "left out: checkpoint-2/" in done.stderr
+    assert "left out: checkpoint-2/ (--include NAME sends them)" in done.stderr
 
 
 def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub, upload):
     done = upload("--dry-run", HF_TOKEN="", HF_REPO_ID="")
     assert done.returncode == 0, done.stderr
     assert "adapter_model.safetensors" in done.stdout and "kB" in done.stdout and "private" in done.stdout
+    assert done.stdout.splitlines()[-1].split()[1:] == ["kB", "checkpoint-2/", "--include", "checkpoint-2"]
     assert hub.requests == []
 
 
@@ -122,7 +124,7 @@ def test_a_file_that_the_server_loses_is_noticed(hub, upload):
 
 def test_the_parts_of_a_very_large_file_are_put_together(hub, upload, folder):
     hub.multipart_from = 5000
-    assert upload().returncode == 0
+    assert upload("--include", "checkpoint-2").returncode == 0
     name = "checkpoint-2/optimizer.pt"
     assert hub.repo(REPO).data(name) == (folder / name).read_bytes()
     assert any(line.endswith("/complete") for line in lines(hub))

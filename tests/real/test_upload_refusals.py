@@ -96,7 +96,7 @@ def test_another_owners_name_is_refused_before_anything_is_sent(hub, upload):
 )
 def test_a_file_that_looks_like_a_secret_stops_everything(hub, upload, folder, name, content):
     (folder / name).write_text(content, "utf-8")
-    done = upload()
+    done = upload("--include", "checkpoint-2")
     refused(done, name, "secret")
     assert "Q" * 34 not in done.stderr
     assert hub.requests == []
@@ -120,7 +120,7 @@ def test_a_local_base_model_is_sent_under_its_hub_name_everywhere(hub, tmp_path)
     folder = make_adapter_folder(tmp_path / "local", base=str(base))
     (folder / "training_args.bin").write_bytes(pickle.dumps({"output_dir": str(folder)}))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = run_upload(hub, folder)
+    done = run_upload(hub, folder, "--include", "checkpoint-2")
     assert done.returncode == 0, done.stderr
     repo = hub.repo(REPO)
     for name in ("adapter_config.json", "checkpoint-2/adapter_config.json"):

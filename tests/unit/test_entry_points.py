@@ -65,7 +65,7 @@ INFER_DEFAULTS: dict[str, Any] = {
     "system": "",
     "seed": 42,
 }
-UPLOAD_FLAGS = ("repo-id", "local-dir", "exclude-checkpoints", "public", "commit-message", "dry-run")
+UPLOAD_FLAGS = ("repo-id", "local-dir", "include", "exclude-checkpoints", "public", "commit-message", "dry-run")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from hub_server import identity
 from upload_harness import ROOT, make_adapter_folder
 
 from lora_practice.console.errors import UserError
-from lora_practice.export.hub.client import Link, redact
+from lora_practice.export.hub.client import HubClient, redact
 from lora_practice.export.hub.package import pack_folder
 from lora_practice.export.hub.permissions import check_permission, resolve_repo_id
 from lora_practice.export.hub.upload import differences, human_size, listing
@@ -91,15 +91,15 @@ def test_no_token_and_no_signed_address_survives_redaction():
 
 
 def test_a_listing_that_lacks_or_changes_a_file_is_noticed(tmp_path):
-    parcel = pack_folder(make_adapter_folder(tmp_path / "out"), exclude_checkpoints=True)
-    listed = {item.name: SimpleNamespace(size=item.size, blob_id=item.git_sha1, lfs=None) for item in parcel.items}
-    assert differences(parcel, listed) == []
+    package = pack_folder(make_adapter_folder(tmp_path / "out"))
+    listed = {file.name: SimpleNamespace(size=file.size, blob_id=file.git_sha1, lfs=None) for file in package.files}
+    assert differences(package, listed) == []
     listed["README.md"].blob_id = "0" * 40
     listed["adapter_config.json"].size += 1
     listed["adapter_model.safetensors"].lfs = SimpleNamespace(sha256="0" * 64)
     del listed["run_record.json"]
-    assert len(differences(parcel, listed)) == 4
-    assert "run_record.json" in listing(parcel, public=False)
+    assert len(differences(package, listed)) == 4
+    assert "run_record.json" in listing(package, public=False)
 
 
 def test_sizes_are_shown_in_the_unit_that_fits():
@@ -114,13 +114,13 @@ def test_sizes_are_shown_in_the_unit_that_fits():
 
 def test_a_broken_connection_is_tried_five_times_with_growing_pauses(capsys):
     pauses: list[float] = []
-    link = Link(TOKEN, "alice/x", "http://hub", pauses.append)
+    client = HubClient(TOKEN, "alice/x", "http://hub", pauses.append)
 
     def call():
         raise ConnectionError(f"reset, {TOKEN}")
 
     with pytest.raises(UserError, match="http://hub: the connection broke") as failed:
-        link.ask("sending", call)
+        client.call("sending", call)
     assert pauses == [1, 2, 4, 8]
     assert TOKEN not in str(failed.value) + capsys.readouterr().err
 
@@ -139,19 +139,19 @@ def test_a_broken_connection_is_tried_five_times_with_growing_pauses(capsys):
 )
 def test_each_status_has_its_words_and_only_passing_ones_are_tried_again(status, words, tries):
     pauses: list[float] = []
-    link = Link(TOKEN, "alice/x", "http://hub", pauses.append)
+    client = HubClient(TOKEN, "alice/x", "http://hub", pauses.append)
 
     def call():
         raise failure(status, "tea")
 
     with pytest.raises(UserError, match=f"alice/x: HTTP {status}: .*{words}"):
-        link.ask("sending", call)
+        client.call("sending", call)
     assert len(pauses) == tries - 1
 
 
 def test_a_mistake_of_ours_is_not_dressed_up_as_the_users():
     with pytest.raises(ZeroDivisionError):
-        Link(TOKEN, "alice/x", "http://hub").ask("sending", lambda: 1 // 0)
+        HubClient(TOKEN, "alice/x", "http://hub").call("sending", lambda: 1 // 0)
 
 
 def test_help_loads_neither_torch_nor_the_hub_client_and_flags_are_never_guessed(tmp_path):

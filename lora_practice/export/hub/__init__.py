@@ -1,1 +1,1 @@
-"""Upload to the Hub: inspection, redaction and parcel make what is sent; rights and link send it; never torch."""
+"""Upload to the Hub: secret_scan, redaction and package choose what is sent; permissions, client and upload send it."""

@@ -1,4 +1,4 @@
-"""A patient, discreet line to the Hub: silence has a limit, breaks are tried again, tokens are hidden."""
+"""Calls to the Hub: with a time limit, repeated when a connection breaks, with errors in the user's words, no token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST_WAIT = 30.0  # seconds
 
 
 def redact(message: str, token: str = "") -> str:
-    """The message without any token, and without the signature that a storage address carries."""
+    """The message without tokens, and without the query of an address (storage addresses are signed there)."""
     if token:
         message = message.replace(token, "***")
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", without_tokens(message))
@@ -29,7 +29,12 @@ def redact(message: str, token: str = "") -> str:
 
 @dataclass(frozen=True)
 class HubProblem:
-    """What went wrong, for the user; `retry`: another try may help, after `wait` seconds if given."""
+    """A failed call.
+
+    Attributes:
+        retry: another try may help.
+        wait: seconds until then, if the Hub named them.
+    """
 
     error: UserError
     retry: bool = False
@@ -37,14 +42,14 @@ class HubProblem:
 
 
 @dataclass(frozen=True)
-class Link:
-    """One conversation with the Hub about one repository.
+class HubClient:
+    """Makes calls to the Hub about one repository.
 
     Args:
-        token: kept out of every message.
+        token: a secret that is kept out of every message.
         repo_id: owner/name, named in every error.
         endpoint: the Hub's address.
-        pause: how to wait, in seconds.
+        pause: waits for a number of seconds.
     """
 
     token: str
@@ -52,39 +57,44 @@ class Link:
     endpoint: str
     pause: Callable[[float], None] = time.sleep
 
-    def ask(
+    def call(
         self,
         step: str,
-        call: Callable[[], T],
+        request: Callable[[], T],
         tries: int = NETWORK_TRIES,
         before_retry: Callable[[], None] | None = None,
     ) -> T:
-        """Call until it works, at most `tries` times: broken connections, 429 and 5xx, with growing pauses.
+        """The result of `request()`, repeated at most `tries` times with growing pauses.
+
+        Repeated are broken connections and the statuses 429 and 5xx.
+
+        Args:
+            step: what is being done, for the messages.
 
         Raises:
             UserError: what went wrong, in one line; other errors pass as they are unless they show the token.
         """
         for attempt in range(1, tries + 1):
             try:
-                return call()
+                return request()
             except Exception as error:
-                trouble = self.explain(error)
-                if trouble is None:
+                problem = self.explain(error)
+                if problem is None:
                     if redact(str(error), self.token) == str(error):
                         raise
-                    trouble = HubProblem(UserError(redact(f"{type(error).__name__}: {error}", self.token)))
-                if not trouble.retry or attempt == tries:
-                    raise trouble.error from None
-                wait = min(trouble.wait or 2.0 ** (attempt - 1), LONGEST_WAIT)
+                    problem = HubProblem(UserError(redact(f"{type(error).__name__}: {error}", self.token)))
+                if not problem.retry or attempt == tries:
+                    raise problem.error from None
+                wait = min(problem.wait or 2.0 ** (attempt - 1), LONGEST_WAIT)
             again = text(f"{wait:.0f} 秒后第 {attempt + 1}/{tries} 次", f"try {attempt + 1}/{tries} in {wait:.0f} s")
-            tell(f"{step}: {trouble.error.what} {text('→', '->')} {again}")
+            tell(f"{step}: {problem.error.what} {text('→', '->')} {again}")
             if before_retry is not None:
                 before_retry()
             self.pause(wait)
         raise AssertionError("the last try returns or raises")
 
     def explain(self, error: BaseException) -> HubProblem | None:
-        """A failed call in the user's words; None for an error that is not the Hub's or the network's."""
+        """The problem behind an exception; None if it is neither the Hub's nor the network's."""
         chain = list(_causes(error))
         if isinstance(error, ValueError) and "metadata in README.md" in str(error):
             reason = redact(" ".join(str(error).split()), self.token)
@@ -107,9 +117,9 @@ class Link:
 
     def _explain_status(self, response: Any, error: BaseException) -> HubProblem:
         status = int(response.status_code)
-        said = response.headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
-        said = redact(" ".join(str(said).split())[:300], self.token)
-        what, fix = _status_words(status, self.repo_id, said)
+        message = response.headers.get("X-Error-Message") or getattr(error, "server_message", None) or ""
+        message = redact(" ".join(str(message).split())[:300], self.token)
+        what, fix = _status_message(status, self.repo_id, message)
         wait = response.headers.get("Retry-After") or ""
         seconds = float(wait) if re.fullmatch(r"\d+", wait) else None
         user_error = UserError(f"HTTP {status}: {what}", self.repo_id, fix)
@@ -129,20 +139,22 @@ class Link:
         return HubProblem(UserError(text(zh, en), self.endpoint, fix), retry=True)
 
 
-def open_link(token: str, silence: float) -> None:
-    """Prepare huggingface_hub: its messages come through without tokens, and a server is given up after
-    `silence` seconds without a byte (by itself it would wait for ever)."""
-    compat.set_hub_timeout(silence)
+def configure_hub_library(token: str, timeout: float) -> None:
+    """Set up huggingface_hub: its log shows no token, and it gives a silent server up after `timeout` seconds.
 
-    class Discreet(logging.Handler):
+    Without that it waits for ever.
+    """
+    compat.set_hub_timeout(timeout)
+
+    class RedactedLog(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             tell(f"huggingface_hub: {redact(record.getMessage(), token)}")
 
-    logging.getLogger("huggingface_hub").handlers = [Discreet()]
+    logging.getLogger("huggingface_hub").handlers = [RedactedLog()]
 
 
 def plain_transfer() -> None:
-    """From here on, send large files by plain LFS: through some proxies and mirrors Xet does not come."""
+    """Send large files by plain LFS from now on: some proxies and mirrors do not let Xet through."""
     import huggingface_hub
 
     huggingface_hub.constants.HF_HUB_DISABLE_XET = True
@@ -156,12 +168,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status_words(status: int, repo_id: str, said: str) -> tuple[str, str]:
-    """(what is wrong, what to do) for an HTTP status; `said` is the Hub's own sentence, perhaps empty."""
-    more = f": {said}" if said else ""
+def _status_message(status: int, repo_id: str, message: str) -> tuple[str, str]:
+    """(what is wrong, what to do) for an HTTP status; `message` is the Hub's own sentence, "" if it sent none."""
+    more = f": {message}" if message else ""
     owner = repo_id.split("/")[0]
     new_token = text(f"在 {TOKEN_PAGE} 新建 write token", f"make a write token at {TOKEN_PAGE}")
-    words = {
+    known = {
         401: (
             text("token 不被接受（错、过期或已作废）", "the token is not accepted (wrong, expired or revoked)"),
             new_token,
@@ -187,8 +199,8 @@ def _status_words(status: int, repo_id: str, said: str) -> tuple[str, str]:
             text("等几分钟再运行一次", "wait some minutes, then run again"),
         ),
     }
-    if status in words:
-        return words[status]
+    if status in known:
+        return known[status]
     if status >= 500:
         fix = text("稍后再运行一次", "run again later")
         return text(f"Hub 暂时出错{more}", f"the Hub is in trouble{more}"), fix

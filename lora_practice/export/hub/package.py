@@ -1,6 +1,8 @@
-"""What of an output folder may leave this machine: no secrets, no private paths, no links that lead outside.
+"""Chooses the files of an output folder that are uploaded: no secrets, no private paths, no links that lead outside.
 
-The folder itself is never changed; a file that must be sent differently is carried as bytes.
+By default the files at the top of the folder, which is what sharing an adapter needs; a folder in it (merged/, gguf/,
+checkpoint-N/) only where it is named. The output folder itself is never changed: a file that must be sent in another
+form is carried as bytes.
 """
 
 from __future__ import annotations
@@ -8,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.export.hub.redaction import Base, base_names, mend_manifest, private_roots, rewrite
-from lora_practice.export.hub.secret_scan import TEXT_SUFFIXES, inspect_file
+from lora_practice.export.hub.redaction import BaseNames, base_names, private_paths, rewrite_text, update_manifest
+from lora_practice.export.hub.secret_scan import TEXT_SUFFIXES, scan_file
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 from lora_practice.run.folder import CHECKPOINT_MANIFEST
 from lora_practice.storage.json_files import read_record
 
 LARGEST_TEXT = 16 << 20  # bytes; a longer text is not rewritten
 SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db"}
-MERGED_FOLDERS = ("merged", "gguf")  # what merging and exporting wrote: the model once more, each time
 WEIGHT_SUFFIXES = {".safetensors", ".gguf"}
 
 
@@ -42,93 +43,146 @@ class FileToSend:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """All files to send, by name, and what the user should know about them (one line each)."""
+class FolderLeftOut:
+    """A folder inside the output folder that is not sent, because `--include` does not name it."""
+
+    name: str
+    size: int  # bytes of all its files
+
+
+@dataclass(frozen=True)
+class UploadPackage:
+    """All files to send, by name, the folders that are not sent, and notes for the user (one line each)."""
 
     folder: Path
-    items: tuple[FileToSend, ...]
+    files: tuple[FileToSend, ...]
+    left_out: tuple[FolderLeftOut, ...]
     notes: tuple[str, ...]
 
     @property
     def size(self) -> int:
         """Bytes of all files together."""
-        return sum(item.size for item in self.items)
+        return sum(file.size for file in self.files)
+
+
+@dataclass
+class _Changes:
+    """Names of the files that are not sent as they lie on disk."""
+
+    rewritten: list[str] = field(default_factory=list)  # local paths were taken out
+    withheld: list[str] = field(default_factory=list)  # local paths cannot be taken out (a pickle)
+    leaking: list[str] = field(default_factory=list)  # weights, sent although they name a local path
 
 
 def pack_folder(
-    folder: Path, exclude_checkpoints: bool = False, token: str = "", exclude_merged: bool = False
-) -> Parcel:
-    """Choose, inspect and (where they name private paths) rewrite the files of `folder`.
+    folder: Path, include: Sequence[str] = (), token: str = "", exclude_checkpoints: bool = False
+) -> UploadPackage:
+    """Choose, scan and (where they name private paths) rewrite the files of `folder`.
+
+    Args:
+        include: names or patterns of folders in `folder` that are sent too, such as "merged" or "checkpoint-*".
+        token: a secret that must stand in no file.
+        exclude_checkpoints: leave checkpoint-* out even if `include` matches them.
 
     Raises:
-        UserError: no such folder, nothing in it, not a model or adapter, a link that leads outside, or a file
-            that looks like a secret (by name, or by what is written in it; `token` itself included).
+        UserError: no such folder, nothing in it, not a model or adapter, nothing that `include` matches, a link that
+            leads outside, or a file that looks like a secret (by its name or by its content).
     """
     _check_folder(folder)
+    left_out = _folders_left_out(folder, [name.rstrip("/\\") for name in include], exclude_checkpoints)
     base = base_names(folder)
-    roots = private_roots(folder, base)
-    notes: list[str] = []
-    items, rewritten, left_out, leaks = [], [], [], []
-    excluded = ("checkpoint-*",) * exclude_checkpoints + MERGED_FOLDERS * exclude_merged
-    paths = list(_walk(folder.resolve(), excluded, notes))
-    for path in paths:
+    paths = private_paths(folder, base)
+    passed_over: list[str] = []
+    changes, files = _Changes(), []
+    for path in _walk(folder.resolve(), {one.name for one in left_out}, passed_over):
         name = path.relative_to(folder.resolve()).as_posix()
-        size, sha256, git_sha1, is_private = inspect_file(path, name, token, roots)
-        item = FileToSend(name, path, size, sha256, git_sha1)
-        if path.suffix.lower() in TEXT_SUFFIXES and size <= LARGEST_TEXT:
-            before = path.read_bytes()
-            after = rewrite(name, before, base, roots)
-            if after != before:
-                item = _item_of_bytes(name, path, after)
-                rewritten.append(name)
-        elif is_private and path.suffix.lower() not in WEIGHT_SUFFIXES:
-            left_out.append(name)
-            continue
-        elif is_private:
-            leaks.append(name)
-        items.append(item)
-    if rewritten or left_out:
-        items = [_mended(item, items, set(left_out)) for item in items]
-    notes += _tell_changes(base, rewritten, left_out, leaks, str((read_record(folder) or {}).get("status")))
-    return Parcel(folder, tuple(sorted(items, key=lambda item: item.name)), tuple(notes))
+        file = _file_to_send(name, path, token, base, paths, changes)
+        if file:
+            files.append(file)
+    if changes.rewritten or changes.withheld:
+        files = [_with_updated_manifest(file, files, set(changes.withheld)) for file in files]
+    notes = [text(f"不上传：{_some(passed_over)}", f"left out: {_some(passed_over)}")] if passed_over else []
+    notes += _notes(base, changes, str((read_record(folder) or {}).get("status")))
+    return UploadPackage(folder, tuple(sorted(files, key=lambda file: file.name)), left_out, tuple(notes))
 
 
-def _mended(item: FileToSend, items: list[FileToSend], gone: set[str]) -> FileToSend:
-    """The same item, or a checkpoint's manifest that knows of the rewritten files."""
-    if item.path.name != CHECKPOINT_MANIFEST:
-        return item
-    changed = {one.name: (one.size, one.sha256) for one in items if one.data is not None}
-    before = item.path.read_bytes() if item.data is None else item.data
-    after = mend_manifest(before, Path(item.name).parent.as_posix(), changed, gone)
-    return item if after == before else _item_of_bytes(item.name, item.path, after)
+def _folders_left_out(folder: Path, include: Sequence[str], exclude_checkpoints: bool) -> tuple[FolderLeftOut, ...]:
+    """The folders in `folder` that are not sent; UserError for a name in `include` that matches none."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    names = [name for name in names if not _is_skipped(name)]
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            here = text("这里有：", "here are: ") + ", ".join(names) if names else ""
+            raise UserError(text("没有这个文件夹", "no such folder here"), f"--include {pattern}", here)
+    chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in include)}
+    if exclude_checkpoints:
+        chosen = {name for name in chosen if not fnmatchcase(name, "checkpoint-*")}
+    return tuple(FolderLeftOut(name, _bytes_below(folder / name)) for name in names if name not in chosen)
 
 
-def _item_of_bytes(name: str, path: Path, data: bytes) -> FileToSend:
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _is_skipped(name: str) -> bool:
+    """Whether a file or folder of this name is never sent."""
+    return name in SKIPPED or name.startswith(".writing-")
+
+
+def _file_to_send(
+    name: str, path: Path, token: str, base: BaseNames, paths: dict[str, str], changes: _Changes
+) -> FileToSend | None:
+    """One file as it is sent, noted in `changes` if that differs from the disk; None if it cannot be sent."""
+    scanned = scan_file(path, name, token, paths)
+    file = FileToSend(name, path, scanned.size, scanned.sha256, scanned.git_sha1)
+    suffix = path.suffix.lower()
+    if suffix in TEXT_SUFFIXES and scanned.size <= LARGEST_TEXT:
+        before = path.read_bytes()
+        after = rewrite_text(name, before, base, paths)
+        if after != before:
+            changes.rewritten.append(name)
+            return _file_of_bytes(name, path, after)
+    elif scanned.has_private_path and suffix not in WEIGHT_SUFFIXES:
+        changes.withheld.append(name)
+        return None
+    elif scanned.has_private_path:
+        changes.leaking.append(name)
+    return file
+
+
+def _with_updated_manifest(file: FileToSend, files: list[FileToSend], withheld: set[str]) -> FileToSend:
+    """The same file; a checkpoint's manifest with the sizes and hashes of the rewritten files."""
+    if file.path.name != CHECKPOINT_MANIFEST:
+        return file
+    rewritten = {one.name: (one.size, one.sha256) for one in files if one.data is not None}
+    before = file.path.read_bytes() if file.data is None else file.data
+    after = update_manifest(before, Path(file.name).parent.as_posix(), rewritten, withheld)
+    return file if after == before else _file_of_bytes(file.name, file.path, after)
+
+
+def _file_of_bytes(name: str, path: Path, data: bytes) -> FileToSend:
     git_sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return FileToSend(name, path, len(data), hashlib.sha256(data).hexdigest(), git_sha1, data)
 
 
-def _tell_changes(base: Base, rewritten: list[str], left_out: list[str], leaks: list[str], status: str) -> list[str]:
+def _notes(base: BaseNames, changes: _Changes, status: str) -> list[str]:
     """One line for each thing that is sent otherwise than it lies on disk."""
     notes = []
     if status in ("running", "interrupted"):
-        notes.append(text("注意：这次训练没有结束", "note: this training run has not finished"))
-    if rewritten:
-        names = _some(rewritten)
+        notes.append(text("注意：这次训练还没有完成", "note: this training run has not finished"))
+    if changes.rewritten:
+        names = _some(changes.rewritten)
         base_zh, base_en = (f"底座改为 {base.public}，", f"base model: {base.public}; ") if base.public else ("", "")
         zh = f"上传前去掉了本机路径（{base_zh}磁盘上的文件不变）：{names}"
         en = f"local paths taken out before sending ({base_en}your files stay as they are): {names}"
         notes.append(text(zh, en))
-    if left_out:
-        names = _some(left_out)
+    if changes.withheld:
+        names = _some(changes.withheld)
         zh, en = f"不上传（里面有本机路径）：{names}", f"left out (they hold paths of this machine): {names}"
         notes.append(text(zh, en))
-    if leaks:
-        names = _some(leaks)
-        zh, en = (
-            f"注意：权重文件里有本机路径：{names}",
-            f"note: these weights name a path of this machine: {names}",
-        )
+    if changes.leaking:
+        names = _some(changes.leaking)
+        zh, en = f"注意：权重文件里有本机路径：{names}", f"note: these weights name a path of this machine: {names}"
         notes.append(text(zh, en))
     if not base.on_hub:
         zh = f"注意：底座模型 {base.public} 只在本机，别人无法加载这个适配器"
@@ -152,35 +206,29 @@ def _check_folder(folder: Path) -> None:
         raise UserError(text(zh, en), str(folder), fix)
 
 
-def _walk(folder: Path, excluded: Sequence[str], notes: list[str]) -> Iterator[Path]:
-    """Every file to look at, in the order of names; appends to `notes` what is passed over."""
-    passed: list[str] = []
+def _walk(folder: Path, left_out: set[str], passed_over: list[str]) -> Iterator[Path]:
+    """The files to send, in the order of names; appends to `passed_over` what is never sent."""
     for here, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = Path(here, name)
             if path.is_symlink() and not _leads_inside(path, folder):
-                zh, en = (
+                what = text(
                     "链接指向文件夹之外或它自己，拒绝上传",
                     "this link leads outside the folder, or to itself: refused",
                 )
                 fix = text("删掉它，或换成文件本身", "delete it, or put the file itself there")
-                raise UserError(text(zh, en), str(path), fix)
-        chosen = []
-        for name in sorted(folders):
-            is_excluded = any(fnmatch(name, pattern) for pattern in excluded)
-            if is_excluded or name in SKIPPED or name.startswith(".writing-") or Path(here, name).is_symlink():
-                passed.append(Path(here, name).relative_to(folder).as_posix() + "/")
-            else:
-                chosen.append(name)
-        folders[:] = chosen
+                raise UserError(what, str(path), fix)
+        if Path(here) == folder:
+            folders[:] = [name for name in folders if name not in left_out]
+        skipped = {name for name in folders if _is_skipped(name) or Path(here, name).is_symlink()}
+        passed_over += [Path(here, name).relative_to(folder).as_posix() + "/" for name in sorted(skipped)]
+        folders[:] = sorted(set(folders) - skipped)
         for name in sorted(files):
             path = Path(here, name)
-            if name in SKIPPED or not path.is_file():
-                passed.append(path.relative_to(folder).as_posix())
+            if _is_skipped(name) or not path.is_file():
+                passed_over.append(path.relative_to(folder).as_posix())
             else:
                 yield path
-    if passed:
-        notes.append(text(f"不上传：{_some(passed)}", f"left out: {_some(passed)}"))
 
 
 def _leads_inside(link: Path, folder: Path) -> bool:

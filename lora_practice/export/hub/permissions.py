@@ -1,4 +1,4 @@
-"""Who may write where: the repository's name, the token and its rights, before anything is sent."""
+"""Checks before anything is sent: the repository's name, whether the token may write to it, the connection."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_practice.sources.environment import TOKEN_PAGE, hub_endpoint, offline_
 
 
 def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
-    """owner/name from the flag, HF_REPO_ID, or HF_USERNAME and HF_REPO_NAME.
+    """The repository's owner/name: from the flag `given`, HF_REPO_ID, or HF_USERNAME and HF_REPO_NAME.
 
     Raises:
-        UserError: none is set, or it is not a name the Hub takes.
+        UserError: none is set, or the Hub takes no such name.
     """
     user, name = env.get("HF_USERNAME", "").strip(), env.get("HF_REPO_NAME", "").strip()
     chosen = given.strip() or env.get("HF_REPO_ID", "").strip() or name
@@ -24,7 +24,7 @@ def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
         chosen = f"{user}/{chosen}"
     example = text("例如 --repo_id 你的用户名/my-lora", "for example --repo_id your-name/my-lora")
     if not chosen:
-        zh, en = "没有说上传到哪个仓库", "no repository to upload to"
+        zh, en = "没有指定上传到哪个仓库", "no repository to upload to"
         raise UserError(text(zh, en), "--repo_id", example)
     part = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
     good = re.fullmatch(rf"{part}/(?:{part}|_[\w.-]*)", chosen, re.ASCII) and len(chosen) <= 96
@@ -35,10 +35,13 @@ def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
 
 
 def check_permission(identity: Mapping[str, Any], repo_id: str) -> None:
-    """Refuse before sending if this token (the answer of whoami) cannot write to `repo_id`.
+    """Refuse a token that cannot write to `repo_id`.
+
+    Args:
+        identity: the Hub's answer to whoami.
 
     Raises:
-        UserError: a read-only token, a fine-grained one without `repo.write` there, or another's namespace.
+        UserError: a read-only token, a fine-grained one without `repo.write` there, or someone else's namespace.
     """
     owner = repo_id.split("/")[0].casefold()
     access = (identity.get("auth") or {}).get("accessToken") or {}
@@ -62,9 +65,13 @@ def check_permission(identity: Mapping[str, Any], repo_id: str) -> None:
 
 
 def check_connection_settings() -> None:
-    """Refuse offline mode and an HF_ENDPOINT that is no address; warn when the token travels in clear."""
+    """Refuse offline mode and an HF_ENDPOINT that is no address; warn if the token is sent unencrypted.
+
+    Raises:
+        UserError: nothing can be sent with these settings.
+    """
     if offline_wanted():
-        zh, en = "设了离线模式，不能上传", "offline mode is on, so nothing can be uploaded"
+        zh, en = "开启了离线模式，不能上传", "offline mode is on, so nothing can be uploaded"
         raise UserError(text(zh, en), "HF_HUB_OFFLINE", text("取消这个变量", "unset it"))
     address = urlsplit(hub_endpoint())
     if address.scheme not in ("http", "https") or not address.hostname:
@@ -72,7 +79,7 @@ def check_connection_settings() -> None:
         raise UserError(text(zh, en), "HF_ENDPOINT")
     if address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
         zh, en = (
-            "注意：HF_ENDPOINT 不加密，token 会明文传输",
+            "注意：HF_ENDPOINT 没有加密，token 会以明文传输",
             "note: HF_ENDPOINT is not encrypted, nor is the token",
         )
         tell(text(zh, en))

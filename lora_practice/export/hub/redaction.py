@@ -1,7 +1,7 @@
-"""Local paths -> public names, in the texts of an output folder that leaves this machine.
+"""Replaces local paths by public names in the text files that are uploaded.
 
-A base model in a local folder becomes its Hub name (or, lacking one, the folder's bare name); this folder and
-the working directory become ".", the home directory "~"; paths are dropped from run_record.json.
+A base model in a local folder becomes its Hub name (or, without one, the folder's bare name); the output folder and
+the working directory become ".", the home directory "~"; fields that hold a path are dropped from run_record.json.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from lora_practice.storage.json_files import RECORD, parse_object, read_object, 
 # "base_model: X", "- X" below it, or the tag "- base_model:adapter:X"
 CARD_LINE = re.compile(r"(\s*(?:-\s*)?(?:base_model:\s*(?:adapter:|finetune:|merge:)?)?)(['\"]?)(.+?)\2\s*$")
 
-LONGEST_CARD_LINE = 2000  # characters; matching takes their square
+LONGEST_CARD_LINE = 2000  # characters; the time of matching CARD_LINE grows with their square
 
 
 @dataclass(frozen=True)
-class Base:
-    """The base model as this machine spells it (`local`, longest first) and as others can (`public`)."""
+class BaseNames:
+    """The base model's names on this machine (`local`, longest first) and the one that others can use (`public`)."""
 
     local: tuple[str, ...] = ()
     public: str = ""
     on_hub: bool = True
 
 
-def base_names(folder: Path) -> Base:
+def base_names(folder: Path) -> BaseNames:
     """Read the base model's names from run_record.json, adapter_config.json and config.json.
 
     Raises:
@@ -47,33 +47,36 @@ def base_names(folder: Path) -> Base:
         spellings.add(model["name"])
     local = {name for name in spellings if name != hub_id and (hub_id or _is_local(name))}
     if not local:
-        return Base()
+        return BaseNames()
     ordered = tuple(sorted(local, key=len, reverse=True))
     public = hub_id or re.split(r"[\\/]", ordered[0].rstrip("\\/"))[-1]
-    return Base(ordered, public, on_hub=bool(hub_id))
+    return BaseNames(ordered, public, on_hub=bool(hub_id))
 
 
-def private_roots(folder: Path, base: Base) -> dict[str, str]:
-    """Each absolute path that must not be sent -> what stands in for it; longest first."""
-    roots: dict[str, str] = {}
+def private_paths(folder: Path, base: BaseNames) -> dict[str, str]:
+    """{absolute path that must not be sent: its replacement}, the longest paths first."""
+    found: dict[str, str] = {}
     home = os.path.expanduser("~")
     for path, public in ((home, "~"), (os.getcwd(), "."), (folder.absolute(), "."), (folder.resolve(), ".")):
-        roots[str(path)] = public
-    roots.update({name: base.public for name in base.local if is_absolute(name)})
+        found[str(path)] = public
+    found.update({name: base.public for name in base.local if is_absolute(name)})
     recorded = read_record(folder) or {}
     named = [(recorded.get("data") or {}).get("path"), *(recorded.get("settings") or {}).values()]
-    for path in named:  # data that lies elsewhere keeps its name, not its place
+    for path in named:  # data in another folder keeps its name, not its place
         if isinstance(path, str) and is_absolute(path):
-            roots.setdefault(path, Path(path).name)
-    for path in list(roots):  # a Windows path is also written with / or, inside JSON, with doubled backslashes
-        roots.setdefault(path.replace("\\", "\\\\"), roots[path])
-        roots.setdefault(path.replace("\\", "/"), roots[path])
-    wanted = [path for path in roots if len(re.sub(r"[\\/:]", "", path)) > 1]  # "/" and "C:\\" hide nothing
-    return {path: roots[path] for path in sorted(wanted, key=len, reverse=True)}
+            found.setdefault(path, Path(path).name)
+    for path in list(found):  # a Windows path is also written with / or, inside JSON, with doubled backslashes
+        found.setdefault(path.replace("\\", "\\\\"), found[path])
+        found.setdefault(path.replace("\\", "/"), found[path])
+    wanted = [path for path in found if len(re.sub(r"[\\/:]", "", path)) > 1]  # "/" and "C:\\" hide nothing
+    return {path: found[path] for path in sorted(wanted, key=len, reverse=True)}
 
 
-def rewrite(name: str, data: bytes, base: Base, roots: dict[str, str]) -> bytes:
-    """The text file `name` as it may be sent; the very same bytes when there is nothing to hide.
+def rewrite_text(name: str, data: bytes, base: BaseNames, paths: dict[str, str]) -> bytes:
+    """The text file `name` without private paths; the very same bytes when there is nothing to hide.
+
+    Args:
+        paths: replacements, from `private_paths`.
 
     Raises:
         UserError: run_record.json or adapter_config.json is not JSON, or README.md is not UTF-8.
@@ -92,18 +95,21 @@ def rewrite(name: str, data: bytes, base: Base, roots: dict[str, str]) -> bytes:
         content = _with_public_base(content, name, base)
     elif short == "README.md" and base.local:
         content = _with_public_card(content, base)
-    for root, public in roots.items():
-        if root in content:
+    for path, public in paths.items():
+        if path in content:
             # the path itself, not a part of a longer name
-            pattern = r"(?<![\w.-])" + re.escape(root) + r"(?![\w-])"
+            pattern = r"(?<![\w.-])" + re.escape(path) + r"(?![\w-])"
             content = re.sub(pattern, lambda _, public=public: public, content)  # type: ignore[misc]
     return data if content == before else content.encode("utf-8")
 
 
-def mend_manifest(data: bytes, folder: str, changed: dict[str, tuple[int, str]], gone: set[str]) -> bytes:
-    """A checkpoint's manifest that fits what is sent: `changed` is name -> (bytes, sha256); `gone` stay.
+def update_manifest(data: bytes, folder: str, rewritten: dict[str, tuple[int, str]], withheld: set[str]) -> bytes:
+    """A checkpoint's manifest that fits the files as they are sent.
 
-    Names are those in the repository; `folder` is the manifest's own ("." at the top).
+    Args:
+        folder: of the manifest, in the repository ("." at the top).
+        rewritten: {name in the repository: (bytes, sha256)}.
+        withheld: names of files that are not sent.
     """
     manifest = _parse_object(data.decode("utf-8"), folder)
     files = manifest.get("files")
@@ -111,16 +117,16 @@ def mend_manifest(data: bytes, folder: str, changed: dict[str, tuple[int, str]],
         return data
     for relative in list(files):
         name = (PurePosixPath(folder) / relative).as_posix()
-        if name in gone:
+        if name in withheld:
             del files[relative]
-        elif name in changed and isinstance(files[relative], dict):
-            size, sha256 = changed[name]
+        elif name in rewritten and isinstance(files[relative], dict):
+            size, sha256 = rewritten[name]
             files[relative] = {**files[relative], "size": size, "sha256": sha256}
     return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def is_absolute(path: str) -> bool:
-    """Whether it names a place on some machine, Windows or not."""
+    """Whether this is an absolute path, on Windows or elsewhere."""
     return path.startswith(("/", "~/")) or PureWindowsPath(path).is_absolute()
 
 
@@ -156,7 +162,7 @@ def _dump(value: Any) -> str:
 
 
 def _without_paths(content: str, where: str) -> str:
-    """run_record.json without any field whose value is an absolute path."""
+    """run_record.json without the fields whose value is an absolute path."""
     record = _parse_object(content, where)
     cleaned = _drop_paths(record)
     return content if cleaned == record else _dump(cleaned)
@@ -174,7 +180,7 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and is_absolute(value) and "\n" not in value
 
 
-def _with_public_base(content: str, where: str, base: Base) -> str:
+def _with_public_base(content: str, where: str, base: BaseNames) -> str:
     config = _parse_object(content, where)
     if config.get("base_model_name_or_path") not in base.local:
         return content
@@ -182,8 +188,8 @@ def _with_public_base(content: str, where: str, base: Base) -> str:
     return _dump(config)
 
 
-def _with_public_card(content: str, base: Base) -> str:
-    """README.md whose metadata names the base on the Hub, or no base: the Hub refuses a path there."""
+def _with_public_card(content: str, base: BaseNames) -> str:
+    """README.md with the base's Hub name in its metadata, or with no base: the Hub refuses a path there."""
     front = re.match(r"\ufeff?---\r?\n.*?\r?\n---", content, re.DOTALL)
     if not front:
         return content

@@ -1,17 +1,18 @@
-"""One look at a file that is to leave this machine: its size and hashes, and whether it holds a secret."""
+"""Scans a file before it is uploaded: its size and hashes, and whether it holds a secret or a private path."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 
 SCAN_BYTES = 1 << 20  # bytes read at a time
-OVERLAP = 512  # bytes kept from the chunk before, so that nothing hides on a border
+OVERLAP = 512  # bytes kept from the chunk before: a secret may lie across the border of two chunks
 TEXT_SUFFIXES = frozenset(
     ("", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".html", ".csv", ".log", ".svg")
 )
@@ -20,7 +21,7 @@ SECRET_NAME = re.compile(
     r"|\.git-credentials|\.pypirc|\.npmrc",
     re.IGNORECASE,
 )
-# A plain substring first (fast over weights), then the full pattern.
+# (plain substring, which is fast over weights; full pattern; name of the kind)
 SECRETS = (
     (b"hf_", re.compile(rb"(?<![A-Za-z0-9])hf_([a-z]{3,6}_)?[A-Za-z0-9]{20,}"), "Hugging Face token"),
     (b"api_org_", re.compile(rb"(?<![A-Za-z0-9])api_org_[A-Za-z0-9]{20,}"), "Hugging Face token"),
@@ -30,21 +31,33 @@ SECRETS = (
 )
 
 
-def inspect_file(path: Path, name: str, token: str, roots: Iterable[str]) -> tuple[int, str, str, bool]:
-    """Read one file once, however large. Returns (bytes, sha256, git blob sha1, whether it names a root).
+@dataclass(frozen=True)
+class ScannedFile:
+    """What one pass over a file found. `size` is in bytes, `git_sha1` the hash that git gives to such a blob."""
 
-    `name` is what errors call it (it is searched too), `token` a secret that no pattern knows, `roots` the
-    paths that must not be sent (in a pickle any letter may stand before one: it is the length).
+    size: int
+    sha256: str
+    git_sha1: str
+    has_private_path: bool
+
+
+def scan_file(path: Path, name: str, token: str, private_paths: Iterable[str]) -> ScannedFile:
+    """Read one file once, in chunks, however large it is.
+
+    Args:
+        name: what errors call the file; it is searched for secrets too.
+        token: a secret that no pattern knows; "" for none.
+        private_paths: paths that must not be sent. Any letter may stand before one: in a pickle it is its length.
 
     Raises:
-        UserError: it looks like a secret, by its name or by what is written in it, or it cannot be read.
+        UserError: the file looks like a secret, by its name or by its content, or it cannot be read.
     """
     if SECRET_NAME.fullmatch(path.name):
         raise _secret(name, text("文件名像密钥文件", "a file of this name holds secrets"))
     patterns = list(SECRETS)
     if len(token) >= 8:
         patterns.insert(0, (token.encode(), re.compile(re.escape(token.encode())), "HF_TOKEN"))
-    needles = [root.encode() for root in roots]
+    needles = [one.encode() for one in private_paths]
     try:
         size = path.stat().st_size
         sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -65,7 +78,7 @@ def inspect_file(path: Path, name: str, token: str, roots: Iterable[str]) -> tup
                 read += len(chunk)
                 window = window[-OVERLAP:]
                 if not chunk:
-                    return size, sha256.hexdigest(), git_sha1.hexdigest(), is_private
+                    return ScannedFile(size, sha256.hexdigest(), git_sha1.hexdigest(), is_private)
     except UnicodeEncodeError as error:
         raise UserError(text("文件名不是 UTF-8", "the file name is not UTF-8"), repr(name)) from error
     except OSError as error:
@@ -74,13 +87,13 @@ def inspect_file(path: Path, name: str, token: str, roots: Iterable[str]) -> tup
 
 
 def _secret(where: str, kind: str) -> UserError:
-    zh, en = f"看起来是秘密（{kind}），拒绝上传", f"looks like a secret ({kind}): refused, nothing was sent"
-    fix = text("从文件夹里删掉；若已泄露请作废", "take it out of the folder, and revoke it if others saw it")
+    zh, en = f"看起来是密钥（{kind}），拒绝上传", f"looks like a secret ({kind}): refused, nothing was sent"
+    fix = text("从文件夹里删掉；如果已经泄露，请把它作废", "take it out of the folder, and revoke it if others saw it")
     return UserError(text(zh, en), where, fix)
 
 
 def _place(path: Path, name: str, offset: int) -> str:
-    """file:line for texts, the file's name otherwise."""
+    """Where in a file the byte at `offset` is: name:line for a text, the name alone otherwise."""
     if path.suffix.lower() not in TEXT_SUFFIXES:
         return name
     with open(path, "rb") as file:
