@@ -1,9 +1,11 @@
-"""Machines that are only described: what `probe.look` would find on them."""
+"""Machines that are only described: what `read_facts` and `read_surroundings` would find on them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
+from lora_practice.compat import LIBRARIES
+from lora_practice.machine.doctor.surroundings import Hub, Need, Place, Surroundings
 from lora_practice.machine.facts import Facts
 
 GB = 1 << 30
@@ -54,3 +56,21 @@ WSL_NO_CARD = without_card("i5-8250U", 8, 8, "avx2", wsl=True)
 NO_DRIVER = Facts(cores=8, memory=16 * GB, card_on_bus=True, torch="2.13.0+cu130", cuda="13.0")
 CPU_BUILD = unreached("NVIDIA GeForce GTX 1060 6GB", 6, 1, "", torch="2.13.0+cpu")
 DRIVER_TOO_OLD = unreached("NVIDIA GeForce RTX 3060", 8, 6, "13.0", driver="535.183.01")
+
+
+def around(**more: Any) -> Surroundings:
+    """Everything in order, but for `more`."""
+    fine = {name: Place(name, 50 * GB, True, 0) for name in ("output", "cache", "hub_cache", "datasets_cache")}
+    hub = Hub("https://huggingface.co", True, False, "none")
+    here = (Need("a model", True, 1.0), Need("chats", True, 1.0))
+    versions: dict[str, Optional[str]] = dict.fromkeys(LIBRARIES, "1.0")
+    parts: dict[str, Any] = {
+        **fine,
+        "hub": hub,
+        "embedded": here,
+        "wanted": here,
+        "compiler": "g++",
+        "versions": versions,
+        "finished": False,
+    }
+    return Surroundings(**{**parts, **more})

@@ -187,7 +187,6 @@ def test_wrong_values_gather_into_one_line_and_write_nothing(tmp_path: Path) -> 
         (CLI, ("tain",), "no such command: tain"),
         ((*CLI, "check-data"), (), "FILE is missing -> lora-practice check-data --help"),
         (INFER, (), "no --prompt, and no question on stdin"),
-        (INFER, ("--prompt", "Hi", "--model-dir", "nowhere"), "nowhere: no such folder"),
         (TRAIN, ("--dataset_path", "missing.jsonl", "--embedded"), "missing.jsonl: no such data file"),
         (
             TRAIN,

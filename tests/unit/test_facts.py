@@ -8,14 +8,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional
 
 import psutil
 import pytest
 
 from lora_practice.machine import facts as machine_facts
 from lora_practice.machine import memory
-from lora_practice.machine.device import decide, matmul_gflops, peak_memory
 
 GB = 1 << 30
 ROOT = "/sys/fs/cgroup"
@@ -142,44 +140,6 @@ def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
     started = time.monotonic()
     assert machine_facts._driver_facts() == {"driver_trouble": "nvidia-smi: TimeoutExpired"}
     assert time.monotonic() - started < 5
-
-
-def test_this_machine_can_be_looked_at() -> None:
-    facts = machine_facts.read_facts(driver_too=True)
-    assert 1 <= facts.cores <= facts.board_cores
-    assert 0 < facts.memory <= facts.memory_total
-    assert facts.torch
-    assert decide(facts).device in ("cpu", "cuda")
-    assert peak_memory() > 10_000_000
-    assert matmul_gflops() > 0.1
-
-
-def test_the_most_memory_is_the_cards_only_where_the_card_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda is awake also where its random numbers were saved, which every step does."""
-    import torch
-
-    from bench.worker import peak_memory_mb
-    from lora_practice.training.plan import most_held
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 7_000_000)
-    assert most_held(torch.device("cuda")) == 7_000_000 < most_held(torch.device("cpu"))
-    assert peak_memory_mb("cuda") == 7.0 < peak_memory_mb("cpu")
-
-
-def test_the_processor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, {})
-    facts = machine_facts.read_facts()
-    assert (facts.cpu, facts.cpu_bf16, facts.instructions) == ("Some CPU", True, ("avx2", "avx512_bf16"))
-
-
-@pytest.mark.parametrize(("word", "known"), [("AVX2", ("avx2",)), ("AVX512", ("avx2", "avx512f")), ("DEFAULT", None)])
-def test_elsewhere_torch_knows_the_processor(
-    monkeypatch: pytest.MonkeyPatch, word: str, known: Optional[tuple[str, ...]]
-) -> None:
-    monkeypatch.setattr(machine_facts, "read_system_file", lambda path: "")
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: word)
-    assert machine_facts.read_facts().instructions == known  # None: unknown, which is not the same as none
 
 
 def test_a_torch_that_does_not_load_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import described as d
@@ -12,7 +11,6 @@ from described import GB, card, unreached
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.machine.device import decide
 from lora_practice.machine.facts import Facts
@@ -180,20 +178,3 @@ def test_binary_code_runs_within_its_major_version(here: tuple[int, int], built:
 @given(st.text(max_size=10))
 def test_an_odd_name_of_a_kernel_is_no_kernel(name: str) -> None:
     assert not runs_on((2, 0), (name,))
-
-
-def test_of_two_cards_one_trains_with_the_rows_that_were_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers would take both by DataParallel, and twice the rows for a step."""
-    import trl
-
-    class OnTwoCards(trl.SFTConfig):
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            self._n_gpu = 2
-
-    monkeypatch.setattr(trl, "SFTConfig", OnTwoCards)
-    options = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 3}
-    assert trl.SFTConfig(**options).train_batch_size == 6
-    assert compat.sft_config(**options).train_batch_size == 3
