@@ -25,8 +25,8 @@ from lora_practice.inference.samples import answer_side_by_side
 from lora_practice.machine.device import decide
 from lora_practice.machine.facts import read_facts
 from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes, weights_dtype
-from lora_practice.model.lora import add_lora
-from lora_practice.model.pissa import STARTS, check_lora_settings
+from lora_practice.model.lora import add_lora, check_lora_settings
+from lora_practice.model.pissa import LORA_INITS
 from lora_practice.model.quantization import four_bit
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder, record_in
 from lora_practice.run.record import farewell, how_to_resume, starting_record
@@ -255,7 +255,7 @@ class TrainSettings:
         "default",
         "初始化：pissa、olora 从底座权重的主成分开始，学得更快",
         "initialisation: pissa and olora begin with the base's principal part and learn sooner",
-        choices=STARTS,
+        choices=LORA_INITS,
     )
     loraplus_lr_ratio: float = setting(
         1.0,

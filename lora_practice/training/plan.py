@@ -20,7 +20,7 @@ from lora_practice.data.examples import Examples
 from lora_practice.machine.device import Machine, matmul_gflops, peak_memory
 from lora_practice.model import pissa
 from lora_practice.model.load import stored_bytes
-from lora_practice.model.pissa import moves_base, ranks_saved
+from lora_practice.model.pissa import changes_base, ranks_saved
 from lora_practice.run.folder import step_of
 from lora_practice.run.record import about
 from lora_practice.sources.find import Source
@@ -257,7 +257,7 @@ def changes(plan: Estimate, trainer: PracticeTrainer, settings: Any, machine: Ma
 
 
 def _bf16(machine: Machine, settings: Any) -> str:
-    if moves_base(settings):
+    if changes_base(settings):
         return text(f"不能和 {settings.init_lora_weights} 一起用", f"not with {settings.init_lora_weights}")
     if machine.precision == "bf16":
         return text("已经在用", "is used already")

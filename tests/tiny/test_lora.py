@@ -154,13 +154,13 @@ def test_resuming_another_variant_is_refused(tmp_path):
 @pytest.mark.parametrize("start", MOVING)
 def test_a_start_in_the_base_is_refused_with_a_base_in_4_bits(start):
     with pytest.raises(UserError, match="needs weights in fp32"):
-        pissa.check_lora_settings(settings_of(Path("x"), load_in_4bit=True, init_lora_weights=start))
+        model_lora.check_lora_settings(settings_of(Path("x"), load_in_4bit=True, init_lora_weights=start))
 
 
 def test_4_bits_without_the_library_or_the_machine_for_it_are_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed"):
-        pissa.check_lora_settings(settings_of(Path("x"), load_in_4bit=True))
+        model_lora.check_lora_settings(settings_of(Path("x"), load_in_4bit=True))
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())  # as one whose libraries are not found
     with pytest.raises(UserError, match="no 4 bits on this machine"):
         quantization.four_bit("cpu", "fp32")
