@@ -1,7 +1,4 @@
-"""The files of one adapter: what PEFT writes, and a tokenizer that old readers understand too.
-
-An adapter may come from anyone: its weights and its tokenizer are checked against the base.
-"""
+"""The files of one adapter: written so that old versions can read them too, and checked against the base when read."""
 
 from __future__ import annotations
 
@@ -17,16 +14,16 @@ from lora_practice.model.adapter_config import ADAPTER_WEIGHTS, CONFIG
 
 
 def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
-    """Write adapter, tokenizer group and training_args.bin into `folder`. Never asks the Hub anything."""
+    """Write adapter, tokenizer files and training_args.bin into `folder`, without access to the Hub."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    # save_embedding_layers="auto" would look the base's config up on the Hub (huggingface/peft#1452)
+    # save_embedding_layers="auto" would fetch the base's config from the Hub (huggingface/peft#1452)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     pissa.save_as_lora(model, folder)
-    (folder / "README.md").unlink()  # PEFT's empty template; ours is written when the run is finished
+    (folder / "README.md").unlink()  # PEFT's empty template; the model card is written when the run is finished
     config = _read_json(folder / CONFIG)
-    if isinstance(config.get("target_modules"), list):  # a set, whose order changes from process to process
+    if isinstance(config.get("target_modules"), list):  # PEFT writes a set, in another order each time
         _write_json(folder / CONFIG, {**config, "target_modules": sorted(config["target_modules"])})
     save_tokenizer(tokenizer, folder)
     torch.save(training_args, folder / "training_args.bin")
@@ -34,10 +31,10 @@ def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The tokenizer group: also the files that transformers 5 no longer writes and older readers need.
+    """Write the tokenizer files, also those that transformers 5 no longer writes and older versions need.
 
-    `vocab.json` and `merges.txt` come from `tokenizer.json` (byte-level BPE only); the template stands in
-    `chat_template.jinja` and in `tokenizer_config.json`; the class is one that transformers 4 knows.
+    `vocab.json` and `merges.txt` are made from `tokenizer.json` (byte-level BPE only); the chat template goes into
+    `chat_template.jinja` and `tokenizer_config.json`; the tokenizer class is one that transformers 4 knows.
     """
     tokenizer.save_pretrained(str(folder))
     if _read_json(folder / "tokenizer.json").get("model", {}).get("type") == "BPE":
@@ -48,9 +45,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if config.get("tokenizer_class") == "PreTrainedTokenizerFast":
-        # transformers 4 would add BERT's token_type_ids, which no `generate` of a causal model takes
+        # else transformers 4 adds BERT's token_type_ids, which `generate` of a causal model refuses
         config["model_input_names"] = ["input_ids", "attention_mask"]
-    # transformers 5 has a list here, which transformers 4 refuses; that has {} and the list under its own name
+    # transformers 5 writes a list here, which transformers 4 refuses; both read it under the older name
     extra = config.pop("extra_special_tokens", None) or config.get("additional_special_tokens")
     if extra:
         config["additional_special_tokens"] = list(extra)
@@ -67,7 +64,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def give_umask_rights(folder: Path) -> None:
-    """safetensors makes its files private; a folder to be shared should follow the user's umask."""
+    """Set the permissions of .safetensors files by the user's umask; safetensors makes them private."""
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.glob("*.safetensors"):
@@ -83,7 +80,7 @@ def _write_json(path: Path, value: Any, indent: Any = 2) -> None:
 
 
 def check_modules(model: Any, config: dict[str, Any], folder: Path) -> None:
-    """UserError where `modules_to_save` names what `model` does not have, or the rank is not that of the weights."""
+    """UserError if `modules_to_save` names a module that `model` does not have, or the rank is not the weights'."""
     _check_rank(config, folder)
     names = [name for name, _ in model.named_modules()]
     for wanted in config.get("modules_to_save") or []:
@@ -96,13 +93,13 @@ def check_modules(model: Any, config: dict[str, Any], folder: Path) -> None:
 
 
 def _check_rank(config: dict[str, Any], folder: Path) -> None:
-    """PEFT makes room for the rank in the config before it looks at the weights: a forged one fills the memory."""
+    """UserError if the config's rank exceeds the weights': PEFT allocates what a forged rank asks for."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name]  # noqa: SIM118
-    except (SafetensorError, OSError, IndexError):  # damaged: said where the weights are read
+    except (SafetensorError, OSError, IndexError):  # damaged weights are reported where they are loaded
         return
     wanted = max(config["r"], *(config.get("rank_pattern") or {0: 0}).values())
     if ranks and wanted > max(ranks):
@@ -113,9 +110,9 @@ def _check_rank(config: dict[str, Any], folder: Path) -> None:
 
 
 def misfit(model: Any, folder: Path) -> str:
-    """Why the weights in `folder` are not those of the adapter of `model` (a PEFT model); "" if they are.
+    """Why the weights in `folder` do not fit the adapter of the PEFT model `model`; "" if they fit.
 
-    PEFT itself passes over tensors that are missing or left over: the answers would be the base's.
+    PEFT ignores missing and superfluous tensors, so the answers would silently be the base's.
     """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -138,7 +135,7 @@ def misfit(model: Any, folder: Path) -> str:
 
 
 def check_same_tokens(folder: Path, base: Path) -> None:
-    """UserError if the tokenizer in `folder` gives the base's tokens other ids, or splits words otherwise."""
+    """UserError if the tokenizer in `folder` has other ids for the base's tokens, or other merges."""
     if not (folder / "tokenizer.json").is_file() or not (base / "tokenizer.json").is_file():
         return
     try:
@@ -155,7 +152,7 @@ def check_same_tokens(folder: Path, base: Path) -> None:
 
 
 def _tokens(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """(token -> id, merges in order) of a tokenizer.json; kinds without merges have an empty list."""
+    """(token -> id, merges in order) of a tokenizer.json; tokenizers without merges have an empty list."""
     whole = _read_json(folder / "tokenizer.json")
     vocab = whole["model"]["vocab"]
     if not isinstance(vocab, dict):  # a Unigram model: [token, score] by id

@@ -1,4 +1,4 @@
-"""Base model, tokenizer and LoRA: three things loaded, each in one function."""
+"""Loads a base model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
 
     Args:
         template: folder, .jinja file or Hub name whose template is borrowed where the base has none.
-        template_is_meant: the user named it, so it also replaces a template that the base has.
+        template_is_meant: the user named the template, so it replaces the base's own.
 
     Raises:
         UserError: there is no template, it uses special tokens that this tokenizer does not have, or the tokenizer
@@ -47,7 +47,7 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
     _end_turns_with_template(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    token_ids_of(tokenizer, "Hello", base.name)  # some fail at every text
+    token_ids_of(tokenizer, "Hello", base.name)  # some broken tokenizers load and then fail on any text
     return tokenizer
 
 
@@ -65,14 +65,14 @@ def load_base(base: Source, dtype: str, **quantised: Any) -> Any:
     thing = text("模型", "model")
     model, found = _from_folder(AutoModelForCausalLM, base.path, thing, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
-    if missing:  # transformers would draw them at random
+    if missing:  # transformers initialises them at random
         zh, en = f"缺 {len(missing)} 个张量，如 {missing[0]}", f"{len(missing)} tensors missing, such as {missing[0]}"
         raise _unloadable(thing, text(zh, en), base.path)
     return model
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
-    """UserError if the tokenizer has ids that the model has no embedding for."""
+    """UserError if the tokenizer has ids without an embedding in the model."""
     largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise UserError(
@@ -86,9 +86,9 @@ def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
 
 
 def weights_dtype(machine: Machine, base: Source, fast: str) -> str:
-    """fp32 weights wherever they fit (autocast then loses nothing); half on a card too small for them.
+    """The dtype to load a base's weights in: fp32 where it fits, else the machine's half precision (a small GPU).
 
-    The fast path keeps its residual stream in fp32 by itself, so on a CPU its weights may lie in bf16.
+    The fast path keeps its residual stream in fp32, so with --bf16 on a CPU its weights are bf16.
     """
     if machine.device == "cpu":
         return "bf16" if machine.precision == "bf16" and fast != "off" else "fp32"
@@ -103,12 +103,12 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 def stored_bytes(folder: Optional[Path]) -> int:
-    """What the weights of a model's folder take on disk; 0 where there are none."""
+    """Bytes of the .safetensors files in a model's folder; 0 for None or if there are none."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
 
 
 def _from_folder(loader: Any, folder: Optional[Path], thing: str, **options: Any) -> Any:
-    """What `loader` makes of a folder; Python code that lies in it is never run."""
+    """`loader.from_pretrained` on a folder; never runs Python code from it."""
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except NOT_LIBRARY_FAILURES:
@@ -141,7 +141,7 @@ def _take_template(tokenizer: Any, template: Path) -> None:
 
 
 def _check_template_tokens(tokenizer: Any) -> None:
-    """A mark such as <|im_start|> that is no single token would be learnt letter by letter."""
+    """UserError if the template has a mark such as <|im_start|> that is no token: it would be split into letters."""
     marks = set(re.findall(r"<\|[^|<>\s]+\|>", tokenizer.chat_template))
     vocabulary = tokenizer.get_vocab()
     missing = sorted(mark for mark in marks if mark not in vocabulary)
@@ -156,7 +156,7 @@ def _check_template_tokens(tokenizer: Any) -> None:
 
 
 def _end_turns_with_template(tokenizer: Any) -> None:
-    """Generation must stop where the template ends an answer (a base model's own eos is often another one)."""
+    """Make the template's end-of-turn mark the eos token, where generation stops; a base's own eos often differs."""
     from lora_practice.data.chat_template import end_of_turn
 
     mark = end_of_turn(tokenizer)

@@ -1,4 +1,4 @@
-"""A base whose linear layers are held in 4 bits (QLoRA), through bitsandbytes."""
+"""QLoRA: a base whose linear layers are quantised to 4 bits, through bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def four_bit(device: str, precision: str) -> dict[str, Any]:
     NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
-        UserError: bitsandbytes cannot compute on this machine; a small layer has just been tried.
+        UserError: bitsandbytes cannot compute on this machine, which is tried with a small layer.
     """
     import torch
     from transformers import BitsAndBytesConfig
