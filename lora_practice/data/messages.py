@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
-from lora_practice.console.text import text
+from lora_practice.console.text import counted, text
 from lora_practice.data.bad_row import MAX_ROW, BadRow
 from lora_practice.data.json_reader import explain_json_error, parse_json
 
@@ -197,7 +197,7 @@ def check_order(turns: list[Message]) -> None:
         raise bad_row(
             text("没有可学的内容", "nothing to learn from"),
             text("至少要有一条 assistant 回答", "it takes at least one assistant message"),
-            text(f"共 {len(roles)} 条消息", f"{len(roles)} messages"),
+            text(f"共 {len(roles)} 条消息", counted(len(roles), "message")),
         )
     if roles[first] != "user":
         raise bad_row(

@@ -59,7 +59,7 @@ class Facts:
 
 
 def read_facts(driver_too: bool = False) -> Facts:
-    """Read this machine's facts. Imports torch; takes half a second at most, but for an import and a slow driver.
+    """Read this machine's facts. Imports torch; apart from that it takes half a second, longer with a slow driver.
 
     Args:
         driver_too: ask NVIDIA's driver even where torch sees a card.
