@@ -42,7 +42,7 @@ class Source:
         hub_id: its name on the Hub, if it has one.
         revision: the commit of a Hub model.
         note: why it replaces the default; empty if it does not.
-        files: size and digest of a model's files, by which `run.resume` recognises it; filled in by `remember`.
+        files: size and digest of a model's files, by which `run.resume` recognises it; filled in by `note_files`.
     """
 
     kind: str
