@@ -103,8 +103,8 @@ def _load_advice(facts: Facts) -> str:
         return ""
     busy = f"{facts.busy_cores:.1f}"
     return text(
-        f"其他程序正占用 {busy} 核（可用 {facts.cores} 核）：训练时间最多可能翻倍，关掉它们会更快",
-        f"other programs keep {busy} of {counted(facts.cores, 'core')} busy: training may take up to twice as long",
+        f"其他程序正占用 {busy} 核（可用 {facts.cores} 核）：训练可能要用两倍甚至更长的时间",
+        f"other programs keep {busy} of {counted(facts.cores, 'core')} busy: training may take twice as long or more",
     )
 
 

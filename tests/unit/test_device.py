@@ -201,6 +201,6 @@ def test_bf16_is_advised_only_where_it_was_measured_to_be_faster(speed: float, a
 def test_other_programs_are_mentioned_from_half_a_core_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide(dataclasses.replace(d.LAPTOP, busy_cores=0.4)).advice == ""
     busy = dataclasses.replace(d.LAPTOP, cores=2, busy_cores=1.0)
-    assert decide(busy).advice == "other programs keep 1.0 of 2 cores busy: training may take up to twice as long"
+    assert decide(busy).advice == "other programs keep 1.0 of 2 cores busy: training may take twice as long or more"
     monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
     assert "其他程序正占用 1.0 核（可用 2 核）" in decide(busy).advice
