@@ -152,7 +152,7 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
         if "text" in present:
             return "text", ""
     raise bad_row(
-        text("认不出这一行的格式", "no known shape of row"),
+        text("无法识别这一行的格式", "no known shape of row"),
         text(f"改成其中一种：{SHAPES}", f"use one of: {SHAPES}"),
         text("这一行的键：", "its keys are ")
         + (", ".join(repr(str(key)[:30]) for key in list(row)[:8]) or text("（没有）", "(none)")),
@@ -166,7 +166,7 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
         where = f"history {number}"
         if not isinstance(past, (list, tuple)) or len(past) != 2:
             raise bad_row(
-                text("history 的写法不对", "history is not in pairs"),
+                text("history 的格式不对", "history is not in pairs"),
                 text("写成 [[问, 答], ...]", "write it as [[question, answer], ...]"),
                 where,
             )

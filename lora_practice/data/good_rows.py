@@ -72,7 +72,7 @@ class GoodRows:
             raise _refusal(self.tally, self.where)
         if not good:
             raise UserError(
-                text("数据里一行也没有", "the data set holds no rows"),
+                text("数据是空的，一行也没有", "the data set holds no rows"),
                 self.where,
                 text("换一个有数据的文件或数据集", "name a file or data set that holds rows"),
             )
@@ -95,8 +95,8 @@ def _refusal(tally: Tally, where: str) -> UserError:
     return UserError(
         text(f"读到 {total} 行，其中坏行 {tally.bad} 行：", f"{counted(tally.bad, 'bad row')} among the {total} read:"),
         where,
-        text("改好它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
+        text("修正它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
         if tally.good
-        else text("一行能用的也没有：请改好它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
+        else text("没有一行可用：请先修正它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
         shown,
     )

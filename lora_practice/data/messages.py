@@ -117,7 +117,7 @@ def _role(name: Any, where: str, turn: Mapping[str, Any]) -> str:
     near = get_close_matches(str(name)[:20].lower(), [role for role in ROLES if role.isascii() and len(role) > 3], 1)
     nearest = ROLES[near[0]] if near else ""
     raise bad_row(
-        text("不认识的 role", "unknown role"),
+        text("未知的 role", "unknown role"),
         text(f"改成 {nearest}", f"write {nearest}")
         if nearest
         else text(
@@ -195,7 +195,7 @@ def check_order(turns: list[Message]) -> None:
         )
     if "assistant" not in roles:
         raise bad_row(
-            text("没有可学的内容", "nothing to learn from"),
+            text("没有可训练的内容", "nothing to learn from"),
             text("至少要有一条 assistant 回答", "it takes at least one assistant message"),
             text(f"共 {len(roles)} 条消息", counted(len(roles), "message")),
         )

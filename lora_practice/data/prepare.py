@@ -62,7 +62,7 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Dat
     kept, held_out = hold_out(good_rows, settings.eval_subset_size, settings.seed)
     encoder = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
     language = AnswerLanguage()
-    progress = tqdm(kept, text("读数据", "reading the data"), delay=3, unit=text(" 行", " rows"), leave=False)
+    progress = tqdm(kept, text("读取数据", "reading the data"), delay=3, unit=text(" 行", " rows"), leave=False)
     train = Examples(encoder.encode(language.watch(progress)))
     if good_rows.tally.bad:
         tell(str(good_rows.tally))
@@ -72,7 +72,7 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Dat
         tell(line)
     if not train:
         raise UserError(
-            text("没有一行有可学的 token", "not one row has a token to train on"),
+            text("没有一行包含可训练的 token", "not one row has a token to train on"),
             where=source.name,
             fix=text(
                 "加大 --max_length，或检查数据里有没有助手的回答",

@@ -162,7 +162,7 @@ def open_rows(path: str | Path, check_columns: Optional[Callable[[Sequence[str]]
             )
         if path.suffix.lower() not in DATA_SUFFIXES:
             raise UserError(
-                text(f"不认识的文件类型 {path.suffix!r}", f"unknown kind of file {path.suffix!r}"),
+                text(f"不支持的文件类型 {path.suffix!r}", f"unknown kind of file {path.suffix!r}"),
                 str(path),
                 text(
                     f"可用的类型：{accepted}；表格请另存为 CSV，压缩包请先解压",

@@ -114,19 +114,19 @@ def _lost_row_texts(max_length: int, longest: int) -> dict[str, tuple[str, str]]
     shorter = f"split it, or raise --max_length (the longest row has {longest} tokens)"
     return {
         "nothing": (
-            text("没有可学的内容", "nothing to train on"),
+            text("没有可训练的内容", "nothing to train on"),
             text(
                 "回答在 max_length 之后，或是空的：改短提问，或加大 --max_length",
                 "the answer is empty or lies behind max_length: shorten the question, or raise --max_length",
             ),
         ),
         "cut": (
-            text(f"超过 max_length={max_length}，结尾会被截掉", f"its ending is cut off at max_length={max_length}"),
+            text(f"超过 max_length={max_length}，结尾会被截断", f"its ending is cut off at max_length={max_length}"),
             text(f"拆短，或加大 --max_length（最长的一行 {longest} token）", shorter),
         ),
         "rewritten": (
             text("聊天模板会改写历史，只训练最后一个回答", "the chat template rewrites all answers but the last"),
-            text("想都训练：拆成单轮的行", "to train them all, split it into rows of one turn"),
+            text("要训练每个回答：拆成单轮的行", "to train them all, split it into rows of one turn"),
         ),
     }
 

@@ -52,10 +52,10 @@ class LostRows:
         """One sentence for each kind of row."""
         sentence = {
             "cut": text(
-                f"行超过 max_length={max_length}，结尾被截掉（学不到何时停）",
+                f"行超过 max_length={max_length}，结尾被截断（模型学不到在哪里停）",
                 f"cut at max_length={max_length}: the ending is lost",
             ),
-            "nothing": text("行没有可学的内容，已跳过", "left out: nothing to train on"),
+            "nothing": text("行没有可训练的内容，已跳过", "left out: nothing to train on"),
             "rewritten": text(
                 "行的前几轮没有训练：模板会改写历史",
                 "trained on the last answer only: the template rewrites history",

@@ -35,7 +35,7 @@ def gpu_problem(facts: Facts) -> MachineProblem | None:
         return None
     name, built_for = f"{facts.gpu} ({sm_name(facts)})", ", ".join(facts.kernels)
     what = text(
-        f"装的 torch 没有 {facts.gpu}（{sm_name(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
+        f"已安装的 torch 不含 {facts.gpu}（{sm_name(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
         f"the installed torch has no kernels for {name}, only for {built_for}",
     )
     return MachineProblem(what, line or _other_driver(facts))
@@ -68,7 +68,8 @@ def _unusable(facts: Facts, line: str) -> MachineProblem:
         what = text(f"CUDA_VISIBLE_DEVICES 屏蔽了 {facts.gpu}", f"CUDA_VISIBLE_DEVICES hides {facts.gpu}")
         return MachineProblem(what, "unset CUDA_VISIBLE_DEVICES")
     if facts.torch and not facts.cuda:
-        what = text(f"装的 torch 是 CPU 版，用不了 {facts.gpu}", f"the installed torch is a CPU build: no {facts.gpu}")
+        zh, en = "已安装的 torch 是 CPU 版，用不了", "the installed torch is a CPU build: no"
+        what = text(f"{zh} {facts.gpu}", f"{en} {facts.gpu}")
         return MachineProblem(what, line or _other_driver(facts))
     least = gpus.oldest_driver(facts.cuda, facts.capability or (0, 0))
     if facts.cuda and (_driver(facts) or least) < least:

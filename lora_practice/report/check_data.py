@@ -130,7 +130,7 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
 def _titles() -> dict[str, str]:
     return {
         "bad": text("坏行，训练会停在这里", "bad rows, where a run would stop"),
-        "nothing": text("没有可学的内容的行，会跳过", "rows with nothing to train on, left out"),
+        "nothing": text("没有可训练的内容的行，会跳过", "rows with nothing to train on, left out"),
         "cut": text("会被截断的行", "rows that would be cut"),
         "rewritten": text("只训练最后一个回答的行", "rows that would train on their last answer only"),
         "duplicate": text("重复的行", "copies"),
@@ -145,7 +145,7 @@ def _verdict(found: Survey) -> str:
     if found.trainable:
         return text("可以训练。", "Ready to train.")
     if not found.rows_trained:
-        return text("现在还不能训练：一行可学的也没有。", "Not ready: there is not one row to train on.")
+        return text("现在还不能训练：没有一行可训练。", "Not ready: there is not one row to train on.")
     bad = found.counts["bad"]
     return text(
         f"现在还不能训练：先改好 {bad} 行坏数据，或加 --skip_bad_rows。",
@@ -162,7 +162,7 @@ def _show(console: Console, rows: list[Any], number: int, tokenizer: Any, max_le
     encoder = Encoder(tokenizer, max_length)
     examples = list(encoder.encode([row]))
     if not examples:
-        raise UserError(text("这一行没有可学的内容", "this row has nothing to train on"), row.origin)
+        raise UserError(text("这一行没有可训练的内容", "this row has nothing to train on"), row.origin)
     (example,) = examples
     parts = list(row_pieces(tokenizer, example))
     if as_json:

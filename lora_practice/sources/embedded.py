@@ -136,7 +136,8 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     code = subprocess.run(command, stdout=2, stdin=subprocess.DEVNULL).returncode
     found = sorted(scratch.glob("*.whl"))
     if code or len(found) != 1:
-        raise UserError(text(f"pip 没能下载 {wheel.requirement}", f"pip could not fetch {wheel.requirement}"), fix=cure)
+        what = text(f"pip 下载失败：{wheel.requirement}", f"pip could not fetch {wheel.requirement}")
+        raise UserError(what, fix=cure)
     if manifest.sha256(found[0]) != wheel.sha256:
         raise UserError(
             text(
@@ -144,7 +145,7 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
                 f"{wheel.requirement} has another SHA-256",
             ),
             fix=text(
-                "下载被改动或损坏：换一个镜像，或清掉 pip 缓存（pip cache purge）",
+                "下载被改动或损坏：换一个镜像，或清空 pip 缓存（pip cache purge）",
                 "altered or damaged: try another index, or pip cache purge",
             ),
         )

@@ -106,7 +106,7 @@ def _suggest_private(file: Path) -> None:
         return
     if re.search(rb"^[ \t]*(export[ \t]+)?HF_TOKEN[ \t]*=[ \t]*[\"']?\w", file.read_bytes(), re.MULTILINE):
         zh, en = (
-            "注意：这台机器上的其他人能读 .env 里的 token",
+            "注意：这台机器上的其他用户能读取 .env 里的 token",
             "note: others on this machine can read the token in .env",
         )
         tell(f"{text(zh, en)} {text('→', '->')} chmod 600 .env")

@@ -137,7 +137,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
         if not is_default:
             raise UserError(
                 text(f"--embedded 与 --model_name {name} 矛盾", f"--embedded contradicts --model_name {name}"),
-                fix=text("两个里留一个", "keep one of the two"),
+                fix=text("两者只保留一个", "keep one of the two"),
             )
         return _embedded_model()
     folder = expand_home(name)

@@ -68,7 +68,7 @@ def read_record(folder: Path) -> Optional[dict[str, Any]]:
             fault = getattr(error, "strerror", None) or str(error)
         if fault:
             raise UserError(
-                text(f"训练记录读不了：{fault}", f"the record of the run cannot be read: {fault}"),
+                text(f"无法读取训练记录：{fault}", f"the record of the run cannot be read: {fault}"),
                 where=str(place / RECORD),
                 fix=text(
                     "从备份恢复它；如果只用来聊天、合并、上传，也可以删掉它",

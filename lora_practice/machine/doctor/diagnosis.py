@@ -39,10 +39,10 @@ def diagnose(facts: Facts, around: Surroundings) -> list[Finding]:
 def _libraries(facts: Facts, around: Surroundings) -> Iterator[Finding]:
     missing = [name for name, version in around.versions.items() if version is None]
     if missing:
-        what = text(f"没有装：{'、'.join(missing)}", f"not installed: {', '.join(missing)}")
+        what = text(f"没有安装：{'、'.join(missing)}", f"not installed: {', '.join(missing)}")
         yield Finding(STOP, what, "pip install -e .")
     if facts.torch_trouble and "torch" not in missing:
-        what = text(f"torch 加载不了：{facts.torch_trouble}", f"torch does not load: {facts.torch_trouble}")
+        what = text(f"torch 无法加载：{facts.torch_trouble}", f"torch does not load: {facts.torch_trouble}")
         yield Finding(STOP, what, "pip install --force-reinstall torch")
     if (0, 0) < gpus.release(facts.torch) < (2, 6):
         zh, en = f"torch {facts.torch} 太旧，无法从检查点继续训练", f"torch {facts.torch} is too old to resume"
@@ -66,7 +66,7 @@ def _memory(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             MEND,
             text(
-                f"内存只剩 {gigabytes(free)}：短对话要约 1.5 GB",
+                f"内存只剩 {gigabytes(free)}：短对话约需 1.5 GB",
                 f"{gigabytes(free)} of memory free; short chats take about 1.5 GB",
             ),
             text(f"{close}，或加 --max_length 128", f"{close}, or add --max_length 128"),
@@ -84,7 +84,7 @@ def _disks(around: Surroundings) -> Iterator[Finding]:
             continue
         elsewhere = text(f"用 {variable} 换个地方", f"choose another place with {variable}")
         if not place.writable:
-            yield Finding(STOP, text(f"写不进 {place.path}", f"{place.path} cannot be written"), elsewhere)
+            yield Finding(STOP, text(f"无法写入 {place.path}", f"{place.path} cannot be written"), elsewhere)
         elif place.free < needed:
             yield Finding(STOP, _too_little(place, needed), elsewhere)
 
@@ -151,7 +151,7 @@ def _network(around: Surroundings) -> Iterator[Finding]:
         if hub.offline_wanted:
             why = text("设置了 HF_HUB_OFFLINE（离线）", "HF_HUB_OFFLINE is set")
             cure = text("取消 HF_HUB_OFFLINE，或用 --embedded", "unset HF_HUB_OFFLINE, or use --embedded")
-        yield Finding(MEND, text(f"{why}，下载不了 {names}", f"{why}, so {names} cannot be fetched"), cure)
+        yield Finding(MEND, text(f"{why}，无法下载 {names}", f"{why}, so {names} cannot be fetched"), cure)
     if hub.token == "refused":
         zh, en = "Hub 不接受你的 token", "the Hub does not accept your token"
         yield Finding(MEND, text(zh, en), text("换一个，或加 --skip_login", "use another, or add --skip_login"))

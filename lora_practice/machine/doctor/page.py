@@ -85,7 +85,7 @@ def machine_page(report: MachineReport) -> str:
         first, *more = wrap(words, WIDTH - LABEL)
         lines += [label + " " * (LABEL - columns(label)) + first, *(" " * LABEL + line for line in more)]
     if report.findings:
-        lines += ["", text("要注意的", "What to know")]
+        lines += ["", text("注意事项", "What to know")]
     for finding in report.findings:
         mark = "-" if finding.level == NOTE else "!"
         first, *more = wrap(finding.what, WIDTH - 4)
