@@ -84,6 +84,9 @@ Only = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help=text("替换已有的 文件夹/gguf", "replace an earlier FOLDER/gguf"))
 ]
+OverwriteMerged = Annotated[
+    bool, typer.Option("--overwrite", help=text("替换已有的 文件夹/merged", "replace an earlier FOLDER/merged"))
+]
 Check = Annotated[
     bool, typer.Option("--check", help=text("不导出，只重新验证已有的 GGUF", "export nothing, only verify again"))
 ]
@@ -164,7 +167,7 @@ def infer(ctx: typer.Context) -> None:
     "把适配器合并进底座，完整模型写到 文件夹/merged",
     "merge the adapter into the base: a whole model in FOLDER/merged",
 )
-def merge(folder: Folder = DEFAULT_FOLDER) -> None:
+def merge(folder: Folder = DEFAULT_FOLDER, overwrite: OverwriteMerged = False) -> None:
     """Write FOLDER/merged."""
     _check_trained(folder)
     from lora_practice.sources.environment import prepare_environment
@@ -172,7 +175,7 @@ def merge(folder: Folder = DEFAULT_FOLDER) -> None:
     prepare_environment()
     from lora_practice.export import merge as export_merge
 
-    tell(export_merge.merge_sentence(*export_merge.merge_adapter(folder)))
+    tell(export_merge.merge_sentence(*export_merge.merge_adapter(folder, overwrite)))
 
 
 @command(
@@ -274,10 +277,10 @@ def export(
     prepare_environment()
     from lora_practice.export import gguf, parity
 
-    kinds = PRECISIONS if only is None else (only,)
-    lines = gguf.prove_gguf(folder) if check else gguf.to_gguf(folder, kinds, overwrite)
-    print(parity.show(lines))
-    if parity.verdict(lines) == "FAIL":
+    precisions = PRECISIONS if only is None else (only,)
+    results = gguf.check_export(folder) if check else gguf.export_gguf(folder, precisions, overwrite)
+    print(parity.result_table(results))
+    if parity.overall_verdict(results) == "FAIL":
         return 1
     if (folder / gguf.GGUF / "Modelfile").is_file():
         command = f"cd {folder / gguf.GGUF} && ollama create my-model -f Modelfile"

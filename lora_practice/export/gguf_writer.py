@@ -1,18 +1,20 @@
-"""A model folder or an adapter -> one GGUF file, as llama.cpp and Ollama read it.
+"""Writes a model folder or an adapter as one GGUF file for llama.cpp and Ollama.
 
-Names, types and rounding are those of the `gguf` package, which llama.cpp's own converter uses; what is ours is the
-walk over the files. A matrix is F16 or Q8_0 (blocks of 32 weights with one fp16 scale), a vector F32.
+Names, types and rounding come from the `gguf` package, which llama.cpp's own converter uses too. A matrix is written
+as F16 or Q8_0 (blocks of 32 weights with one fp16 scale), a vector as F32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
+from lora_practice.export.gguf_tokenizer import no_gguf
 from lora_practice.model import adapter_config
 
 PRECISIONS = ("f16", "q8_0")
@@ -22,16 +24,16 @@ LARGEST_F16 = 65504.0
 
 
 def writable_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model that can be written.
+    """config.json of the model in `folder`, if the model can be written as GGUF.
 
     Raises:
-        UserError: another architecture, or a shape that the three here do not have.
+        UserError: another architecture, or a feature that ARCHITECTURES do not have here.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     kind, rope = config.get("model_type"), _rope(config)
     problem = ""
     if kind not in ARCHITECTURES:
-        problem = text(f"还不会写 {kind} 这种模型", f"{kind} is not one of {', '.join(ARCHITECTURES)}")
+        problem = text(f"还不支持 {kind} 这种模型", f"{kind} is not one of {', '.join(ARCHITECTURES)}")
     elif config.get("hidden_act") != "silu" or config.get("mlp_bias"):
         problem = text("激活函数或偏置不常见", "an unusual activation or bias")
     elif config.get("attention_bias") and kind != "qwen2":
@@ -41,55 +43,57 @@ def writable_config(folder: Path) -> dict[str, Any]:
     elif config.get("use_sliding_window"):
         problem = text("滑动窗口注意力", "sliding-window attention")
     if problem:
-        fix = text("用 lora-practice merge 的结果，或 llama.cpp 的转换程序", "use merged/, or llama.cpp's converter")
-        what = text(f"写不成 GGUF：{problem}", f"no GGUF can be made: {problem}")
-        raise UserError(what, str(folder / "config.json"), fix)
+        raise no_gguf(problem, folder / "config.json")
     return config
 
 
-def write_model(folder: Path, fields: dict[str, Any], kind: str, target: Path) -> None:
-    """Write the model in `folder` as `target`, one tensor in memory at a time; `kind` is one of KINDS.
+def write_model(folder: Path, fields: dict[str, Any], precision: str, target: Path) -> None:
+    """Write the model in `folder` as the file `target`, with one tensor in memory at a time.
 
     Args:
-        fields: the tokenizer's, from `gguf_tokens.token_fields`.
+        fields: of the tokenizer, from `gguf_tokenizer.token_fields`.
+        precision: one of PRECISIONS.
 
     Raises:
-        UserError: see `read_config`; or a weight is too large for fp16.
+        UserError: see `writable_config`; or a weight is too large for fp16.
     """
     import gguf
 
     config = writable_config(folder)
     writer = gguf.GGUFWriter(target, config["model_type"])
     writer.add_type("model")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
-    if kind != "f16":
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if precision == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    if precision != "f16":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(writer, config)
     for key, value in fields.items():
         _add(writer, key, value)
-    matrix = gguf.GGMLQuantizationType.F16 if kind == "f16" else gguf.GGMLQuantizationType.Q8_0
+    matrix_type = gguf.GGMLQuantizationType.F16 if precision == "f16" else gguf.GGMLQuantizationType.Q8_0
     names = _names(config)
-    chosen: list[tuple[str, Any]] = []
+    types: list[tuple[str, Any]] = []
     for name, shape in _shapes(folder):
-        kept = _kind_of(shape, matrix)
-        block, width = gguf.GGML_QUANT_SIZES[kept]
-        size = _count(shape) // block * width
-        writer.add_tensor_info(names(name), shape, _numpy_dtype(kept), size, raw_dtype=kept)
-        chosen.append((name, kept))
+        tensor_type = _tensor_type(shape, matrix_type)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+        size = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(names(name), shape, _numpy_dtype(tensor_type), size, raw_dtype=tensor_type)
+        types.append((name, tensor_type))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for (name, kept), values in zip(chosen, _values(folder, config)):
-        if kept != gguf.GGMLQuantizationType.F32 and not abs(values).max() <= LARGEST_F16:
+    for (name, tensor_type), values in zip(types, _values(folder, config)):
+        if tensor_type != gguf.GGMLQuantizationType.F32 and not abs(values).max() <= LARGEST_F16:
             raise UserError(text(f"{name} 里的数超出 fp16", f"a number in {name} is beyond fp16"), str(folder))
-        writer.write_tensor_data(gguf.quantize(values, kept))
+        writer.write_tensor_data(gguf.quantize(values, tensor_type))
     writer.close()
 
 
 def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
-    """Write the LoRA adapter in `folder` as `target`, in F32; `config` is its base's.
+    """Write the LoRA adapter in `folder` as the file `target`, in F32.
 
     llama.cpp scales by alpha / r; with rsLoRA the alpha written is alpha sqrt(r), which gives alpha / sqrt(r).
+
+    Args:
+        config: config.json of its base.
 
     Raises:
         UserError: llama.cpp's adapters cannot hold it (DoRA, whole trained layers, several ranks).
@@ -107,9 +111,8 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", lora["lora_alpha"] * (lora["r"] ** 0.5 if lora.get("use_rslora") else 1))
     names = _names(config)
-    with safe_open(
-        folder / adapter_config.ADAPTER_WEIGHTS, "pt"
-    ) as file:  # numpy, which has no bfloat16, could not read every one
+    weights = folder / adapter_config.ADAPTER_WEIGHTS
+    with safe_open(weights, "pt") as file:  # as torch tensors: numpy has no bfloat16
         for name in file.keys():  # noqa: SIM118
             module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
             values = file.get_tensor(name).float().numpy()
@@ -123,7 +126,7 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
 
 
 def adapter_problem(lora: dict[str, Any]) -> str:
-    """Why llama.cpp's adapters cannot hold the one with this adapter_config.json; "" if they can."""
+    """Why a GGUF adapter cannot hold the one with this adapter_config.json (`lora`); "" if it can."""
     for field in (
         "use_dora",
         "modules_to_save",
@@ -138,7 +141,7 @@ def adapter_problem(lora: dict[str, Any]) -> str:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 has everything about positions in one place; 4 only the scaling, if any."""
+    """The RoPE settings of config.json: all of them (transformers 5), or only the scaling, if any (transformers 4)."""
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
@@ -172,8 +175,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _names(config: dict[str, Any]) -> Any:
-    """transformers' name of a tensor -> GGUF's."""
+def _names(config: dict[str, Any]) -> Callable[[str], str]:
+    """A function from transformers' name of a tensor to GGUF's."""
     import gguf
 
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[config["model_type"]]
@@ -202,7 +205,7 @@ def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def _values(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
-    """float32 arrays, in the order of `_shapes`."""
+    """The tensors in the order of `_shapes`, as float32 arrays."""
     from safetensors import safe_open
 
     for path in _files(folder):
@@ -212,35 +215,29 @@ def _values(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _permuted(name: str, values: Any, config: dict[str, Any]) -> Any:
-    """Interleave the two rope halves of each head's rows, as llama.cpp wants them of a Llama only.
+    """Interleave the two RoPE halves of each head's rows, in a Llama's q and k only.
 
     transformers rotates (x[i], x[i + D/2]), llama.cpp's Llama (x[2i], x[2i + 1]): `LlamaModel.permute` there.
     """
-    site = name.split(".")[-2]
-    if config["model_type"] != "llama" or site not in PERMUTED:
+    module = name.split(".")[-2]
+    if config["model_type"] != "llama" or module not in PERMUTED:
         return values
-    heads = config.get(PERMUTED[site]) or config["num_attention_heads"]
+    heads = config.get(PERMUTED[module]) or config["num_attention_heads"]
     rows = values.shape[0]
     return values.reshape(heads, 2, rows // heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _kind_of(shape: list[int], matrix: Any) -> Any:
+def _tensor_type(shape: list[int], matrix_type: Any) -> Any:
+    """The GGML type of a tensor: F32 for a vector; `matrix_type`, or F16 where its rows are no whole blocks."""
     import gguf
 
     if len(shape) < 2:
         return gguf.GGMLQuantizationType.F32
-    fits = shape[-1] % gguf.GGML_QUANT_SIZES[matrix][0] == 0
-    return matrix if fits else gguf.GGMLQuantizationType.F16
+    fits = shape[-1] % gguf.GGML_QUANT_SIZES[matrix_type][0] == 0
+    return matrix_type if fits else gguf.GGMLQuantizationType.F16
 
 
-def _numpy_dtype(kind: Any) -> Any:
+def _numpy_dtype(tensor_type: Any) -> Any:
     import numpy as np
 
-    return np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.int8))
-
-
-def _count(shape: list[int]) -> int:
-    product = 1
-    for one in shape:
-        product *= one
-    return product
+    return np.dtype({"F32": np.float32, "F16": np.float16}.get(tensor_type.name, np.int8))

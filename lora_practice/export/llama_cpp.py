@@ -1,4 +1,4 @@
-"""llama.cpp through the package `xllamacpp`: what the program behind Ollama makes of a GGUF."""
+"""Runs a GGUF in llama.cpp, the program behind Ollama, through the package `xllamacpp`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_practice.console.text import text
 
 
 def missing() -> str:
-    """Why llama.cpp cannot be asked, in a few words; "" if it can."""
+    """Why llama.cpp cannot be run, in a few words; "" if it can."""
     if importlib.util.find_spec("xllamacpp") is None:
         hint = 'pip install -e ".[gguf]"'
         return text(f"没有检查：{hint}", f"not checked: {hint}")
@@ -20,7 +20,10 @@ def missing() -> str:
 
 
 class Llama:
-    """One GGUF in a llama.cpp server inside this process, asked over the loopback address, on the CPU."""
+    """One GGUF (and an adapter on top of it) in a llama.cpp server inside this process, on the CPU.
+
+    Requests go over the loopback address, past any proxy.
+    """
 
     def __init__(self, model: Path, adapter: Optional[Path] = None) -> None:
         import torch
@@ -30,7 +33,7 @@ class Llama:
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 2048, 1, 0, -1
         params.warmup = False
-        # its threads wait for each other in a loop: more of them than are free, and it crawls
+        # its threads spin while they wait for each other: with more of them than free cores it crawls
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
@@ -38,28 +41,27 @@ class Llama:
         self.open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The chat through the template and the tokenizer that stand in the GGUF."""
+        """Token ids of a chat, by the chat template and the tokenizer in the GGUF."""
         prompt = self._post("/apply-template", messages=messages)["prompt"]
         return self._post("/tokenize", content=prompt, add_special=False, parse_special=True)["tokens"]
 
     def logprobs(self, ids: list[int], rows: int) -> list[float]:
-        """log-probabilities (rows,) of the token after `ids`."""
-        # An end mark and half a character come without numbers, so "a" is written whatever they are; they are those
-        # before the bias.
-        asked = {"n_predict": 1, "n_probs": rows, "logit_bias": [["a", 1000.0]]}
-        said = self._post("/completion", prompt=ids, temperature=0, cache_prompt=False, **asked)
-        found = [float("-inf")] * rows
-        for one in said["completion_probabilities"][0]["top_logprobs"]:
-            found[one["id"]] = one["logprob"]
-        return found
+        """Log-probabilities (rows,) of the token after `ids`; `rows` is the size of the vocabulary."""
+        # An end token or half a character would come without probabilities, so a bias makes the token "a"; the
+        # probabilities are those before the bias.
+        options = {"n_predict": 1, "n_probs": rows, "logit_bias": [["a", 1000.0]]}
+        answer = self._post("/completion", prompt=ids, temperature=0, cache_prompt=False, **options)
+        logprobs = [float("-inf")] * rows
+        for one in answer["completion_probabilities"][0]["top_logprobs"]:
+            logprobs[one["id"]] = one["logprob"]
+        return logprobs
 
-    def greedy(self, ids: list[int], most: int) -> tuple[list[int], bool]:
-        """(tokens after `ids`, the end mark not among them; whether it stopped by itself)."""
-        said = self._post(
-            "/completion", prompt=ids, n_predict=most, temperature=0, return_tokens=True, cache_prompt=False
-        )
-        stopped = said["stop_type"] == "eos"
-        return said["tokens"][: -1 if stopped else None], stopped
+    def greedy(self, ids: list[int], max_new_tokens: int) -> tuple[list[int], bool]:
+        """(greedy tokens after `ids`, without the end token; whether the answer ended by itself)"""
+        options = {"n_predict": max_new_tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+        answer = self._post("/completion", prompt=ids, **options)
+        has_ended = answer["stop_type"] == "eos"
+        return answer["tokens"][: -1 if has_ended else None], has_ended
 
     def _post(self, path: str, **body: Any) -> Any:
         headers = {"Content-Type": "application/json"}

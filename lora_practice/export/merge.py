@@ -1,7 +1,7 @@
-"""Merge: base + adapter -> one plain model that needs neither. Then, if asked, GGUF files of it, with their proof.
+"""Merges an adapter into its base: one plain model, in DIR/merged/, that needs neither the base nor PEFT.
 
-The model goes to DIR/merged/, not into DIR itself: from a folder that holds both, transformers reads the merged weights
-and then adds the adapter to them once more, without a word (huggingface/peft#1381). docs/merge.md shows it.
+It is not written into DIR itself: from a folder that holds both, transformers reads the merged weights and then adds
+the adapter to them once more, without any warning (huggingface/peft#1381). docs/merge.md shows it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from typing import Any
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.inference.chat_model import stop_ids
-from lora_practice.inference.load import find_base, tokenizer_for, with_adapter
+from lora_practice.inference.load import find_base, folder_source, tokenizer_for, with_adapter
 from lora_practice.model import adapter_files
+from lora_practice.model.adapter_config import CONFIG
 from lora_practice.model.load import load_base
-from lora_practice.sources.find import Source
 from lora_practice.storage.disk import staging
 from lora_practice.storage.safetensors_header import stored_dtype
 
 MERGED = "merged"
 
 
-def merge_adapter(folder: Path) -> tuple[Path, float]:
+def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
     """Write DIR/merged/ from the finished adapter in DIR; no training is needed.
 
-    The sum W + (alpha/r) B A is taken in fp32 and rounded once to the precision that the base is stored in.
+    The sum W + (alpha/r) B A is computed in fp32 and rounded once, to the dtype that the base is stored in.
+
+    Args:
+        overwrite: replace an earlier DIR/merged, once the new one is written.
 
     Returns:
         The merged folder, and the largest difference of a logit between adapter and merged model.
@@ -36,14 +39,13 @@ def merge_adapter(folder: Path) -> tuple[Path, float]:
         UserError: DIR holds no adapter or a damaged one, its base cannot be found, or DIR/merged exists.
     """
     target = folder / MERGED
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(text("这里没有适配器", "no adapter here"), where=str(folder))
-    if target.exists():
+    check_has_adapter(folder)
+    if target.exists() and not overwrite:
+        use_it = f"lora-practice chat {shlex.quote(str(target))}"
         raise UserError(
             text("已经合并过了", "already merged"),
             where=str(target),
-            fix=text("要重做就先删掉它；直接用：", "to merge again, delete it first; to use it: ")
-            + f"lora-practice chat {shlex.quote(str(target))}",
+            fix=text(f"重新合并：--overwrite；直接用它：{use_it}", f"merge again: --overwrite; to use it: {use_it}"),
         )
     import torch
 
@@ -51,37 +53,50 @@ def merge_adapter(folder: Path) -> tuple[Path, float]:
     model = with_adapter(load_base(base, "fp32"), folder).eval()
     tokenizer = tokenizer_for(model, folder, base)
     assert base.path is not None
-    stored = stored_dtype(base.path)  # after loading, which finds a damaged file
+    dtype = stored_dtype(base.path)  # after loading, which finds a damaged file
     needed = sum(p.numel() for p in model.parameters()) * 4
     probe = tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = model(probe).logits
-    merged = model.merge_and_unload().to(getattr(torch, stored))
+    merged = model.merge_and_unload().to(getattr(torch, dtype))
     merged.config.use_cache = True
-    _set_ends(merged, tokenizer)
+    _set_stop_tokens(merged, tokenizer)
     with staging(folder, needed) as scratch:
-        whole = scratch / MERGED
-        merged.save_pretrained(str(whole), safe_serialization=True)
-        adapter_files.save_tokenizer(tokenizer, whole)
-        adapter_files.give_umask_rights(whole)
-        again = load_base(Source("folder", str(whole), whole), "fp32").eval()
+        written = scratch / MERGED
+        merged.save_pretrained(str(written), safe_serialization=True)
+        adapter_files.save_tokenizer(tokenizer, written)
+        adapter_files.give_umask_rights(written)
+        reloaded = load_base(folder_source(written), "fp32").eval()
         with torch.no_grad():
-            difference = float((again(probe).logits - expected).abs().max())
-        os.replace(whole, target)
+            difference = float((reloaded(probe).logits - expected).abs().max())
+        move_into_place(written, target)
     return target, difference
 
 
 def merge_sentence(target: Path, difference: float) -> str:
-    """What `merge` returned, in a sentence."""
+    """The result of `merge_adapter` in a sentence."""
     return text(
         f"合并好的模型在 {target}/（与适配器的 logits 最多差 {difference:.4f}）",
         f"the merged model is in {target}/ (its logits differ from the adapter's by {difference:.4f} at most)",
     )
 
 
-def _set_ends(model: Any, tokenizer: Any) -> None:
-    """The merged model stops where the adapter's chats end, in any program."""
-    stop = sorted(stop_ids(tokenizer, model.generation_config.eos_token_id))
-    model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
+def check_has_adapter(folder: Path) -> None:
+    """UserError if there is no adapter in `folder`."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(text("这里没有适配器", "no adapter here"), where=str(folder))
+
+
+def move_into_place(written: Path, target: Path) -> None:
+    """Move a folder out of `staging`; an earlier `target` goes into its place there, and so away with it."""
+    if target.exists():
+        os.replace(target, written.with_name("old"))
+    os.replace(written, target)
+
+
+def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
+    """Write into the merged model's configs where its answers end, for other programs too."""
+    ids = sorted(stop_ids(tokenizer, model.generation_config.eos_token_id))
+    model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id

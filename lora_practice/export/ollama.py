@@ -1,6 +1,7 @@
-"""An Ollama Modelfile from a chat template: the jinja is tried out, what it writes around each turn is written in Go.
+"""Makes an Ollama Modelfile from a chat template.
 
-A template that no such turns can express (one that rewrites earlier turns, say) gets no Modelfile: a TEMPLATE that
+The Jinja template is rendered on a few chats; what it writes around each turn becomes a Go template. A chat template
+that cannot be expressed turn by turn (one that rewrites earlier turns, for example) gets no Modelfile: a TEMPLATE that
 is nearly right is the usual reason why a model answers worse in Ollama than here.
 """
 
@@ -13,14 +14,18 @@ from lora_practice.console.errors import UserError
 from lora_practice.data.chat_template import render
 
 TURN_ROLES = ("system", "user", "assistant")
-_MARKS = {role: f"marker-of-{role}" for role in TURN_ROLES}
+_MARKERS = {role: f"marker-of-{role}" for role in TURN_ROLES}  # contents that are found again in the rendered text
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template writes: `head`, then before + content + after of each turn, then `opening`.
+    """What a chat template writes around the contents of a chat.
 
-    `system` is the message that it puts first where a chat has none; "" if it puts none.
+    Attributes:
+        head: at the very beginning.
+        before, after: around the content of each turn, by role.
+        opening: the beginning of the next answer.
+        system: the system message that it adds where a chat has none; "" if it adds none.
     """
 
     head: str
@@ -30,7 +35,7 @@ class Turns:
     system: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The chat and the opening of the next answer, as Ollama renders `template` (and adds `system`)."""
+        """A chat and the opening of the next answer, as Ollama renders `template` (with `system` added)."""
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         parts = [self.before[m["role"]] + m["content"] + self.after[m["role"]] for m in messages]
@@ -38,29 +43,29 @@ class Turns:
 
     @property
     def template(self) -> str:
-        """The same in Go's text/template, as Ollama reads it."""
-        words = ["if", *["else if"] * 2]
+        """The same as a Go text/template, which Ollama reads."""
+        conditions = ["if", *["else if"] * 2]
         turns = "".join(
-            f'{{{{ {word} eq .Role "{role}" }}}}{self.before[role]}{{{{ .Content }}}}{self.after[role]}'
-            for word, role in zip(words, self.before)
+            f'{{{{ {condition} eq .Role "{role}" }}}}{self.before[role]}{{{{ .Content }}}}{self.after[role]}'
+            for condition, role in zip(conditions, self.before)
         )
         return f"{self.head}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{self.opening}"
 
 
 def template_turns(tokenizer: Any, adds_bos: bool) -> Optional[Turns]:
-    """What the tokenizer's chat template writes around each turn; None where it cannot be told in turns.
+    """What the tokenizer's chat template writes around each turn; None if it cannot be expressed turn by turn.
 
     Args:
-        adds_bos: the program that reads the prompt puts bos before it by itself, so `head` leaves it out.
+        adds_bos: the program that reads the prompt adds the bos token by itself, so `head` leaves it out.
     """
     try:
         turns = _guess(tokenizer)
-        if not all(turns.render(chat) == _rendered(tokenizer, chat) for chat in _chats(turns)):
+        if not all(turns.render(chat) == render(tokenizer, chat, prompt=True) for chat in _test_chats(turns)):
             return None
-    except (UserError, ValueError, IndexError):  # refuses a chat, or writes a turn in no place where it can be found
+    except (UserError, ValueError, IndexError):  # it refuses a chat, or a marker is not found where it should be
         return None
-    pieces = [turns.head, turns.opening, turns.system, *turns.before.values(), *turns.after.values()]
-    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')):
+    parts = [turns.head, turns.opening, turns.system, *turns.before.values(), *turns.after.values()]
+    if any(mark in part for part in parts for mark in ("{{", "}}", '"""')):
         return None
     bos = tokenizer.bos_token or ""
     if adds_bos and bos and turns.head.startswith(bos):
@@ -69,7 +74,7 @@ def template_turns(tokenizer: Any, adds_bos: bool) -> Optional[Turns]:
 
 
 def modelfile(turns: Turns, stops: list[str], model: str, others: list[str]) -> str:
-    """The Modelfile's text; `model` and `others` are files beside it."""
+    """The text of a Modelfile; `model` is the file that it uses, `others` stand in comments."""
     lines = ["# ollama create my-model -f Modelfile"]
     lines += [f"# FROM ./{name}" for name in others]
     lines += [f"FROM ./{model}", f'TEMPLATE """{turns.template}"""']
@@ -79,61 +84,62 @@ def modelfile(turns: Turns, stops: list[str], model: str, others: list[str]) -> 
 
 
 def _guess(tokenizer: Any) -> Turns:
-    """Turns that agree with the template on a few chats; ValueError or IndexError where they cannot be."""
-    user, assistant = ({"role": role, "content": _MARKS[role]} for role in ("user", "assistant"))
-    again = {"role": "user", "content": "marker-of-more"}
-    asked = _rendered(tokenizer, [user], prompt=False)
-    whole = _rendered(tokenizer, [user, assistant, again], prompt=False)
-    answered = _rendered(tokenizer, [user, assistant], prompt=False)
-    start, after_user = asked.split(_MARKS["user"])
-    after_assistant = answered.split(_MARKS["assistant"])[1]
-    before_assistant = _without(_between(whole, _MARKS["user"], _MARKS["assistant"]), after_user)
-    before_user = _without(_between(whole, _MARKS["assistant"], again["content"]), after_assistant)
-    before, after = {"user": before_user, "assistant": before_assistant}, {"user": after_user}
-    after["assistant"] = after_assistant
-    opening = _without(_rendered(tokenizer, [user]), asked)
+    """The turns as they seem to be, from three rendered chats.
+
+    Raises:
+        ValueError, IndexError: the text around the contents is not the same in each chat.
+        UserError: the template refuses a chat.
+    """
+    user, assistant = ({"role": role, "content": _MARKERS[role]} for role in ("user", "assistant"))
+    second_user = {"role": "user", "content": "marker-of-a-second-user"}
+    asked = render(tokenizer, [user])
+    answered = render(tokenizer, [user, assistant])
+    asked_again = render(tokenizer, [user, assistant, second_user])
+    start, after_user = asked.split(_MARKERS["user"])
+    after_assistant = answered.split(_MARKERS["assistant"])[1]
+    before_assistant = _without(_between(asked_again, _MARKERS["user"], _MARKERS["assistant"]), after_user)
+    before_user = _without(_between(asked_again, _MARKERS["assistant"], second_user["content"]), after_assistant)
+    before = {"user": before_user, "assistant": before_assistant}
+    after = {"user": after_user, "assistant": after_assistant}
+    opening = _without(render(tokenizer, [user], prompt=True), asked)
     if not start.endswith(before_user):
         raise ValueError("the first turn begins otherwise")
     head, system = start[: len(start) - len(before_user)], ""
     try:
-        told = _rendered(tokenizer, [{"role": "system", "content": _MARKS["system"]}, user], prompt=False)
-    except UserError:  # knows no system messages
+        with_system = render(tokenizer, [{"role": "system", "content": _MARKERS["system"]}, user])
+    except UserError:  # it knows no system messages
         return Turns(head, before, after, opening, system)
-    before_system, rest = told.split(_MARKS["system"])
-    after_system = rest.split(before_user + _MARKS["user"])[0]
+    before_system, rest = with_system.split(_MARKERS["system"])
+    after_system = rest.split(before_user + _MARKERS["user"])[0]
     bos = tokenizer.bos_token or ""
     first = head
     if head.startswith(before_system) and head.endswith(after_system) and head != after_system:
         system = head[len(before_system) : len(head) - len(after_system)]
-        # a bos that is also the mark of a turn (SmolLM2's) is the turn's
+        # a bos that also begins a turn (SmolLM2's) belongs to the turn
         first = bos if bos and before_system.startswith(bos) and not before_user.startswith(bos) else ""
     before["system"], after["system"] = _without(before_system, first), after_system
     return Turns(first, before, after, opening, system)
 
 
-def _chats(turns: Turns) -> list[list[dict[str, str]]]:
-    """Chats on which the turns must be the template's own words."""
-    said = [
+def _test_chats(turns: Turns) -> list[list[dict[str, str]]]:
+    """Chats that the turns must render as the template does."""
+    contents = [
         ("user", "Hi"),
         ("assistant", "Hello.\n\nYes?"),
         ("user", "1 + 1 = ?"),
         ("assistant", "2"),
         ("user", "你好"),
     ]
-    chat = [{"role": role, "content": words} for role, words in said]
+    chat = [{"role": role, "content": content} for role, content in contents]
     system = [{"role": "system", "content": "Be brief. 简短。"}] if "system" in turns.before else []
     return [chat[:1], chat[:3], chat, *([[*system, *chat[:1]], [*system, *chat]] if system else [])]
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = True) -> str:
-    return render(tokenizer, messages, prompt=prompt)
+def _between(text: str, left: str, right: str) -> str:
+    return text.split(left)[1].split(right)[0]
 
 
-def _between(whole: str, left: str, right: str) -> str:
-    return whole.split(left)[1].split(right)[0]
-
-
-def _without(words: str, start: str) -> str:
-    if not words.startswith(start):
+def _without(text: str, start: str) -> str:
+    if not text.startswith(start):
         raise ValueError("the turns overlap")
-    return words[len(start) :]
+    return text[len(start) :]

@@ -1,4 +1,4 @@
-"""The proof that every exported form is the adapter still: the same prompts, token for token.
+"""The parity check: whether every exported form still answers as the adapter does, token for token.
 
 Each form is compared with base + adapter (PEFT, fp32) on PROMPTS: the token ids of the rendered chat, the first
 GREEDY tokens of the answer, the log-probabilities of its first token over the whole vocabulary, and whether it ends.
@@ -16,12 +16,11 @@ from lora_practice.console.text import tell, text
 from lora_practice.data.chat_template import render, token_ids_of
 from lora_practice.export import llama_cpp
 from lora_practice.inference.chat_model import as_chat_model, decoder_of
-from lora_practice.inference.load import find_base, tokenizer_for, with_adapter
+from lora_practice.inference.load import find_base, folder_source, tokenizer_for, with_adapter
 from lora_practice.model.load import load_base
 from lora_practice.run.folder import CARD, PROOF, rewrite_card
-from lora_practice.sources.find import Source
 
-GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer must end
+GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer should end
 # Largest difference of a log-probability, in nats, by what rounds it. Measured: docs/export.md.
 BOUNDS = {"merged": 0.25, "f16": 0.3, "q8_0": 2.5}
 BEGIN, END = PROOF
@@ -39,35 +38,50 @@ PROMPTS: tuple[list[dict[str, str]], ...] = (
 
 @dataclass
 class FormAnswers:
-    """What one form made of each prompt; `logprobs` asks it for the token after some ids."""
+    """How one form answers each prompt.
+
+    Attributes:
+        ids: token ids of the rendered chats.
+        first: log-probabilities of each answer's first token, float32 tensors (V,).
+        tokens: the greedy answers, LONGEST tokens at most.
+        ended: whether each answer ended by itself.
+        logprobs: log-probabilities (V,) of the token after some ids.
+    """
 
     ids: list[list[int]]
-    first: list[Any]  # (V,) float32 tensors
+    first: list[Any]
     tokens: list[list[int]]
-    stopped: list[bool]
+    ended: list[bool]
     logprobs: Callable[[list[int]], Any]
 
 
 @dataclass
-class Line:
-    """One form's result; `faults` is empty when it passed, `skipped` says why it was not checked."""
+class FormResult:
+    """The result of one form.
+
+    Attributes:
+        faults: why it does not equal the adapter; none if it passed.
+        notes: what does not judge the export, such as a training that was too short.
+        skipped: why it was not checked; "" if it was.
+    """
 
     form: str
     bound: float = 0.0
     difference: float = 0.0
     same_tokens: int = 0
-    stopped: int = 0
+    ended: int = 0
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     skipped: str = ""
 
     @property
     def verdict(self) -> str:
-        """PASS, FAIL or "-"."""
+        """PASS, FAIL, or "-" for a form that was not checked."""
         return "-" if self.skipped else "FAIL" if self.faults else "PASS"
 
 
-def prove(folder: Path, gguf: Path, base_gguf: Path) -> list[Line]:
-    """Compare DIR/merged and each GGUF in `gguf` with the adapter in DIR.
+def check_forms(folder: Path, gguf: Path, base_gguf: Path) -> list[FormResult]:
+    """Compare DIR/merged and each GGUF in `gguf` with the adapter in DIR, whose own result comes first.
 
     Args:
         base_gguf: the base as GGUF; adapter.gguf is checked on top of it. Not read without llama.cpp.
@@ -78,89 +92,122 @@ def prove(folder: Path, gguf: Path, base_gguf: Path) -> list[Line]:
     base = find_base(folder)
     model = with_adapter(load_base(base, "fp32"), folder).eval()
     tokenizer = tokenizer_for(model, folder, base)
-    prompts = [chat for chat in PROMPTS if _taken(tokenizer, chat)]
-    wanted = _ask_torch(model, tokenizer, prompts)
+    prompts = [chat for chat in PROMPTS if _template_accepts(tokenizer, chat)]
+    wanted = _answers_of_torch(model, tokenizer, prompts)
     with model.disable_adapter():
-        effect = max(_distance(a, wanted.logprobs(ids)) for a, ids in zip(wanted.first, wanted.ids))
-    adapter_line = Line("adapter (PEFT)", same_tokens=len(prompts), stopped=sum(wanted.stopped))
-    if not all(wanted.stopped):
-        adapter_line.faults.append(text("有的回答停不下来", "an answer does not end"))
-    if effect == 0:
-        adapter_line.faults.append(text("适配器什么也没改", "the adapter changes nothing"))
-    lines = [adapter_line]
-    for form, bound, ask in _forms(folder, gguf, base_gguf, tokenizer, prompts, model.config.vocab_size):
+        effect = max(_distance(first, wanted.logprobs(ids)) for first, ids in zip(wanted.first, wanted.ids))
+    results = [_adapter_result(wanted, effect)]
+    for form, bound, answers in _forms(folder, gguf, base_gguf, tokenizer, prompts, model.config.vocab_size):
         reason = llama_cpp.missing() if form.endswith(".gguf") else ""
-        lines.append(Line(form, skipped=reason) if reason else compare_form(form, bound, wanted, ask(), effect))
-    return lines
+        if reason:
+            results.append(FormResult(form, skipped=reason))
+        else:
+            results.append(compare_form(form, bound, wanted, answers(), effect))
+    return results
 
 
-def compare_form(form: str, bound: float, wanted: FormAnswers, got: FormAnswers, effect: float) -> Line:
-    """The line of one form. A greedy token may be another where `wanted` holds both for nearly as likely.
+def _adapter_result(wanted: FormAnswers, effect: float) -> FormResult:
+    """The adapter's own result. That its answers do not end judges the training, not the export."""
+    count = len(wanted.ids)
+    result = FormResult("adapter (PEFT)", same_tokens=count, ended=sum(wanted.ended))
+    if effect == 0:
+        result.faults.append(text("适配器什么也没改变", "the adapter changes nothing"))
+    if result.ended < count:
+        open_ended = count - result.ended
+        result.notes += [
+            text(
+                f"{count} 个回答里有 {open_ended} 个到 {LONGEST} 个 token 还没结束：是训练不够，不是导出的问题",
+                f"{open_ended} of {count} answers do not end: that judges the training, not the export",
+            ),
+            text(
+                "加大 --max_steps 或 --num_train_epochs，让模型学会在哪里结束",
+                "train longer (--max_steps, --num_train_epochs): it learns where to end",
+            ),
+        ]
+    return result
 
-    Nearly: less than half of `bound` apart, which is what the rounding may move them. `effect` is what the adapter
-    itself changes; a form that is off by as much has lost it.
+
+def compare_form(form: str, bound: float, wanted: FormAnswers, got: FormAnswers, effect: float) -> FormResult:
+    """Compare the answers of one form with the adapter's.
+
+    A greedy token may differ where the adapter itself holds both for nearly as likely: less than half of `bound`
+    apart, which is what the rounding may move them.
+
+    Args:
+        bound: the largest difference of a log-probability that passes.
+        effect: the largest difference that the adapter makes to its base. A form that is off by as much has lost it.
     """
-    line = Line(form, bound, stopped=sum(got.stopped))
-    line.difference = max(map(_distance, wanted.first, got.first))
+    result = FormResult(form, bound, ended=sum(got.ended))
+    result.difference = max(map(_distance, wanted.first, got.first))
     if got.ids != wanted.ids:
-        line.faults.append(text("模板的 token 不同", "other template tokens"))
-    if not line.difference <= bound:
-        line.faults.append(text("logits 差得太多", "logits too far off"))
-    elif not line.difference < effect:
-        line.faults.append(text("误差和适配器的作用一样大", "the rounding is as large as the adapter's effect"))
+        result.faults.append(text("套用模板得到的 token 不同", "other template tokens"))
+    if not result.difference <= bound:
+        result.faults.append(text("logits 相差太大", "logits too far off"))
+    elif not result.difference < effect:
+        result.faults.append(
+            text(
+                f"舍入误差不小于适配器的作用（{effect:.3f}）：训练得更久，或换精度更高的形式",
+                f"the rounding is as large as the adapter's effect ({effect:.3f}): train longer",
+            )
+        )
     for ids, ours, theirs in zip(wanted.ids, wanted.tokens, got.tokens):
-        line.same_tokens += _same_words(ids, ours[:GREEDY], theirs[:GREEDY], wanted.logprobs, bound / 2)
-    if line.same_tokens < len(wanted.ids):
-        line.faults.append(text("回答的开头不同", "answers begin otherwise"))
-    if any(ours and not theirs for ours, theirs in zip(wanted.stopped, got.stopped)):
-        line.faults.append(text("停不下来", "does not end"))
-    return line
+        result.same_tokens += _same_tokens(ids, ours[:GREEDY], theirs[:GREEDY], wanted.logprobs, bound / 2)
+    if result.same_tokens < len(wanted.ids):
+        result.faults.append(text("回答的开头不同", "answers begin otherwise"))
+    if any(ours and not theirs for ours, theirs in zip(wanted.ended, got.ended)):
+        result.faults.append(text("适配器的回答会结束，它的不结束", "does not end where the adapter does"))
+    return result
 
 
-def show(lines: Sequence[Line]) -> str:
-    """The proof for a terminal: one line for each form, then PASS or FAIL, and how many were not checked."""
-    count = lines[0].same_tokens
+def result_table(results: Sequence[FormResult]) -> str:
+    """The results for a terminal: one row for each form, then PASS or FAIL, and how many were not checked."""
+    count = results[0].same_tokens
     rows = []
-    for line in lines:
-        numbers = f"{line.same_tokens}/{count}  {line.difference:6.3f} <= {line.bound:<4}  {line.stopped}/{count}"
-        if line is lines[0]:
-            numbers = f"{'':3}  {'':14}  {line.stopped}/{count}"
-        rows.append(f"  {line.form:<19} {line.skipped or numbers}  {'' if line.skipped else line.verdict}".rstrip())
-        rows += [f"    {fault}" for fault in line.faults]
+    for result in results:
+        numbers = f"{result.same_tokens}/{count}  {result.difference:6.3f} <= {result.bound:<4}  {result.ended}/{count}"
+        if result is results[0]:  # the adapter, with which the others are compared
+            numbers = f"{'':3}  {'':14}  {result.ended}/{count}"
+        verdict = "" if result.skipped else result.verdict
+        rows.append(f"  {result.form:<19} {result.skipped or numbers}  {verdict}".rstrip())
+        rows += [f"    {line}" for line in (*result.faults, *result.notes)]
     head = text(
-        f"证明（{count} 个提问）：开头 {GREEDY} 个 token 相同，logits 最大差，{LONGEST} 个 token 内结束",
-        f"proof ({count} prompts): same first {GREEDY} tokens, largest logit difference,\n"
+        f"一致性检查（{count} 个提问）：开头 {GREEDY} 个 token 相同，logits 最大差，\n{LONGEST} 个 token 内结束的回答",
+        f"parity check ({count} prompts): same first {GREEDY} tokens, largest logit difference,\n"
         f"answers that end within {LONGEST} tokens",
     )
-    left = _unchecked(lines)
-    but = text(f"（{left} 种没有检查）", f" ({left} not checked)") if left else ""
-    return "\n".join([head, *rows, verdict(lines) + but])
+    unchecked = _unchecked(results)
+    note = text(f"（{unchecked} 种没有检查）", f" ({unchecked} not checked)") if unchecked else ""
+    return "\n".join([head, *rows, overall_verdict(results) + note])
 
 
-def verdict(lines: Sequence[Line]) -> str:
-    """FAIL if any form failed, PASS if not; those not checked are left out."""
-    return "FAIL" if any(line.faults for line in lines) else "PASS"
+def overall_verdict(results: Sequence[FormResult]) -> str:
+    """FAIL if any form failed, PASS otherwise; forms that were not checked do not count."""
+    return "FAIL" if any(result.faults for result in results) else "PASS"
 
 
-def _unchecked(lines: Sequence[Line]) -> int:
-    return sum(bool(line.skipped) for line in lines)
+def _unchecked(results: Sequence[FormResult]) -> int:
+    return sum(bool(result.skipped) for result in results)
 
 
-def write_proof(folder: Path, lines: Sequence[Line], versions: str) -> None:
-    """Put the proof into DIR/README.md, in place of an earlier one; a folder without a card is left alone."""
+def write_to_card(folder: Path, results: Sequence[FormResult], versions: str) -> None:
+    """Write the results into DIR/README.md, in place of earlier ones; a folder without a card is left alone.
+
+    Args:
+        versions: of the libraries that answered, for the card.
+    """
     card = folder / CARD
     if not card.is_file():
         return
     rows = [
-        f"| {line.form} | {line.same_tokens} | {line.difference:.3f} | {line.bound or ''} | {line.stopped} | "
-        f"{line.skipped or line.verdict}{': ' if line.faults else ''}{'; '.join(line.faults)} |"
-        for line in lines
+        f"| {result.form} | {result.same_tokens} | {result.difference:.3f} | {result.bound or ''} | {result.ended} | "
+        f"{': '.join(filter(None, [result.skipped or result.verdict, '; '.join(result.faults + result.notes)]))} |"
+        for result in results
     ]
-    but = f" ({_unchecked(lines)} not checked)" if _unchecked(lines) else ""
-    words = "\n".join(
+    unchecked = f" ({_unchecked(results)} not checked)" if _unchecked(results) else ""
+    section = "\n".join(
         [
-            f"{BEGIN}\n## Exported forms: {verdict(lines)}{but}\n",
-            f"{lines[0].same_tokens} prompts through each form, compared with base + adapter ({versions}): the same "
+            f"{BEGIN}\n## Exported forms: {overall_verdict(results)}{unchecked}\n",
+            f"{results[0].same_tokens} prompts through each form, compared with base + adapter ({versions}): the same "
             f"template token ids, the same first {GREEDY} greedy tokens, the largest difference of a log-probability "
             f"of the first token, and answers that end within {LONGEST} tokens.\n",
             "| form | same answers | largest difference | bound | ended | |\n|---|---|---|---|---|---|",
@@ -169,29 +216,31 @@ def write_proof(folder: Path, lines: Sequence[Line], versions: str) -> None:
         ]
     )
     before, _, rest = card.read_text("utf-8").partition(BEGIN)
-    rewrite_card(folder, before.rstrip("\n") + "\n\n" + words + (rest.partition(END)[2] or "\n"))
+    rewrite_card(folder, before.rstrip("\n") + "\n\n" + section + (rest.partition(END)[2] or "\n"))
 
 
 def _forms(
     folder: Path, gguf: Path, base_gguf: Path, tokenizer: Any, prompts: Sequence[Any], rows: int
 ) -> Iterator[tuple[str, float, Callable[[], FormAnswers]]]:
+    """(name of a form that was written, its bound, a function that loads it and answers)"""
+
     def merged() -> FormAnswers:
-        place = folder / "merged"
-        return _ask_torch(load_base(Source("folder", str(place), place), "fp32").eval(), tokenizer, prompts)
+        model = load_base(folder_source(folder / "merged"), "fp32").eval()
+        return _answers_of_torch(model, tokenizer, prompts)
 
     def file(path: Path, adapter: Optional[Path] = None) -> Callable[[], FormAnswers]:
-        return lambda: _ask_llama(llama_cpp.Llama(path, adapter), rows, prompts)
+        return lambda: _answers_of_llama(llama_cpp.Llama(path, adapter), rows, prompts)
 
     yield "merged/", BOUNDS["merged"], merged
-    for kind in ("f16", "q8_0"):
-        path = gguf / f"merged-{kind}.gguf"
+    for precision in ("f16", "q8_0"):
+        path = gguf / f"merged-{precision}.gguf"
         if path.is_file():
-            yield path.name, BOUNDS[kind], file(path)
+            yield path.name, BOUNDS[precision], file(path)
     if (gguf / "adapter.gguf").is_file():
         yield "adapter.gguf", BOUNDS["f16"], file(base_gguf, gguf / "adapter.gguf")
 
 
-def _ask_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> FormAnswers:
+def _answers_of_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> FormAnswers:
     import torch
 
     def logprobs(ids: list[int]) -> Any:
@@ -204,7 +253,7 @@ def _ask_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]
     return FormAnswers(ids, [logprobs(one) for one in ids], tokens, [len(one) < LONGEST for one in tokens], logprobs)
 
 
-def _ask_llama(llama: llama_cpp.Llama, rows: int, prompts: Sequence[list[dict[str, str]]]) -> FormAnswers:
+def _answers_of_llama(llama: llama_cpp.Llama, rows: int, prompts: Sequence[list[dict[str, str]]]) -> FormAnswers:
     import torch
 
     def logprobs(ids: list[int]) -> Any:
@@ -217,24 +266,26 @@ def _ask_llama(llama: llama_cpp.Llama, rows: int, prompts: Sequence[list[dict[st
 
 
 def _distance(one: Any, other: Any) -> float:
-    """Largest difference over the tokens that both have; infinite for other vocabularies' rows of NaN."""
+    """Largest difference over the tokens that both vocabularies have."""
     rows = min(len(one), len(other))
     return float((one[:rows] - other[:rows]).abs().max())
 
 
-def _same_words(
+def _same_tokens(
     ids: list[int], ours: list[int], theirs: list[int], logprobs: Callable[[Any], Any], near: float
 ) -> bool:
+    """Whether two answers to `ids` are the same, or first differ where both tokens are nearly as likely to `ours`."""
     if ours == theirs:
         return True
-    at = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
-    if at >= min(len(ours), len(theirs)):  # one of them ended here
+    shorter = min(len(ours), len(theirs))
+    at = next((n for n, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), shorter)
+    if at >= shorter:  # one of them ended here
         return False
     choice = logprobs(ids + ours[:at])
     return float(choice[ours[at]] - choice[theirs[at]]) < near
 
 
-def _taken(tokenizer: Any, chat: list[dict[str, str]]) -> bool:
+def _template_accepts(tokenizer: Any, chat: list[dict[str, str]]) -> bool:
     """Whether the template takes this chat at all (some know no system messages)."""
     try:
         return bool(render(tokenizer, chat, prompt=True))

@@ -79,8 +79,8 @@ def test_every_file_exported_from_a_variant_answers_as_its_adapter(variant, tmp_
     monkeypatch.setattr(parity, "PROMPTS", parity.PROMPTS[2:3])
     monkeypatch.setattr(parity, "LONGEST", 6)  # after two steps an answer need not end, and DoRA's is slow to come
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    lines = gguf.to_gguf(copy, ("f16",))
+    lines = gguf.export_gguf(copy, ("f16",))
     passed = {line.form for line in lines if line.verdict == "PASS"} - {lines[0].form}
     files = {"merged-f16.gguf"} if name == "dora" else {"merged-f16.gguf", "adapter.gguf"}
-    assert passed == {"merged/", *files}, parity.show(lines)
+    assert passed == {"merged/", *files}, parity.result_table(lines)
     assert {one.name for one in (copy / "gguf").glob("*.gguf")} == files

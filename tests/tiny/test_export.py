@@ -59,31 +59,34 @@ def run(made, tmp_path) -> Path:
 
 
 def results(lines) -> dict[str, str]:
-    """Verdicts of the exported forms (the tiny model itself talks on and on)."""
+    """Verdicts of the exported forms."""
     return {line.form: line.verdict for line in lines[1:]}
 
 
 @NO_LLAMA
 def test_every_form_passes_and_the_card_says_so_once(run):
-    lines = gguf.to_gguf(run)
+    lines = gguf.export_gguf(run)
     forms = ["merged/", "merged-f16.gguf", "merged-q8_0.gguf", "adapter.gguf"]
     assert results(lines) == dict.fromkeys(forms, "PASS"), lines
+    assert lines[0].ended == 0 and parity.overall_verdict(lines) == "PASS"  # that no answer ends judges the training
+    assert "2 of 2 answers do not end: that judges the training, not the export" in parity.result_table(lines)
+    assert "train longer (--max_steps" in (run / "README.md").read_text("utf-8")
     assert {file.name for file in (run / "gguf").iterdir()} == {*forms[1:], "Modelfile"}
-    gguf.prove_gguf(run)
+    gguf.check_export(run)
     card = (run / "README.md").read_text("utf-8")
     assert (
         card.startswith("# out\n\nWords.\n\n<!-- proof -->")
         and card.count(parity.BEGIN) == card.count("| merged/") == 1
     )
-    assert all(len(line) <= 80 for line in parity.show(lines).splitlines())
+    assert all(len(line) <= 80 for line in parity.result_table(lines).splitlines())
     assert not list(run.glob(".writing-*"))
 
 
 def test_without_llama_cpp_the_gguf_lines_say_so_and_merged_is_still_proved(run, monkeypatch):
     monkeypatch.setattr(llama_cpp, "missing", lambda: 'not checked: pip install -e ".[gguf]"')
-    lines = gguf.to_gguf(run, ["q8_0"])
+    lines = gguf.export_gguf(run, ["q8_0"])
     assert results(lines) == {"merged/": "PASS", "merged-q8_0.gguf": "-", "adapter.gguf": "-"}
-    assert "not checked: pip install" in parity.show(lines)
+    assert "not checked: pip install" in parity.result_table(lines)
     assert "FROM ./merged-q8_0.gguf" in (run / "gguf" / "Modelfile").read_text("utf-8")
 
 
@@ -92,10 +95,26 @@ def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
     (run / "gguf").mkdir()
     (run / "gguf" / "mine").touch()
     with pytest.raises(UserError, match=r"already exported.*--overwrite"):
-        gguf.to_gguf(run)
+        gguf.export_gguf(run)
     assert [file.name for file in (run / "gguf").iterdir()] == ["mine"] and not (run / "merged").exists()
-    gguf.to_gguf(run, ["f16"], replace=True)
+    gguf.export_gguf(run, ["f16"], overwrite=True)
     assert {file.name for file in (run / "gguf").iterdir()} == {"merged-f16.gguf", "adapter.gguf", "Modelfile"}
+
+
+def test_an_earlier_merge_is_replaced_only_when_asked_and_only_by_a_whole_one(run, monkeypatch):
+    merge.merge_adapter(run)
+    before = (run / "merged" / "model.safetensors").read_bytes()
+    (run / "merged" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"already merged -> merge again: --overwrite; to use it: lora-practice chat"):
+        merge.merge_adapter(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge.adapter_files, "save_tokenizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge.merge_adapter(run, overwrite=True)
+    assert (run / "merged" / "model.safetensors").read_bytes() == b"another"
+    merge.merge_adapter(run, overwrite=True)
+    assert (run / "merged" / "model.safetensors").read_bytes() == before
+    assert not list(run.glob(".writing-*"))
 
 
 def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, monkeypatch):
@@ -107,7 +126,7 @@ def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, monkeypatch):
     monkeypatch.setattr(gguf_writer, "write_adapter", fail)
     before = sorted(run.iterdir())
     with pytest.raises(RuntimeError, match="a bug"):
-        gguf.to_gguf(run)
+        gguf.export_gguf(run)
     assert sorted(run.iterdir()) == before
 
 
@@ -123,7 +142,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_folder_as_it_was(made, 
         filler.write_bytes(bytes(shutil.disk_usage(place).free - 300_000))
         monkeypatch.setattr(disk, "check_free_disk", lambda *_: None)
         with pytest.raises(UserError) as caught:
-            gguf.to_gguf(run)
+            gguf.export_gguf(run)
         line = str(caught.value)
         assert "the disk refused a write midway (No space left on device)" in line and "\n" not in line
         assert line.endswith("-> free some, then run it again; what was there is untouched")
@@ -135,9 +154,9 @@ def test_a_proof_that_writes_no_gguf_asks_for_no_room(made, tmp_path, monkeypatc
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
     with small_disk(tmp_path / "small", megabytes=8) as place:
         run = Path(shutil.copytree(made, place / "out"))
-        gguf.to_gguf(run, ["q8_0"])
+        gguf.export_gguf(run, ["q8_0"])
         (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free - 100_000))
-        assert results(gguf.prove_gguf(run))["merged/"] == "PASS"
+        assert results(gguf.check_export(run))["merged/"] == "PASS"
         card = (run / "README.md").read_bytes()
         (place / "rest").write_bytes(bytes(shutil.disk_usage(place).free))
         capsys.readouterr()
@@ -153,7 +172,7 @@ def test_what_cannot_be_a_gguf_is_refused_before_anything_is_merged(run):
     whole = json.loads((run / "tokenizer.json").read_text("utf-8"))
     (run / "tokenizer.json").write_text(json.dumps({**whole, "pre_tokenizer": {"type": "Whitespace"}}), "utf-8")
     with pytest.raises(UserError, match="no GGUF can be made"):
-        gguf.to_gguf(run)
+        gguf.export_gguf(run)
     assert not (run / "merged").exists()
 
 
@@ -162,17 +181,17 @@ def test_a_merge_that_lost_the_adapter_fails(run, monkeypatch):
     base = Path(json.loads((run / "run_record.json").read_text("utf-8"))["model"]["path"])
     shutil.copy(base / "model.safetensors", run / "merged")
     monkeypatch.setattr(llama_cpp, "missing", lambda: "not checked")
-    lines = gguf.to_gguf(run, ["f16"])
-    assert results(lines)["merged/"] == parity.verdict(lines) == "FAIL"
+    lines = gguf.export_gguf(run, ["f16"])
+    assert results(lines)["merged/"] == parity.overall_verdict(lines) == "FAIL"
 
 
 @pytest.mark.parametrize(("skipped", "said"), [("", "PASS"), ("not here", "PASS (1 not checked)")])
 def test_a_pass_says_how_many_forms_were_not_checked(tmp_path, skipped, said):
-    lines = [parity.Line("adapter (PEFT)", 0.0, stopped=4, same_tokens=4)]
-    lines.append(parity.Line("merged-f16.gguf", 0.3, stopped=4, same_tokens=4, skipped=skipped))
-    assert parity.show(lines).splitlines()[-1] == said
+    lines = [parity.FormResult("adapter (PEFT)", 0.0, ended=4, same_tokens=4)]
+    lines.append(parity.FormResult("merged-f16.gguf", 0.3, ended=4, same_tokens=4, skipped=skipped))
+    assert parity.result_table(lines).splitlines()[-1] == said
     (tmp_path / "README.md").write_text("# out\n", "utf-8")
-    parity.write_proof(tmp_path, lines, "peft 1")
+    parity.write_to_card(tmp_path, lines, "peft 1")
     assert f"## Exported forms: {said}\n" in (tmp_path / "README.md").read_text("utf-8")
 
 
@@ -205,6 +224,6 @@ def _no_scale(monkeypatch) -> None:
 def test_a_broken_export_fails_the_proof(run, monkeypatch, breakage, broken, words):
     merge.merge_adapter(run)
     breakage(monkeypatch)
-    lines = gguf.to_gguf(run, ["f16"])
+    lines = gguf.export_gguf(run, ["f16"])
     line = next(one for one in lines if one.form == broken)
     assert line.verdict == "FAIL" and words in line.faults

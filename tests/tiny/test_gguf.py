@@ -122,7 +122,7 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(tmp_path):
     others = {"pre_tokenizer": {"type": "Whitespace"}, "normalizer": {"type": "Lowercase"}}
     for field, value in others.items():
         (folder / "tokenizer.json").write_text(json.dumps({**whole, field: value}), "utf-8")
-        with pytest.raises(UserError, match=r"tokenizer\.json: no GGUF can be made: its way of cutting words"):
+        with pytest.raises(UserError, match=r"tokenizer\.json: no GGUF can be made: its way of splitting words"):
             gguf_tokenizer.split_name(folder)
     (folder / "tokenizer.json").write_text(json.dumps({**whole, "model": {"type": "Unigram", "vocab": []}}), "utf-8")
     with pytest.raises(UserError, match="Unigram is no byte-level BPE"):
