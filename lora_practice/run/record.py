@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,15 +94,29 @@ def how_to_resume(record: dict[str, Any]) -> str:
 def farewell(folder: Path, record: dict[str, Any]) -> str:
     """The last lines of a finished run: steps, time, loss, the folder, and the next command."""
     model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model_dir {shlex.quote(str(folder))}"
-    loss = record["losses"][-1]["loss"] if record["losses"] else float("nan")
+    loss = last_loss(record["losses"])
     command = _runnable(shlex.join(_command("inference.py", "infer")) + model_dir)
     took, expected = f"{record['seconds']:.0f}", f"{record['estimate']['seconds']:.0f}"
     return text(
-        f"完成：{record['steps']} 步，{took} 秒（估计 {expected}），loss {loss:.3f}，结果在 {folder}/\n"
+        f"完成：{record['steps']} 步，{took} 秒（估计 {expected}），loss {loss}，结果在 {folder}/\n"
         f"下一步，和模型聊聊：\n  {command}",
-        f"done: {record['steps']} steps in {took} s ({expected} expected), loss {loss:.3f}; "
+        f"done: {record['steps']} steps in {took} s ({expected} expected), loss {loss}; "
         f"the results are in {folder}/\nnext, talk to it:\n  {command}",
     )
+
+
+def last_loss(losses: Sequence[Mapping[str, float]]) -> str:
+    """The training loss at the end of a run: the mean of what was logged in its last 10 steps, and how many these are.
+
+    The loss of one step goes up and down with the few rows of that step.
+    """
+    recent = [one["loss"] for one in losses if one["step"] > losses[-1]["step"] - 10]
+    if not recent:
+        return "nan"
+    mean = f"{sum(recent) / len(recent):.3f}"
+    if len(recent) == 1:
+        return mean
+    return text(f"{mean}（最后 {len(recent)} 次记录的平均）", f"{mean} (mean of the last {len(recent)} logged)")
 
 
 def _runnable(command: str) -> str:

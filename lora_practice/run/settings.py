@@ -10,7 +10,7 @@ from lora_practice.sources.find import SHIPPED
 # settings that do not affect the result
 WITHOUT_EFFECT = (
     *("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json"),
-    *("run_inference", "merge_adapter", "skip_login", "report_to"),
+    *("run_inference", "merge_adapter", "skip_login", "report_to", "logging_steps"),
 )
 
 

@@ -28,6 +28,8 @@ from lora_practice.training.plan import Estimate, short_of_disk
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
+LOGGED_EACH_BELOW, LOGGED_APART = 200, 10  # optimizer steps
+
 
 def build_trainer(
     model: Any,
@@ -64,9 +66,17 @@ def build_trainer(
     for place in missing:  # transformers has created the output folder, which `OutputFolder.begin` creates later
         place.rmdir()
     keep_trained_in_fp32(model)  # TRL makes them bf16 on a 4-bit base
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(lambda: trainer.tokens_seen))
+    show_progress(trainer, settings.logging_steps)
     return trainer
+
+
+def show_progress(trainer: PracticeTrainer, logging_steps: int) -> None:
+    """Log each `logging_steps`-th loss and show the progress; 0 logs each step of a short run, whose curve needs it."""
+    short = steps_of(trainer) < LOGGED_EACH_BELOW
+    trainer.args.logging_steps = logging_steps or (1 if short else LOGGED_APART)
+    logs_per_line = LOGGED_APART if short and not logging_steps else 1
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(lambda: trainer.tokens_seen, logs_per_line))
 
 
 def _training_arguments(settings: TrainingSettings, machine: Machine, folder: OutputFolder, is_fast: bool) -> Any:
@@ -78,7 +88,7 @@ def _training_arguments(settings: TrainingSettings, machine: Machine, folder: Ou
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
-        logging_steps=settings.logging_steps,
+        logging_steps=settings.logging_steps or 1,  # 0 is decided when the number of steps is known
         logging_first_step=True,
         save_strategy=settings.save_strategy,
         save_steps=settings.save_steps,

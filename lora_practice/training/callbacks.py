@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from typing import Any, Callable
 
 import psutil
@@ -21,11 +22,14 @@ from lora_practice.machine.device import peak_memory
 class Progress(TrainerCallback):
     """A bar with step, loss, tokens/s, time left and peak memory; plain lines where stderr is no terminal.
 
-    `tokens_seen()`: tokens trained on so far in this process.
+    `tokens_seen()`: tokens trained on so far in this process. Above 1, `logs_per_line` keeps a run readable that logs
+    each step: the loss shown is the mean of so many logged ones, and lines are printed for the first step, each
+    `logs_per_line`-th and the last.
     """
 
-    def __init__(self, tokens_seen: Callable[[], int]) -> None:
-        self.tokens_seen = tokens_seen
+    def __init__(self, tokens_seen: Callable[[], int], logs_per_line: int = 1) -> None:
+        self.tokens_seen, self.logs_per_line = tokens_seen, logs_per_line
+        self.recent: deque[float] = deque(maxlen=logs_per_line)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.started = state.global_step, time.perf_counter()
@@ -55,11 +59,12 @@ class Progress(TrainerCallback):
             tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {words}")
         if not logs or "loss" not in logs:
             return
-        self.loss = f"loss {logs['loss']:.3f}"
+        self.recent.append(logs["loss"])
+        self.loss = f"loss {sum(self.recent) / len(self.recent):.3f}"
         self._measure(state)
         if self.live:
             self.bar.set_description_str(self._words(state))
-        else:
+        elif state.global_step in (1, state.max_steps) or state.global_step % self.logs_per_line == 0:
             tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {self._words(state)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -32,9 +32,9 @@ def train(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Train
     """Train to the end, to an early stop, or until the user interrupts.
 
     Returns:
-        For the record: "steps", "interrupted", "losses" and "pace" (one dict per logged step, see LOSSES and PACE;
-        `loss` in nats per trained token), "seconds", "tokens_per_second", "peak_memory_mb"; with held-out rows also
-        "stopped_early" and what `_measure_after` returns.
+        For the record: "steps", "interrupted", "logging_steps" (as used), "losses" and "pace" (one dict per logged
+        step, see LOSSES and PACE; `loss` in nats per trained token), "seconds", "tokens_per_second", "peak_memory_mb";
+        with held-out rows also "stopped_early" and what `_measure_after` returns.
     """
     before = held_out_loss(trainer, held_out) if held_out else None
     evaluation = add_evaluation(trainer, held_out, settings)
@@ -51,6 +51,7 @@ def train(trainer: PracticeTrainer, held_out: Sequence[Example], settings: Train
     result = {
         "steps": state.global_step,
         "interrupted": state.global_step < state.max_steps and not stopped_early,
+        "logging_steps": trainer.args.logging_steps,
         "losses": [{key: entry[key] for key in LOSSES if key in entry} for entry in logged],
         "pace": [{key: entry[key] for key in PACE if key in entry} for entry in logged],
         "seconds": round(seconds, 1),

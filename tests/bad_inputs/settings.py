@@ -17,7 +17,7 @@ NUMBERS = {  # flag: values that it refuses
     "--seed": ("-1", str(2**32), "1e3"),
     "--max_grad_norm": ("0", "-1", "nan", "inf", "1e30"),
     "--warmup_ratio": ("-0.1", "1", "nan"),
-    "--logging_steps": ("0", "-1", "9" * 30),
+    "--logging_steps": ("1.5", "-1", "9" * 30),
     "--save_steps": ("0", "-1", "9" * 30),
     "--save_total_limit": ("0", "-3", "9" * 30),
 }

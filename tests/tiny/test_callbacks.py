@@ -56,3 +56,43 @@ def test_asked_in_the_midst_of_a_save_the_run_stops_with_it_and_not_a_step_later
     notes = run(trainer)
     assert notes["interrupted"] and notes["steps"] == 2
     assert (tmp_path / "run" / "checkpoint-2" / "checkpoint.json").is_file()
+
+
+def test_a_short_run_logs_each_step_and_prints_a_line_for_ten_of_them(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The same losses as with `--logging_steps 1`, and the same weights."""
+    from tiny_training import run, same, trainer_of, weights_of
+
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    automatic, each = (trainer_of(tmp_path / str(n), logging_steps=n, max_steps=24, save_strategy="no") for n in (0, 1))
+    notes = run(automatic)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/24", "10/24", "20/24", "24/24"]
+    losses = [one["loss"] for one in notes["losses"]]
+    for line, last in zip(lines, (1, 10, 20, 24)):
+        recent = losses[max(0, last - 10) : last]
+        assert f" loss {sum(recent) / len(recent):.3f}," in line
+    assert [one["step"] for one in notes["losses"]] == list(range(1, 25)) and notes["logging_steps"] == 1
+    assert run(each)["losses"] == notes["losses"] and same(weights_of(automatic), weights_of(each))
+    printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(printed) == 24  # what was asked for
+
+
+@pytest.mark.parametrize(
+    ("asked", "changed", "used"),
+    [(0, {"max_steps": 199}, 1), (0, {"max_steps": 200}, 10), (0, {"num_train_epochs": 40}, 10), (7, {}, 7)],
+)
+def test_how_many_steps_apart_losses_are_logged(asked: int, changed: dict, used: int, tmp_path: Path) -> None:
+    """A run of 12 rows, two a step: 6 steps an epoch."""
+    from tiny_training import trainer_of
+
+    assert trainer_of(tmp_path / "run", logging_steps=asked, **changed).args.logging_steps == used
+
+
+def test_the_last_line_of_a_run_tells_the_mean_of_the_last_ten_steps(monkeypatch) -> None:
+    from lora_practice.run.record import last_loss
+
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    each = [{"step": step, "loss": float(step)} for step in range(1, 25)]
+    assert last_loss(each) == "19.500 (mean of the last 10 logged)"
+    assert last_loss(each[9::10]) == "20.000"
+    assert last_loss([]) == "nan"
