@@ -1,4 +1,4 @@
-"""Tiny random models of each family, and their step by autograd, for the tests of the fast path."""
+"""Tiny random models of each family, and a step by autograd and by the engine, for the tests of the fast path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAMILIES = {
 
 
 def tiny(family="Llama", dropout=0.0, dtype=torch.float64, targets=TARGETS, shape=None, **lora):
-    """A random PeftModel whose B is not zero; `shape` changes its configuration."""
+    """A random PeftModel with B not zero. `shape` overrides the model configuration, `lora` that of LoRA."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family], **(shape or {})})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
@@ -50,7 +50,7 @@ def tiny(family="Llama", dropout=0.0, dtype=torch.float64, targets=TARGETS, shap
 
 
 def norms_in_float64(model):
-    """transformers computes its norms in float32 whatever the model's dtype: too coarse for a float64 check."""
+    """Make the norms compute in float64: those of transformers use float32, too coarse for a float64 check."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             gemma = type(module).__name__.startswith("Gemma")
@@ -63,7 +63,7 @@ def norms_in_float64(model):
 
 
 def examples(seed=0, count=5, prefix=4):
-    """Chats that share a beginning; labels on everything, on a part, on several parts."""
+    """(input_ids, labels) pairs that share a prefix; labels on all tokens, on the answer, or in the middle only."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(3, 97, (prefix,), generator=generator).tolist()
     made = []
@@ -94,6 +94,7 @@ def plain_step(model, batch):
 
 
 def fast_step(model, batch, **options):
+    """Loss and LoRA gradients by the fast engine; `options` of fast.build."""
     model.zero_grad()
     engine = fast.build(model, **options)
     loss = engine.step_loss_and_backward(batch)
@@ -101,4 +102,5 @@ def fast_step(model, batch, **options):
 
 
 def worst(mine, theirs):
+    """Largest relative error of any gradient, by name."""
     return max(float((mine[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs)

@@ -21,7 +21,7 @@ def trainable(model):
 
 
 def plain_step(model, batch):
-    """Loss and gradients as TRL's accumulation does it: token losses summed over the window, divided once."""
+    """Loss, with gradients in .grad, as TRL accumulates them: token losses summed over the step, divided once."""
     count = fast.step_plan.count_labels(batch)
     total = 0.0
     for ids, labels in batch:

@@ -61,7 +61,7 @@ def test_greedy_tokens_are_those_of_the_unmerged_model(embedded_model, answers, 
 
 
 def test_the_adapter_matters(embedded_model, plain):
-    """Else the comparison above would hold without LoRA too."""
+    """Shows that the comparison above would fail without LoRA."""
     ids = list(range(100, 120))
     adapted = build_decoder(plain).logits(ids)
     with plain.disable_adapter():

@@ -1,4 +1,4 @@
-"""With dropout the fast engine draws other masks than PEFT: the losses are PEFT's within their spread over seeds."""
+"""The fast engine's dropout masks differ from PEFT's; its losses agree with PEFT's within the spread over seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_practice import fast
 
 
 def test_dropout_keeps_the_level_of_the_loss(embedded_model, embedded_examples):
-    """Dropout masks shared on the prefix: the mean loss over seeds is that of PEFT's own dropout."""
+    """With dropout masks shared on the prefix, the mean loss over seeds is that of PEFT's own dropout."""
     batch = embedded_examples[:8]
     plain, mine = load(embedded_model, 0.05), load(embedded_model, 0.05)
     for model in (plain, mine):
@@ -29,7 +29,7 @@ def test_dropout_keeps_the_level_of_the_loss(embedded_model, embedded_examples):
 
 
 def test_runs_with_dropout_end_where_plain_runs_end(embedded_model, embedded_examples):
-    """Eight steps, four seeds of the dropout each: the held-out loss afterwards is within the runs' own spread."""
+    """Held-out loss after eight steps, four dropout seeds each: both means agree within the spread of the runs."""
     plain, mine = load(embedded_model, 0.05), load(embedded_model, 0.05)
     pairs = trainable(mine), trainable(plain)
     start = [p.detach().clone() for _, p in pairs[0]]
@@ -56,4 +56,4 @@ def test_runs_with_dropout_end_where_plain_runs_end(embedded_model, embedded_exa
     theirs, ours = (torch.tensor(values, dtype=torch.float64) for values in ends.values())
     spread = float((theirs.var() / 4 + ours.var() / 4).sqrt())
     assert abs(float(theirs.mean() - ours.mean())) < 4 * spread
-    assert spread < 0.01  # so that the line above says something
+    assert spread < 0.01  # otherwise the line above would hold for almost any result

@@ -18,7 +18,7 @@ def worst_relative(first, second):
 
 
 def halves(examples):
-    """The same examples with labels on the second half only: what training on answers alone looks like."""
+    """The same examples with labels on the second half only, as in training on answers alone."""
     return [(ids, [-100] * (len(ids) // 2) + list(labels[len(ids) // 2 :])) for ids, labels in examples]
 
 
@@ -34,7 +34,7 @@ def test_fifty_steps_of_training_are_the_same(embedded_model, embedded_examples,
         batch = [examples[(step * WINDOW + i) % len(examples)] for i in range(WINDOW)]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        # The plain model takes over the trained weights each step: rounding must not pile up in the comparison.
+        # Copy the trained weights to the plain model before each step, so that rounding errors do not accumulate.
         with torch.no_grad():
             for (_, p), (_, q) in zip(*pairs):
                 q.copy_(p)
@@ -46,9 +46,9 @@ def test_fifty_steps_of_training_are_the_same(embedded_model, embedded_examples,
 
 
 def test_bfloat16_stays_within_half_a_percent(embedded_model, embedded_examples):
-    wide, narrow = load(embedded_model), load(embedded_model)
-    engines = [fast.build(wide), fast.build(narrow, compute_dtype=torch.bfloat16)]
-    pairs = trainable(wide), trainable(narrow)
+    models = load(embedded_model), load(embedded_model)
+    engines = [fast.build(models[0]), fast.build(models[1], compute_dtype=torch.bfloat16)]
+    pairs = trainable(models[0]), trainable(models[1])
     optimizers = [torch.optim.AdamW([p for _, p in pair], lr=2e-4) for pair in pairs]
     for step in range(12):
         batch = [embedded_examples[(8 * step + i) % len(embedded_examples)] for i in range(8)]

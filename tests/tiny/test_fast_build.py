@@ -1,4 +1,4 @@
-"""What is loaded as code was built here, by this user: anything that others may have written is built anew."""
+"""A kernel library is loaded only if this user built it; a file that others could have written is built again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from lora_practice.fast.kernels import build
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
-LIBRARY = build._openmp_runtime()  # any that loads
+LIBRARY = build._openmp_runtime()  # any shared library that can be loaded
 
 
 class Compiler:
-    """A stand-in that takes no time: it copies a library that is there, and counts."""
+    """A fast stand-in for the C++ compiler: it copies an existing library and counts its calls."""
 
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log, self.folder = place / "log", place / "cache" / "lora-practice" / "kernels"
@@ -29,7 +29,7 @@ class Compiler:
         monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
 
     def load(self) -> tuple[int, Path]:
-        """(how often it was called in all, what is loaded)"""
+        """(number of compiler calls so far, path of the loaded library)"""
         loaded = build.library.__wrapped__("float")
         assert isinstance(loaded, ctypes.CDLL)
         return len(self.log.read_text().splitlines()), Path(loaded._name)
@@ -49,7 +49,7 @@ def test_kernels_are_built_once_and_nobody_else_may_write_them(compiler: Compile
     assert compiler.load() == (1, path)
 
 
-def test_a_file_that_others_may_write_is_built_anew(compiler: Compiler) -> None:
+def test_a_file_that_others_may_write_is_built_again(compiler: Compiler) -> None:
     _, path = compiler.load()
     path.chmod(0o722)
     assert compiler.load() == (2, path)

@@ -16,8 +16,8 @@ def served(family="Llama", **options):
     return tiny(family, dtype=torch.float32, **options).eval()
 
 
-def theirs(model, prompt, count, **options):
-    """Their continuation of a prompt; greedy unless told otherwise, never stopped."""
+def generate_reference(model, prompt, count, **options):
+    """transformers' continuation of a prompt by `count` tokens; greedy by default, without a stop token."""
     ids = torch.tensor([prompt])
     options = {"do_sample": False, **options}
     made = model.generate(
@@ -26,34 +26,34 @@ def theirs(model, prompt, count, **options):
     return made[0, len(prompt) :].tolist()
 
 
-def their_logits(model, ids):
+def reference_logits(model, ids):
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_and_logits_are_theirs(family, kernels):
+def test_greedy_tokens_and_logits_are_those_of_transformers(family, kernels):
     model = served(family)
     decoder = build_decoder(model, kernels=kernels)
-    assert decoder.generate(PROMPT, 30, ()) == theirs(model, PROMPT, 30)
+    assert decoder.generate(PROMPT, 30, ()) == generate_reference(model, PROMPT, 30)
     for length in (1, len(PROMPT)):
         decoder.ids = []
         ids = PROMPT[:length]
-        torch.testing.assert_close(decoder.logits(ids), their_logits(model, ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoder.logits(ids), reference_logits(model, ids), rtol=1e-4, atol=1e-4)
     assert decoder.name.startswith("16-bit kernels" if kernels else "torch float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_narrow_weights_are_exact(dtype):
-    """Weights that 16 bits hold are stored in 16 bits, and the answer is that of float32 weights."""
+def test_16_bit_weights_are_exact(dtype):
+    """Weights that are exact in 16 bits are stored so, and the logits are those of float32 weights."""
     model = served("Qwen3").get_base_model()
-    scale = 2.0**-40 if dtype == torch.bfloat16 else 1.0  # below what float16 can hold
+    scale = 2.0**-40 if dtype == torch.bfloat16 else 1.0  # below the range of float16
     head = model.lm_head.weight.data
     head.copy_((head * scale).to(dtype).float())
     decoder = build_decoder(model)
     assert decoder.weights.head.weight.dtype == (dtype if decoder.compiled else torch.float32)
-    torch.testing.assert_close(decoder.logits(PROMPT), their_logits(model, PROMPT), rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(decoder.logits(PROMPT), reference_logits(model, PROMPT), rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_weights_in_16_bits_are_shared_with_the_model():
@@ -61,38 +61,40 @@ def test_weights_in_16_bits_are_shared_with_the_model():
     decoder = build_decoder(model)
     if decoder.compiled:
         assert decoder.weights.embedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    wide = served(dropout=0.1).get_base_model().half().float()
-    assert decoder.generate(PROMPT, 30, ()) == theirs(wide, PROMPT, 30)
+    upcast = served(dropout=0.1).get_base_model().half().float()
+    assert decoder.generate(PROMPT, 30, ()) == generate_reference(upcast, PROMPT, 30)
 
 
-def test_the_base_below_an_adapter_shares_its_copy_in_16_bits():
+def test_the_base_without_its_adapter_shares_the_16_bit_copy():
     model = served(dropout=0.1).half().float()
     decoder = build_decoder(model)
     with model.disable_adapter():
-        bare, alone = build_decoder(model, like=decoder), build_decoder(model)
-    assert bare.generate(PROMPT, 12, ()) == alone.generate(PROMPT, 12, ()) != decoder.generate(PROMPT, 12, ())
-    held, shared, own = ({one.data_ptr() for one in made.weights.stored.values()} for made in (decoder, bare, alone))
+        base, separate = build_decoder(model, like=decoder), build_decoder(model)
+    assert base.generate(PROMPT, 12, ()) == separate.generate(PROMPT, 12, ()) != decoder.generate(PROMPT, 12, ())
+    held, shared, own = ({x.data_ptr() for x in d.weights.stored.values()} for d in (decoder, base, separate))
     assert held == shared and (not decoder.compiled or not held & own)
 
 
 def test_an_adapter_switched_off_or_merged_is_respected():
     model = served()
     with model.disable_adapter():
-        base, expected = build_decoder(model), theirs(model, PROMPT, 12)
-    assert base.generate(PROMPT, 12, ()) == expected != theirs(model, PROMPT, 12)
+        base, expected = build_decoder(model), generate_reference(model, PROMPT, 12)
+    assert base.generate(PROMPT, 12, ()) == expected != generate_reference(model, PROMPT, 12)
     model.merge_adapter()
-    torch.testing.assert_close(build_decoder(model).logits(PROMPT), their_logits(model, PROMPT), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        build_decoder(model).logits(PROMPT), reference_logits(model, PROMPT), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_history_is_computed_once():
     model = served()
-    decoder, fresh = build_decoder(model), build_decoder(model)
+    decoder, uncached = build_decoder(model), build_decoder(model)
     answer = decoder.generate(PROMPT, 5, ())
     longer = [*PROMPT, *answer, 7, 8]
-    whole, widths = decoder._forward, []
-    decoder._forward = lambda ids, *rest: widths.append(len(ids)) or whole(ids, *rest)
-    assert decoder.generate(longer, 9, ()) == fresh.generate(longer, 9, ())
-    assert sum(widths) == 3 + 8  # the answer's last token and two new ones, then one for each but the last made
+    forward, computed = decoder._forward, []
+    decoder._forward = lambda ids, *rest: computed.append(len(ids)) or forward(ids, *rest)
+    assert decoder.generate(longer, 9, ()) == uncached.generate(longer, 9, ())
+    assert sum(computed) == 3 + 8  # the answer's last token and two new ones, then all generated tokens but the last
     other = [*PROMPT[:4], 90, 91, *PROMPT]
     assert decoder.generate(other, 9, ()) == build_decoder(model).generate(other, 9, ())
 
@@ -100,21 +102,21 @@ def test_a_history_is_computed_once():
 def test_tokens_come_one_by_one_until_a_stop_token():
     model = served()
     decoder = build_decoder(model)
-    whole = theirs(model, PROMPT, 20)
+    whole = generate_reference(model, PROMPT, 20)
     wanted = whole[: whole.index(whole[7])]
-    heard = []
+    received = []
     for token in decoder.tokens(PROMPT, 20, {whole[7]}):
-        heard.append(token)
-        assert len(decoder.ids) == len(PROMPT) + len(heard) - 1  # nothing is computed before it is asked for
-    assert heard == decoder.generate(PROMPT, 20, {whole[7]}) == wanted
+        received.append(token)
+        assert len(decoder.ids) == len(PROMPT) + len(received) - 1  # nothing is computed before it is requested
+    assert received == decoder.generate(PROMPT, 20, {whole[7]}) == wanted
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0.7, 0.8), (1.5, 1.0)])
-def test_sampling_is_theirs(temperature, top_p):
+def test_sampling_is_that_of_transformers(temperature, top_p):
     model = served()
     torch.manual_seed(3)
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    expected = theirs(model, PROMPT, 20, **options)
+    expected = generate_reference(model, PROMPT, 20, **options)
     torch.manual_seed(3)
     assert build_decoder(model).generate(PROMPT, 20, (), temperature, top_p) == expected
     drawn = [
@@ -124,7 +126,7 @@ def test_sampling_is_theirs(temperature, top_p):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_tiny_top_p_leaves_the_likeliest():
+def test_a_tiny_top_p_leaves_the_most_likely_token():
     assert _sample(torch.tensor([0.1, 3.0, 2.9]), 2.0, 1e-6, None) == 1
 
 
@@ -136,7 +138,7 @@ def test_the_context_ends_where_the_positions_end():
             decoder.generate(ids, 1, ())
 
 
-def test_what_is_not_served_is_said():
+def test_an_unsupported_model_raises_not_served():
     with pytest.raises(NotServed, match="DoRA"):
         build_decoder(served(use_dora=True))
     model = served()
@@ -160,4 +162,4 @@ def test_without_a_compiler_torch_computes(monkeypatch, tmp_path):
     model = served()
     decoder = build_decoder(model)
     assert decoder.name == "torch float32 (no C++ compiler found)"
-    assert decoder.generate(PROMPT, 10, ()) == theirs(model, PROMPT, 10)
+    assert decoder.generate(PROMPT, 10, ()) == generate_reference(model, PROMPT, 10)

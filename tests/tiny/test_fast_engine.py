@@ -17,10 +17,12 @@ def test_float64_is_autograd(family, share):
     loss, gradients = plain_step(model, batch)
     mine, my_gradients = fast_step(model, batch, compute_dtype=torch.float64, share_prefix=share)
     assert mine == pytest.approx(loss, rel=1e-7)
-    assert worst(my_gradients, gradients) < 1e-6  # Gemma's sqrt(hidden) is float32 or float64, by version
+    assert (
+        worst(my_gradients, gradients) < 1e-6
+    )  # Gemma's sqrt(hidden_size) is float32 or float64, depending on the version
 
 
-CORNERS = [
+UNUSUAL_SHAPES = [
     ("Llama", {}, {"r": 1}),
     ("Llama", {"num_key_value_heads": 4, "vocab_size": 101}, {"r": 256}),
     ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 80}, {"r": 7}),
@@ -34,9 +36,9 @@ CORNERS = [
 ]
 
 
-@pytest.mark.parametrize("family, shape, lora", CORNERS)
-def test_corners(family, shape, lora):
-    """Ranks, heads, windows, biases and rows of one token or one label, alone and beside others."""
+@pytest.mark.parametrize("family, shape, lora", UNUSUAL_SHAPES)
+def test_unusual_shapes_are_autograd(family, shape, lora):
+    """Ranks, heads, windows, biases; rows of one token or one label, alone and together with others."""
     rows = [([7, 8], [7, 8]), ([9, 10, 11], [9, -100, -100]), ([3] * 140, [3] * 140)]
     batch, model = [*examples(), *rows], tiny(family, shape=shape, **lora)
     loss, gradients = plain_step(model, batch)
@@ -53,7 +55,7 @@ def test_corners(family, shape, lora):
 )
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_narrow_types(family, kernels, dtype, loss_error, gradient_error):
+def test_fp32_and_bf16_are_autograd_within_rounding(family, kernels, dtype, loss_error, gradient_error):
     model, batch = tiny(family, dtype=torch.float32, shape={"head_dim": 32}), examples()
     loss, gradients = plain_step(model, batch)
     mine, my_gradients = fast_step(model, batch, compute_dtype=dtype, kernels=kernels)
@@ -72,7 +74,7 @@ def test_autocast_around_a_step_changes_no_bit(kernels):
 
 
 def test_a_step_without_labels_has_gradients_of_zero():
-    """A loss scaler refuses a step without any gradient."""
+    """A GradScaler rejects a step without any gradient."""
     model, scaler = tiny(dtype=torch.float32), torch.amp.GradScaler("cpu")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     scale = float(scaler.scale(torch.ones(())))
@@ -82,7 +84,7 @@ def test_a_step_without_labels_has_gradients_of_zero():
 
 
 class NamedDropout(torch.nn.Module):
-    """Dropout in PEFT's place with the engine's own masks (examples not shared, so rows count up)."""
+    """Replaces PEFT's dropout by the engine's masks; without prefix sharing, rows are numbered consecutively."""
 
     def __init__(self, number, state):
         super().__init__()
@@ -94,7 +96,7 @@ class NamedDropout(torch.nn.Module):
         return x * keep / dropout.keep_rate
 
 
-def test_dropout_is_peft_dropout_with_named_masks():
+def test_dropout_is_peft_dropout_with_the_same_masks():
     model, batch = tiny(dropout=0.2), examples()
     engine = fast.build(model, compute_dtype=torch.float64, seed=5, share_prefix=False)
     engine.step = 3
@@ -154,7 +156,7 @@ def test_resume_continues_the_masks():
     assert again.step_loss_and_backward(batch) != expected
 
 
-def test_eval_loss_is_the_plain_one_and_leaves_nothing():
+def test_eval_loss_is_the_plain_one_and_leaves_no_gradients():
     model, batch = tiny(dropout=0.3), examples()
     engine = fast.build(model, compute_dtype=torch.float64, token_budget=30)
     mine = engine.eval_loss(batch)
@@ -178,7 +180,7 @@ def test_rank_stabilised_scaling_is_read_from_peft():
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["o_proj"]])
-def test_the_base_is_held_once_and_given_back(targets):
+def test_the_base_is_stored_once_and_restored_by_close(targets):
     model, batch = tiny(dtype=torch.float32, targets=targets), examples()
     before = model.eval()(input_ids=torch.tensor([batch[0][0]])).logits
     engine = fast.build(model)
@@ -191,7 +193,7 @@ def test_the_base_is_held_once_and_given_back(targets):
     torch.testing.assert_close(model(input_ids=torch.tensor([batch[0][0]])).logits, before)
 
 
-def test_checkpointing_changes_no_bit_and_a_step_broken_off_leaves_nothing():
+def test_checkpointing_changes_no_bit_and_an_interrupted_step_leaves_no_gradients():
     model, batch = tiny("Qwen3", dropout=0.2, dtype=torch.float32), examples()
     loss, gradients = fast_step(model, batch, seed=1)
     model.zero_grad()

@@ -1,7 +1,7 @@
-"""No product reads memory that was never written: neither between padded rows nor anywhere else.
+"""No matmul reads uninitialised memory, neither in the gaps between padded rows nor anywhere else.
 
-oneDNN's AMX kernels read bf16 rows in tiles of 32 columns, past their width, and NaN times zero is NaN. On other
-processors the same fault stays hidden, so here all fresh memory is NaN and every gap is looked at.
+oneDNN's AMX kernels read bf16 rows in tiles of 32 columns, past their width, and NaN times zero is NaN. Other
+processors hide this fault, so here all newly allocated memory is NaN, and every gap is checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_practice.fast.buffers import Buffers
 
 
 @pytest.fixture
-def fresh_memory_is_nan(monkeypatch):
+def new_memory_is_nan(monkeypatch):
     def poisoned(make):
         def run(*args, **kwargs):
             made = make(*args, **kwargs)
@@ -29,20 +29,20 @@ def fresh_memory_is_nan(monkeypatch):
 
 
 @pytest.fixture
-def handed_out(monkeypatch):
-    """Every buffer that the engine asks for, also those that it asks for again."""
+def requested_buffers(monkeypatch):
+    """Every buffer that the engine requests, including repeated requests."""
     views, rows = [], Buffers.rows
 
-    def noted(self, *args, **kwargs):
+    def recorded(self, *args, **kwargs):
         views.append(rows(self, *args, **kwargs))
         return views[-1]
 
-    monkeypatch.setattr(Buffers, "rows", noted)
+    monkeypatch.setattr(Buffers, "rows", recorded)
     return views
 
 
 def gap(view: torch.Tensor) -> torch.Tensor:
-    """What lies between the end of each row and the next one, the last row's too: (n, pitch - width)."""
+    """Elements between the end of each row and the start of the next, the last row included: (n, pitch - width)."""
     n, width = view.shape
     return view.as_strided((n, view.stride(0) - width), view.stride(), view.storage_offset() + width)
 
@@ -51,23 +51,27 @@ def gap(view: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma"])
-def test_every_gap_is_zero(monkeypatch, fresh_memory_is_nan, handed_out, family, dtype, kernels, pitched):
-    if pitched:  # as on an Intel processor, where fp32 products have gaps too
+def test_every_gap_is_zero(monkeypatch, new_memory_is_nan, requested_buffers, family, dtype, kernels, pitched):
+    if pitched:  # as on an Intel processor, where fp32 rows have gaps too
         monkeypatch.setattr(matmul, "uses_onednn", lambda dtype, device_type: False)
     model = tiny(family, dropout=0.1, dtype=torch.float32, shape={"head_dim": 32})
     engine = fast.build(model, dtype, token_budget=40, kernels=kernels)
     groups = [group for layer in engine.weights.layers for group in layer.groups]
     losses = []
-    for batch in (examples(0), examples(1, count=2), examples(2, count=7)):  # a small step after a larger one, too
+    for batch in (
+        examples(0),
+        examples(1, count=2),
+        examples(2, count=7),
+    ):  # one of them a smaller step after a larger one
         losses.append(engine.step_loss_and_backward(batch))
-        assert all(gap(view).eq(0).all() for view in [*handed_out, *(group.matrix for group in groups)])
+        assert all(gap(view).eq(0).all() for view in [*requested_buffers, *(group.matrix for group in groups)])
     losses.append(engine.eval_loss(examples(3)))
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert torch.tensor(losses).isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
-    assert not pitched or any(gap(view).numel() for view in handed_out)
+    assert not pitched or any(gap(view).numel() for view in requested_buffers)
 
 
-def test_a_buffer_that_grows_has_no_old_gap(fresh_memory_is_nan):
+def test_a_buffer_that_grows_has_zero_gaps(new_memory_is_nan):
     buffers = Buffers(8)
     for n in (3, 8, 5, 20):
         assert gap(buffers.rows(("x",), n, 30, torch.bfloat16, torch.device("cpu"))).eq(0).all()

@@ -1,4 +1,4 @@
-"""Each hand-written backward against autograd in float64, and each compiled kernel against its torch spelling."""
+"""Each hand-written backward against autograd in float64, and each compiled kernel against its torch version."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def test_gate_backward(name):
     torch.testing.assert_close(mine, gradients(act(gate) * up, gate_up, d_out)[0])
 
 
-def test_rotation_backward_is_its_transpose():
+def test_rope_backward_is_its_transpose():
     x, y, cos, sin = random(5, 24), random(5, 24, seed=1), random(5, 4, seed=2), random(5, 4, seed=3)
-    turned, back = x.clone(), y.clone()
-    TorchOps().rope(turned, 3, cos, sin, 1)
-    TorchOps().rope(back, 3, cos, sin, -1)
-    torch.testing.assert_close((turned * y).sum(), (x * back).sum())
+    forward, backward = x.clone(), y.clone()
+    TorchOps().rope(forward, 3, cos, sin, 1)
+    TorchOps().rope(backward, 3, cos, sin, -1)
+    torch.testing.assert_close((forward * y).sum(), (x * backward).sum())
 
 
 def visible(plan, window):
-    """(n, n) bool: which rows each row sees, from the runs' definition."""
+    """(n, n) bool: rows that each row attends to, from the definition of a run."""
     seen = torch.zeros(plan.rows, plan.rows, dtype=torch.bool)
     for path, first, last in plan.runs:
         for row in range(first, last):
@@ -122,8 +122,8 @@ def test_linear_group(dropout):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_large_bias_does_not_hide_what_lora_adds(dtype):
-    """Qwen2's keys have biases of a hundred; beside one, 16 bits are half a unit or more apart."""
+def test_a_large_bias_does_not_hide_lora(dtype):
+    """Some of Qwen2's key biases are about 100; at that size neighbouring bf16 values are 0.5 apart."""
     matrix, bias, x = random(6, 12).to(dtype), torch.full((6,), 300.0), random(5, 12, seed=1).to(dtype)
     y, _ = LinearGroup(matrix.clone(), 12, bias, []).forward(x, None, TorchOps())
     true = x.to(DOUBLE) @ matrix.to(DOUBLE).t()
@@ -152,7 +152,7 @@ def test_loss_of_one_example_is_the_plain_one():
 
 @pytest.mark.parametrize("most", [8, 40, 128])
 @pytest.mark.parametrize("rows", [0, 3, 8, 120, 128, 136, 232, 240, 480, 1000])
-def test_logits_come_in_even_chunks_of_which_the_first_is_the_largest(rows, most):
+def test_chunks_of_logits_are_even_and_the_first_is_the_largest(rows, most):
     cut = chunks(rows, most)
     sizes = [last - first for first, last in cut]
     assert [last for _, last in cut] == [*(first for first, _ in cut[1:]), rows] and cut[0][0] == 0
@@ -193,10 +193,10 @@ def test_compiled_rowwise(dtype):
     ops.gate(gate_up, silu, outs[2])
     plain.gate(gate_up, silu, outs[3])
     same(outs[2], outs[3], dtype)
-    wide_outs = [torch.empty(n, 2 * width, dtype=dtype) for _ in range(2)]
-    ops.gate_backward(d_out, gate_up, silu, wide_outs[0])
-    plain.gate_backward(d_out, gate_up, silu, wide_outs[1])
-    same(*wide_outs, dtype)
+    gradients_out = [torch.empty(n, 2 * width, dtype=dtype) for _ in range(2)]
+    ops.gate_backward(d_out, gate_up, silu, gradients_out[0])
+    plain.gate_backward(d_out, gate_up, silu, gradients_out[1])
+    same(*gradients_out, dtype)
 
 
 @pytest.mark.parametrize("dropout", [None, DropoutMask(seed=1, step=2, threshold=6000, row0=7)])
@@ -220,7 +220,7 @@ def test_compiled_lora(dtype, dropout, n, width):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
-def test_compiled_lora_up_has_each_sites_own_block(dtype):
+def test_compiled_lora_up_has_the_block_of_each_module(dtype):
     n, ranks, outputs = 37, (6, 3), (200, 19)
     modules = [
         LoraModule(None, None, 1.0, slice(0, outputs[0]), slice(0, ranks[0]), 5),
@@ -234,7 +234,7 @@ def test_compiled_lora_up_has_each_sites_own_block(dtype):
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
-def test_compiled_moves_of_many_matrices(dtype, add):
+def test_compiled_copies_of_many_matrices(dtype, add):
     sources = [random(7, 5, dtype=torch.float32), random(3, 9, dtype=torch.float32, seed=1).t()]
     places = [[torch.ones(7, 5), torch.ones(9, 8, dtype=dtype)[:, 2:5]] for _ in range(2)]
     for piece, targets in zip((compiled(dtype), TorchOps()), places):
@@ -243,7 +243,7 @@ def test_compiled_moves_of_many_matrices(dtype, add):
         same(mine, theirs, dtype)
 
 
-def test_compiled_moves_leave_what_they_do_not_know_to_torch():
+def test_compiled_copies_leave_other_dtypes_and_strides_to_torch():
     source = random(6, 4, dtype=torch.float32)
     places = [source.to(torch.bfloat16), torch.ones(4, 6).t(), torch.ones(6, 4, dtype=torch.bfloat16)]
     compiled(torch.float32).copy_matrices(
@@ -286,9 +286,9 @@ def test_compiled_loss(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE], ids=str)
 @pytest.mark.parametrize("onednn", [False, True], ids=["mm", "onednn"])
-def test_products_of_either_library_are_the_same(dtype, onednn, monkeypatch):
+def test_matmuls_of_either_library_are_the_same(dtype, onednn, monkeypatch):
     if onednn and (dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        pytest.skip("oneDNN is asked for float32 only, where torch has it")
+        pytest.skip("oneDNN is used for float32 only, where torch has it")
     monkeypatch.setattr(matmul, "uses_onednn", lambda *_: onednn)
     x, matrix = matmul.rows_buffer(7, 50, dtype), matmul.rows_buffer(64, 50, dtype)
     x.copy_(random(7, 50)), matrix.copy_(random(64, 50, seed=1))

@@ -1,4 +1,4 @@
-"""What the fast path does not know, it refuses with a reason; the plain path takes over."""
+"""The fast path rejects models that it does not support, with a reason, and leaves them unchanged."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lora_practice import fast
         ({"targets": [*TARGETS, "lm_head"]}, "head"),
     ],
 )
-def test_what_is_not_served_says_why(lora, reason):
+def test_an_unsupported_adapter_is_rejected_with_a_reason(lora, reason):
     family = "Qwen2" if "bias" in lora else "Llama"
     model = tiny(family, dtype=torch.float32, **lora)
     before = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     with pytest.raises(fast.NotServed, match=reason):
         fast.build(model)
-    assert all(p.is_contiguous() for p in model.parameters())  # a plain path over views would be slow
+    assert all(p.is_contiguous() for p in model.parameters())  # views with gaps would be slow on the plain path
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.equal(before)
 
 

@@ -1,4 +1,4 @@
-"""What is computed for one optimizer step: shared beginnings once, nothing after the last label, masks as functions."""
+"""Rows of one optimizer step (shared prefixes once, nothing after the last label) and its dropout masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def as_pair(example):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(EXAMPLE, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1, 7]))
-def test_every_label_has_a_row_with_its_own_history(drawn, share, budget):
+def test_every_label_has_a_row_that_sees_the_tokens_before_it(drawn, share, budget):
     examples = [as_pair(example) for example in drawn]
     plans = plan_step(examples, budget, share)
     found = []
@@ -65,7 +65,7 @@ def test_tiles_hold_each_row_once():
 
 
 @pytest.mark.parametrize(("rows", "count"), [(500, 1), (500, 20), (6000, 1)])
-def test_what_a_tile_takes_does_not_grow_with_the_rows(rows, count):
+def test_the_size_of_a_tile_does_not_grow_with_the_rows(rows, count):
     examples = [([i, *range(rows)], [i, *range(rows)]) for i in range(count)]
     cut = tiles(plan_step(examples)[0], None)
     assert max(tile.masked.numel() for tile in cut) <= 1 << 20
@@ -82,7 +82,7 @@ def test_pieces_of_a_run_hold_each_query_once_and_their_keys_grow_with_its_lengt
     queries = []
     for start, end, path in zip(starts.tolist(), starts[1:].tolist(), paths.tolist()):
         run = keys[start:end].tolist()
-        assert plan.positions[run].tolist() == list(range(len(run)))  # all that comes before, in order
+        assert plan.positions[run].tolist() == list(range(len(run)))  # all positions before it, in order
         queries += run[path:]
     assert sorted(queries) == list(range(plan.rows))
     assert len(keys) <= 5 * (plan.rows + 2) and len(paths) <= 2 * 8
@@ -93,7 +93,7 @@ def test_lengths_must_agree():
         plan_step([([1, 2, 3], [1, 2])])
 
 
-def test_masks_are_a_function_of_their_name():
+def test_masks_are_a_function_of_seed_step_module_and_row():
     dropout = DropoutMask(seed=1, step=2, threshold=threshold_of(0.05))
     whole = keep_mask(dropout.key(9), dropout.threshold, 0, (64, 96))
     part = keep_mask(dropout.key(9), dropout.threshold, 40, (24, 96))
@@ -106,7 +106,7 @@ def test_masks_are_a_function_of_their_name():
         assert not torch.equal(whole, keep_mask(other, dropout.threshold, 0, (64, 96)))
 
 
-def test_masks_drop_what_they_should_independently():
+def test_masks_have_the_right_rate_and_are_independent():
     threshold = threshold_of(0.05)
     dropout = DropoutMask(seed=7, step=0, threshold=threshold)
     masks = torch.stack([keep_mask(dropout.key(module), threshold, 0, (512, 576)) for module in range(1, 9)])
