@@ -1,1 +1,1 @@
-"""Side by side with plain TRL: same examples, same labels, same settings, one run. `python -m bench --help`."""
+"""Benchmarks of this project against plain TRL on the same examples and settings. See `python -m bench --help`."""

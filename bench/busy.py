@@ -1,9 +1,9 @@
-"""Training and generation beside another busy program. Run: python -m bench.busy [--rounds 3] [--waits NAME=VALUE ...]
+"""Training and generation on a busy machine. Run: python -m bench.busy [--rounds 3] [--waits NAME=VALUE ...]
 
-OpenMP's threads wait for each other after every operation. By default they spin, which is quick while each has a core
-of its own; beside another program the one that is waited for may have none, and the others burn the time that it
-needs. Every line is a way of waiting, as environment variables that libgomp reads when torch loads it ("-": none).
-The runs alternate, each in a process of its own: quiet, and beside one endless loop.
+OpenMP threads wait for each other after every operation. By default they spin, which is fast while each has a core of
+its own. With another program running, the thread they wait for may have no core, and the spinning threads use up the
+time that it needs. Every line of the table is a wait policy, given as an environment variable that libgomp reads when
+torch loads it ("-": none). The runs alternate, each in its own process: on a quiet machine and beside an endless loop.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def main() -> None:
     if options.one:
         print("RESULT " + json.dumps(measure(options.dtype)))
         return
-    found: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    results: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for wait in options.waits:
             for busy in (False, True):
-                found.setdefault((wait, busy), []).append(run(wait, busy, options.dtype))
-    print("| waiting | training, tok/s: quiet | busy | generation, tok/s: quiet | busy |\n|---|---|---|---|---|")
+                results.setdefault((wait, busy), []).append(run(wait, busy, options.dtype))
+    print("| wait policy | training, tok/s: quiet | busy | generation, tok/s: quiet | busy |\n|---|---|---|---|---|")
     for wait in options.waits:
         cells = [
-            ", ".join(f"{one[name]:.0f}" for one in sorted(found[wait, busy], key=lambda one: one[name]))
+            ", ".join(f"{speed:.0f}" for speed in sorted(result[name] for result in results[wait, busy]))
             for name in ("training", "generation")
             for busy in (False, True)
         ]
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run(wait: str, busy: bool, dtype: str) -> dict[str, float]:
-    """One process that waits in this way; it alone, or beside an endless loop."""
+    """Result of one process with this wait policy, alone or beside an endless loop."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment.update([wait.split("=", 1)] if "=" in wait else [])
     command = [sys.executable, "-m", "bench.busy", "--one", "--dtype", dtype]
@@ -65,7 +65,7 @@ def run(wait: str, busy: bool, dtype: str) -> dict[str, float]:
 
 @contextmanager
 def another_program() -> Iterator[None]:
-    """One endless loop on one core, as a browser tab may be."""
+    """An endless loop that keeps one core busy."""
     loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -80,7 +80,7 @@ def _nothing() -> Iterator[None]:
 
 
 def measure(dtype: str) -> dict[str, float]:
-    """Tokens per second of training on short chats and of an answer, warm."""
+    """Tokens per second of training on short chats and of generation, after a warm-up."""
     from bench.pieces import build
     from lora_practice.fast.decode.decoder import build_decoder
 
@@ -93,12 +93,12 @@ def measure(dtype: str) -> dict[str, float]:
     decoder = build_decoder(model.eval())
     prompt = steps[0][0][0][:24]
     decoder.generate(prompt, 8, ())
-    taken = []
+    seconds = []
     for _ in range(3):
         started = time.perf_counter()
         decoder.generate(prompt, TOKENS, ())
-        taken.append(time.perf_counter() - started)
-    return {"training": training, "generation": TOKENS / statistics.median(taken)}
+        seconds.append(time.perf_counter() - started)
+    return {"training": training, "generation": TOKENS / statistics.median(seconds)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a run's own estimate is worth. Run: python -m bench.estimates [--only NAME ...] [--steps N]
+"""Accuracy of a run's own estimate. Run: python -m bench.estimates [--only NAME ...] [--steps N]
 
-A run of its own for each of these settings: what it expected before it began, what it then took, from its record.
+One run for each of these settings; the estimate before its first step and the measured values come from its record.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ RUNS: dict[str, tuple[str, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.estimates", description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*RUNS], choices=[*RUNS], metavar="NAME")
-    parser.add_argument("--steps", type=int, default=24, help="where a run has no number of its own")
+    parser.add_argument("--steps", type=int, default=24, help="steps of a run whose settings do not set them")
     options = parser.parse_args()
     print("| run | s expected | s taken | ratio | MB expected | MB taken | ratio |\n|---|---|---|---|---|---|---|")
     for name in options.only:
         record = recorded("--max_steps", str(options.steps), *RUNS[name])
         cells = [name]
         for what, unit in (("seconds", "{:.1f}"), ("peak_memory_mb", "{:.0f}")):
-            told, took = record["estimate"][what], record[what]
-            cells += [unit.format(told), unit.format(took), f"{told / took:.2f}"]
+            expected, taken = record["estimate"][what], record[what]
+            cells += [unit.format(expected), unit.format(taken), f"{expected / taken:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def recorded(*flags: str) -> dict[str, Any]:
-    """The record of a run with the embedded model and chats."""
+    """run_record.json of a run with the embedded model and conversations."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "fine_tuning_practice.py", "--embedded", "--output_dir", f"{scratch}/out", *flags]
         done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

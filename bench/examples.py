@@ -1,12 +1,12 @@
-"""The two loads: short chats (95 % of the embedded ones, about 55 tokens each), and long ones made of several."""
+"""The two benchmark loads: short conversations (95 % of the embedded ones, about 55 tokens each), and long rows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-SHORT_TOKENS = 128  # at most, in a short chat
-LONG_TOKENS = 480
+SHORT_TOKENS = 128  # maximum of a short conversation
+LONG_TOKENS = 480  # minimum of a long row
 
 
 def write_examples(path: Path, short: int, long: int, assistant_only: bool) -> None:
@@ -29,7 +29,7 @@ def write_examples(path: Path, short: int, long: int, assistant_only: bool) -> N
 
 
 def _joined(rows: list[dict], count: int) -> list[dict]:
-    """Chats one after the other until a row is long; each begins elsewhere in the corpus."""
+    """`count` long rows of several conversations each; each row starts elsewhere in the data set."""
     made = []
     for index in range(count):
         ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Generation in a process of its own: one variant, one line of JSON. Started by `python -m bench`."""
+"""One way to generate, measured in its own process; prints one line of JSON. Started by `python -m bench`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def main() -> None:
     clock = CLOCKS[spec["clock"]]
     folder = embedded.model_dir()
     source = Source("folder", str(folder), folder)
-    tokenizer, model = load_tokenizer(source), adapted(source, spec["how"])
-    write = writer(model, spec["how"])
+    tokenizer, model = load_tokenizer(source), with_random_adapter(source, spec["how"])
+    generate = generator(model, spec["how"])
     prompts = []
     for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
         prompts.append(tokenizer(render(tokenizer, chat, prompt=True), add_special_tokens=False)["input_ids"])
-    write(prompts[0])  # warms up
+    generate(prompts[0])  # warm-up
     started = clock()
-    written = [write(ids) for ids in prompts]
+    generated = [generate(ids) for ids in prompts]
     seconds = clock() - started
     result = {"tokens_per_second": len(QUESTIONS) * NEW_TOKENS / seconds, "peak_memory_mb": peak_memory_mb("cpu")}
-    print("RESULT " + json.dumps({**result, "written": written}), flush=True)
+    print("RESULT " + json.dumps({**result, "generated": generated}), flush=True)
 
 
-def adapted(source: Any, how: str) -> Any:
-    """The embedded model with a small random adapter, the same each time; in the dtype of its files for kernels."""
+def with_random_adapter(source: Any, how: str) -> Any:
+    """The embedded model with a small random adapter, always the same one; for "kernels" in the dtype of its files."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -48,16 +48,16 @@ def adapted(source: Any, how: str) -> Any:
 
     base = load_base(source, "stored" if how == "kernels" else "fp32")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=6, lora_alpha=8, target_modules="all-linear"))
-    generator = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             scale = 0.03 if "lora_A" in name else 0.003
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.data = torch.randn(parameter.shape, generator=random) * scale
     return model.eval()
 
 
-def writer(model: Any, how: str) -> Callable[[list[int]], list[int]]:
-    """ids -> NEW_TOKENS greedy tokens; `how`: "generate" (transformers), "kernels" or "torch" (ours)."""
+def generator(model: Any, how: str) -> Callable[[list[int]], list[int]]:
+    """Function from a prompt to NEW_TOKENS greedy tokens; `how`: "generate" (transformers), "kernels" or "torch"."""
     import torch
 
     from lora_practice.fast.decode.decoder import build_decoder

@@ -1,6 +1,7 @@
-"""What an optimizer step of the fast path is made of. Run: python -m bench.pieces [--dtype bf16] [--load long]
+"""Profile of one optimizer step of the fast path. Run: python -m bench.pieces [--dtype bf16] [--load long]
 
-Wall milliseconds of each piece within the engine's step of 8 examples, weights and rows as cold as they are in a run.
+Wall-clock milliseconds of each piece within the engine's step of 8 examples, measured inside whole steps, so that the
+CPU caches are as cold as in a run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     clock = watch(engine)
     for step in steps:
         engine.step_loss_and_backward(step)
-    clock.clear()  # the first time round warmed up
+    clock.clear()  # the first round was a warm-up
     started = time.perf_counter()
     for step in steps:
         engine.step_loss_and_backward(step)
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def build(dtype: str, load: str, count: int) -> tuple[Any, list[list[tuple[list[int], list[int]]]], Any]:
-    """(engine, the examples of `count` steps, the model)."""
+    """(engine, examples of `count` steps, model)."""
     import torch
 
     from bench.examples import write_examples
@@ -77,7 +78,7 @@ def build(dtype: str, load: str, count: int) -> tuple[Any, list[list[tuple[list[
 
 
 def watch(engine: Any) -> Counter[str]:
-    """Seconds by piece, counted from here on."""
+    """Seconds by piece, counted from now on."""
     from lora_practice.fast import lora_linear, loss
 
     clock: Counter[str] = Counter()

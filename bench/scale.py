@@ -1,7 +1,7 @@
-"""How the start and the data scale. Run: python -m bench.scale [--rows N ...]
+"""Start-up time, and time and memory of preparing large data sets. Run: python -m bench.scale [--rows N ...]
 
-Seconds from the command to the first optimizer step of the embedded default; then, for each N, seconds and most
-resident memory of preparing N short rows from a JSONL file, in a process of its own.
+Seconds from the command to the first optimizer step with the embedded defaults; then, for each N, seconds and peak
+resident memory of preparing N short rows from a JSONL file, in its own process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def first_step(output_dir: Path) -> tuple[float, float]:
-    """Seconds until a run has said all that it says beforehand, and until it says its first step's loss."""
+    """Seconds until the last line of output before the first step, and until the first step's loss is shown."""
     flags = ["--embedded", "--max_steps", "2", "--logging_steps", "1", "--output_dir", str(output_dir)]
     started, begun, lines = time.perf_counter(), 0.0, []
     command = [sys.executable, "fine_tuning_practice.py", *flags]
@@ -62,7 +62,7 @@ def first_step(output_dir: Path) -> tuple[float, float]:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """A JSONL file of short chats, no two the same."""
+    """Write a JSONL file of `count` different short conversations."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             question, answer = f"What is {i} plus {i % 7}?", f"It is {i + i % 7}, of course."
@@ -71,7 +71,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def prepared(path: Path) -> dict[str, float]:
-    """Prepare the rows as a run does, and say what it took."""
+    """Seconds and peak memory of preparing the rows as a run does."""
     from fine_tuning_practice import TrainSettings
     from lora_practice.data.prepare import prepare
     from lora_practice.machine.device import peak_memory

@@ -1,4 +1,4 @@
-"""What is compared. Each variant trains the same LoRA on the same examples in the same order."""
+"""The compared variants. Each trains the same LoRA on the same examples in the same order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train. `engine` None: plain TRL; else options of fast.build."""
+    """One way to train. `engine` None: plain TRL; otherwise options of `fast.build`."""
 
     name: str
     dtype: str  # "fp32", "bf16" or "fp16": TRL's autocast flag, or the engine's compute dtype
@@ -16,7 +16,7 @@ class Variant:
     batch: int = 1  # examples per micro-batch; batch x accumulation is the same for all
 
 
-VARIANTS = [
+CPU_VARIANTS = [
     Variant("TRL, reference settings", "fp32", checkpointing=True),
     Variant("TRL tuned, fp32", "fp32", batch=8),
     Variant("TRL tuned, bf16", "bf16", batch=8),
@@ -28,8 +28,8 @@ VARIANTS = [
     Variant("ours, bf16, torch only", "bf16", {"kernels": False}),
 ]
 
-# On a card: fp16 as every card since Pascal has it, with loss scaling; never bf16, never Triton.
-CARD_VARIANTS = [
+# On a GPU: fp16 with loss scaling, which every NVIDIA GPU since Pascal supports; never bf16, never Triton.
+GPU_VARIANTS = [
     Variant("TRL, reference settings", "fp16", checkpointing=True),
     Variant("TRL tuned, fp32", "fp32", batch=8),
     Variant("TRL tuned, fp16", "fp16", batch=8),
@@ -38,6 +38,7 @@ CARD_VARIANTS = [
     Variant("ours, fp32", "fp32", {}),
 ]
 
+# Name of a way to generate -> `how` of bench.generation.generator.
 GENERATION = {
     "generate, unmerged PEFT model, fp32": "generate",
     "ours, compiled 16-bit kernels": "kernels",

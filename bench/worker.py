@@ -1,4 +1,4 @@
-"""One variant in a process of its own: trains a few steps, prints one line of JSON. Started by `python -m bench`."""
+"""One variant in its own process: trains a few steps, prints one line of JSON. Started by `python -m bench`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 
 def wall() -> float:
-    """Seconds, once a card has done what it was given."""
+    """Wall-clock seconds, after the GPU has finished its queue."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -41,8 +41,8 @@ def main() -> None:
     timer = step_timer(clock)
     trainer.add_callback(timer)
     trainer.train()
-    seconds = sum(timer.seconds[1:])  # the first step warms up
-    tokens = sum(timer_tokens(trainer, rows, spec)[1:])
+    seconds = sum(timer.seconds[1:])  # the first step is a warm-up
+    tokens = sum(tokens_per_step(rows, spec)[1:])
     result = {
         "tokens_per_second": tokens / seconds,
         "tokens": tokens,
@@ -51,7 +51,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     if engine is not None:
-        result.update(kernels=engine.ops.name, **share_of_ceiling(engine, trainer, rows, spec, seconds, clock))
+        result.update(kernels=engine.ops.name, **share_of_ceiling(engine, rows, spec, seconds, clock))
     print("RESULT " + json.dumps(result), flush=True)
 
 
@@ -60,7 +60,7 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     from trl import SFTTrainer
 
     from fine_tuning_practice import TrainSettings
-    from lora_practice import compat, fast
+    from lora_practice import fast
     from lora_practice.data.collator import Collator
     from lora_practice.model import load as load_model
     from lora_practice.model import lora
@@ -75,40 +75,19 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     source = Source("folder", str(folder), folder)
     ours = variant.engine is not None
     settings = TrainSettings(lora_dropout=spec["dropout"])
-    on_card = spec["device"] == "cuda"  # there the engine makes its narrow copy itself, as in a run
-    base = load_model.load_base(source, variant.dtype if ours and not on_card else "fp32")
+    on_gpu = spec["device"] == "cuda"  # there the engine makes its fp16 copy itself, as in a run
+    base = load_model.load_base(source, variant.dtype if ours and not on_gpu else "fp32")
     adapted, tokenizer = lora.add_lora(base, settings, source), load_model.load_tokenizer(source)
     window = spec["window"]
     batch = window if variant.batch > 1 else 1
-    arguments = compat.sft_config(
-        output_dir=spec["scratch"],
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=window // batch,
-        max_steps=len(dataset) // window,
-        learning_rate=2e-4,
-        max_grad_norm=0.3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not on_card,
-        bf16=variant.dtype == "bf16" and not ours,
-        fp16=variant.dtype == "fp16",  # with it comes the loss scaling, which ours takes part in
-        gradient_checkpointing=variant.checkpointing,
-        max_length=512,
-        seed=42,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        log_level="error",
-    )
     collate = Collator(tokenizer.pad_token_id)
 
     def without_parts(batch_rows: Any) -> Any:
-        made = collate(batch_rows)
-        made.pop("parts")
-        return made
+        batch_of_rows = collate(batch_rows)
+        batch_of_rows.pop("parts")  # read by the fast path only
+        return batch_of_rows
 
+    arguments = training_arguments(spec, variant, batch, len(dataset) // window)
     shared = {"model": adapted, "args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
     if not ours:
         return SFTTrainer(**shared, data_collator=without_parts), None
@@ -126,8 +105,36 @@ def build(spec: dict, dataset: Any) -> tuple[Any, Any]:
     return trainer, engine
 
 
+def training_arguments(spec: dict, variant: Any, batch: int, steps: int) -> Any:
+    """SFTConfig of a variant."""
+    from lora_practice import compat
+
+    return compat.sft_config(
+        output_dir=spec["scratch"],
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=spec["window"] // batch,
+        max_steps=steps,
+        learning_rate=2e-4,
+        max_grad_norm=0.3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=spec["device"] == "cpu",
+        bf16=variant.dtype == "bf16" and variant.engine is None,
+        fp16=variant.dtype == "fp16",  # with loss scaling, which the engine supports
+        gradient_checkpointing=variant.checkpointing,
+        max_length=512,
+        seed=42,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        log_level="error",
+    )
+
+
 def step_timer(clock: Callable[[], float]) -> Any:
-    """A trainer callback with `seconds`, one per optimizer step, optimizer included."""
+    """Trainer callback whose `seconds` has one entry per optimizer step, optimizer included."""
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
@@ -143,7 +150,7 @@ def step_timer(clock: Callable[[], float]) -> Any:
     return Timer()
 
 
-def step_rows(trainer: Any, rows: list[dict], spec: dict) -> list[list[dict]]:
+def step_rows(rows: list[dict], spec: dict) -> list[list[dict]]:
     """The examples of each optimizer step, in the order of the trainer's own (seeded) sampler."""
     import torch
 
@@ -154,15 +161,15 @@ def step_rows(trainer: Any, rows: list[dict], spec: dict) -> list[list[dict]]:
     return [[rows[i] for i in order[at : at + window]] for at in range(0, len(order) - window + 1, window)]
 
 
-def timer_tokens(trainer: Any, rows: list[dict], spec: dict) -> list[int]:
-    """Tokens of each step's examples, computed or shared."""
-    return [sum(len(row["input_ids"]) for row in step) for step in step_rows(trainer, rows, spec)]
+def tokens_per_step(rows: list[dict], spec: dict) -> list[int]:
+    """Tokens of each step's examples, whether computed or shared."""
+    return [sum(len(row["input_ids"]) for row in step) for step in step_rows(rows, spec)]
 
 
 def share_of_ceiling(
-    engine: Any, trainer: Any, rows: list[dict], spec: dict, seconds: float, clock: Callable[[], float]
+    engine: Any, rows: list[dict], spec: dict, seconds: float, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """GFLOP/s that the step's matrix products truly need, against the same products alone on this machine."""
+    """GFLOP/s of the matmuls that the steps need, and of the same matmuls alone on this machine (the ceiling)."""
     import torch
 
     from lora_practice.fast.matmul import matmul, matmul_transposed
@@ -172,38 +179,38 @@ def share_of_ceiling(
     linear = sum(group.matrix.shape[0] * group.width for group in groups)
     head = engine.weights.head.numel()
     needed, sizes = 0.0, []
-    for step in step_rows(trainer, rows, spec)[1:]:
+    for step in step_rows(rows, spec)[1:]:
         pairs = [(row["input_ids"], row["labels"]) for row in step]
         for plan in plan_step(pairs, engine.token_budget or None, engine.share_prefix):
             needed += 4.0 * (plan.rows * linear + plan.label_rows.numel() * head)
             sizes.append(plan.rows)
     n = sizes[len(sizes) // 2]
-    operations = taken = 0.0
+    operations = ceiling_seconds = 0.0
     for group in [*groups[:4], None]:
         matrix = engine.weights.head if group is None else group.matrix
         rows_now = min(n, 128) if group is None else n
-        times = rows_now * len(groups) // 4 if group is not None else rows_now  # weight of this shape in the model
+        matmuls = len(groups) // 4 if group is not None else 1  # with a matrix of this shape in the model
         x = torch.randn(rows_now, matrix.shape[1]).to(matrix)
         y = torch.randn(rows_now, matrix.shape[0]).to(matrix)
         plain = lambda x=x, m=matrix: x @ m.t(), lambda y=y, m=matrix: y @ m
         ours = lambda x=x, m=matrix: matmul_transposed(x, m), lambda y=y, m=matrix: matmul(y, m)
         best = min(_seconds(clock, *pair) for _ in range(8) for pair in (plain, ours))
-        weight = times / rows_now
-        operations += weight * 4.0 * rows_now * matrix.numel()
-        taken += weight * best
-    ceiling = operations / taken / 1e9
+        operations += matmuls * 4.0 * rows_now * matrix.numel()
+        ceiling_seconds += matmuls * best
+    ceiling = operations / ceiling_seconds / 1e9
     return {"gflops": needed / seconds / 1e9, "ceiling_gflops": ceiling, "rows_per_micro_batch": n}
 
 
-def _seconds(clock: Callable[[], float], *products: Callable[[], Any]) -> float:
+def _seconds(clock: Callable[[], float], *functions: Callable[[], Any]) -> float:
+    """Seconds of calling all functions once."""
     started = clock()
-    for one in products:
-        one()
+    for function in functions:
+        function()
     return clock() - started
 
 
 def peak_memory_mb(device: str) -> float:
-    """Most memory so far: the card's, or what was resident of this process."""
+    """Peak memory so far: allocated on the GPU, or resident of this process."""
     import torch
 
     from lora_practice.machine.device import peak_memory
