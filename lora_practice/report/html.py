@@ -9,8 +9,9 @@ import base64
 import gzip
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -18,13 +19,14 @@ from typing import Any, Optional
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import language, text, visible
 from lora_practice.inference.samples import SAMPLE_TOKENS
-from lora_practice.machine.gpus import WHEELS
-from lora_practice.report import figures, folder_text, loss_curve
+from lora_practice.report import figures, folder_text, page_content
+from lora_practice.report.base_weights import relative_changes
 from lora_practice.report.checks import USES, FolderVerdict, check_folder
-from lora_practice.report.figures import MARK
+from lora_practice.report.loss_curve import CurveVerdict, judge_curve
+from lora_practice.report.picture import MARK, curves_png
+from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
 from lora_practice.run.folder import CARD, PROOF, RECORD, is_runs_own_card
-from lora_practice.run.settings import shown_settings
 from lora_practice.storage import manifest
 
 PAGE, PICTURE = "report.html", "curves.png"
@@ -41,7 +43,7 @@ def write_report(
         samples: answers of base and adapter, kept in the record from now on; None leaves the run's own.
 
     Returns:
-        The page, and what its curve says.
+        The page, and the lines for the user: what the curve says, what was written, how to open it.
 
     Raises:
         UserError: there is no run in the folder, or a file of that name which we did not write.
@@ -55,95 +57,81 @@ def write_report(
         raise UserError(what, str(folder), text("用训练的输出文件夹", "name the output folder of a run"))
     for name in (PAGE, PICTURE):
         _check_ours(folder / name)
-    reading = loss_curve.judge_curve(figures.logged_points(record, "loss"), figures.held_out_points(record))
+    curve = judge_curve(logged_points(record, "loss"), held_out_points(record))
     record.update({"samples": samples} if samples else {}, curves=PICTURE)
-    manifest.write_atomically(folder / PICTURE, figures.curves_png(record))
-    manifest.write_atomically(folder / PAGE, report_html(replace(verdict, record=record), reading, reasons))
+    picture = curves_png(record)
+    manifest.write_atomically(folder / PICTURE, picture)
+    manifest.write_atomically(folder / PAGE, report_html(replace(verdict, record=record), curve, reasons, picture))
+    in_card = record.get("status") == "finished" and is_runs_own_card(folder, record)
     if record != verdict.record and record.get("status") == "finished":
         _keep(folder, record)
-    return folder / PAGE, reading.sentence
+    return folder / PAGE, "\n".join([curve.sentence, *_written(folder, in_card)])
+
+
+def _written(folder: Path, in_card: bool) -> list[str]:
+    """The lines that say what was written and how to open the page."""
+    where = text(f"曲线图：{folder / PICTURE}", f"the curves alone: {folder / PICTURE}")
+    where += text("（也放进了模型卡 README.md）", " (in the model card README.md too)") if in_card else ""
+    opener = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
+    how = text(
+        "用浏览器打开报告（不联网、不需要别的文件，可以拷到别的电脑上看）：",
+        "open the report in a browser (it needs no network and no other file: copy it anywhere):",
+    )
+    return [where, how, f"  {opener} {shlex.quote(str(folder / PAGE))}"]
 
 
 def report_html(
-    verdict: FolderVerdict, reading: loss_curve.CurveVerdict, reasons: Mapping[str, tuple[Any, str]]
+    verdict: FolderVerdict, curve: CurveVerdict, reasons: Mapping[str, tuple[Any, str]], picture: bytes
 ) -> str:
     """The HTML. Whatever comes from data, names and answers is escaped by jinja2."""
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    record, layers = verdict.record, verdict.adapter.modules if verdict.adapter else ()
+    record, modules = verdict.record, verdict.adapter.modules if verdict.adapter else ()
     environment = Environment(loader=PackageLoader("lora_practice.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["visible"] = visible
-    shown = [("loss", figures.loss_figure(record))]
     small = [(f"small{number}", title, figure) for number, (title, figure) in enumerate(figures.small_figures(record))]
-    if layers:
-        shown.append(("layers", figures.layers_figure(layers)))
-    every = dict([*shown, *((name, figure) for name, _, figure in small)])
+    shown = {"loss": figures.loss_figure(record), **{name: figure for name, _, figure in small}}
+    changes = {one.module: one.rms for one in modules if math.isfinite(one.rms)}
+    percent = relative_changes(changes, verdict.base)
+    if modules:
+        shown["modules"] = figures.modules_figure(modules, percent)
+    settings = page_content.settings_rows(record, reasons)
     return environment.get_template("html.jinja").render(
         t=text,
         language=language(),
         mark=MARK,
-        title=verdict.folder.resolve().name,
+        title=page_content.title(record),
+        headline=page_content.headline(record),
+        facts=page_content.facts(record),
         record=record,
         verdict=verdict,
-        sentence=reading.sentence,
-        tiles=_tiles(record),
-        figures=every,
+        sentence=curve.sentence,
+        figures=shown,
         small=small,
-        layers=layers,
-        moved=sorted((one for one in layers if math.isfinite(one.rms)), key=lambda layer: -layer.rms)[:5],
-        settings=_settings(record, reasons),
-        files=[
-            (item, folder_text.describe_entry(item)) for item in verdict.entries if item.name not in (PAGE, PICTURE)
-        ],
-        uses=[(text(*folder_text.USE_NAMES[use]), verdict.uses[use].possible, verdict.uses[use].why) for use in USES],
+        modules=modules,
+        percent=percent,
+        moved=sorted((one for one in modules if one.module in changes), key=lambda one: -_size(one, percent))[:5],
+        changed=[row for row in settings if row.changed],
+        unchanged=[row for row in settings if not row.changed],
+        first_row=page_content.first_row_parts(record),
+        data_name=page_content.data_name(record),
+        lost=page_content.lost_rows(record),
+        files=[(one, folder_text.describe_entry(one)) for one in verdict.entries if one.name not in (PAGE, PICTURE)],
+        uses=[(text(*folder_text.USE_NAMES[use]), verdict.uses[use]) for use in USES],
         use_names={use: text(*names) for use, names in folder_text.USE_NAMES.items()},
-        install=_install(record.get("versions") or {}),
+        use_state=folder_text.use_state,
+        next_steps=page_content.next_steps(verdict),
+        glossary=page_content.glossary(),
+        install=page_content.install_command(record.get("versions") or {}),
         sample_tokens=SAMPLE_TOKENS,
-        picture=base64.b64encode(figures.curves_png(record)).decode("ascii"),
+        picture=base64.b64encode(picture).decode("ascii"),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), mtime=0)).decode("ascii"),
     )
 
 
-def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    losses, held_out = figures.logged_points(record, "loss"), figures.held_out_points(record)
-    smooth = loss_curve.smoothed([loss for _, loss in losses])
-    tiles = [(text("训练 loss（平滑）", "training loss, smoothed"), f"{smooth[0]:.2f} → {smooth[-1]:.2f}")]
-    if held_out:
-        before = held_out[0][1]
-        after = float((record.get("held_out_loss") or {}).get("after", held_out[-1][1]))
-        tiles.append((text("留出数据的 loss", "held-out loss"), f"{before:.3f} → {after:.3f}"))
-        if max(before, after) < 700:  # beyond it exp overflows
-            zh, en = "留出数据的困惑度", "held-out perplexity"
-            tiles.append((text(zh, en), f"{math.exp(before):.1f} → {math.exp(after):.1f}"))
-    tiles.append((text("步数", "steps"), str(record.get("steps", losses[-1][0]))))
-    for key, name, unit in (
-        ("seconds", text("用时", "time"), "s"),
-        ("tokens_per_second", text("速度", "speed"), "token/s"),
-        ("peak_memory_mb", text("内存峰值", "peak memory"), "MB"),
-    ):
-        if key in record:
-            tiles.append((name, f"{record[key]:,.0f} {unit}"))
-    return tiles
-
-
-def _install(versions: Mapping[str, Any]) -> str:
-    """The pip line for these versions. PyPI has no "+cpu": such a torch comes from an index of its own."""
-    named = [f"{name}=={str(number).partition('+')[0]}" for name, number in versions.items() if name != "python"]
-    build = str(versions.get("torch")).partition("+")[2]
-    index = [f"--extra-index-url {WHEELS}{build}"] if re.fullmatch(r"cpu|cu\d+", build) else []
-    return " ".join(["pip install", *named, *index])
-
-
-def _settings(
-    record: Mapping[str, Any], reasons: Mapping[str, tuple[Any, str]]
-) -> Sequence[tuple[str, Any, bool, str]]:
-    """(name, value, whether it is not the default, why) of everything that makes the run what it is."""
-    rows = []
-    for name, value in shown_settings(record).items():
-        default, why = reasons.get(name, (value, ""))
-        rows.append((name, value, value != default, why))
-    return rows
+def _size(module: Any, percent: Mapping[str, float]) -> float:
+    return percent.get(module.module, 0.0) if percent else module.rms
 
 
 def _check_ours(file: Path) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Optional
 
 from lora_practice.console.text import text
+from lora_practice.report.points import Point
 
 FEWEST = 8  # logged losses that a trend of the training loss needs
 NEAR_ZERO = 0.2  # nats per token, a perplexity of 1.22: next to nothing is left to learn
-Point = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,6 @@ def smoothed(losses: Sequence[float], weights: Sequence[float] = ()) -> list[flo
         near = slice(max(0, i - half), i + half + 1)
         means.append(sum(w * loss for w, loss in zip(weights[near], losses[near])) / sum(weights[near]))
     return means
-
-
-def intervals(points: Sequence[Point]) -> list[tuple[int, int]]:
-    """The steps (from, to] that each logged training loss is the mean of."""
-    ends = [step for step, _ in points]
-    return list(zip([0, *ends], ends))
 
 
 def _judge_held_out(held_out: Sequence[Point], losses: Sequence[Point]) -> Optional[CurveVerdict]:

@@ -54,7 +54,7 @@ def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(varia
     name, folder, said = variant
     assert VARIANTS[name][1] in said
     verdict = check_folder(folder)
-    assert verdict.findings == [] and verdict.uses["inference"][0]
+    assert verdict.findings == [] and verdict.uses["inference"].possible
     assert {one.rank for one in verdict.adapter.modules} == {VARIANTS[name][2]}
     assert len({one.target for one in verdict.adapter.modules}) == (2 if "some layers" in name else 7)
     chat_model = load_chat.load_chat_model(str(folder), decide(Facts(memory=8 << 30)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from fresh_process import in_a_process
 from fine_tuning_practice import TrainSettings
 from lora_practice.console.errors import UserError
 from lora_practice.console.settings import reasons
-from lora_practice.report import figures
+from lora_practice.report import figures, page_content, picture
 from lora_practice.report import html as reports
+from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
 from lora_practice.storage import manifest
 
@@ -71,6 +73,11 @@ def report(folder: Path) -> str:
     return re.sub(r'(<script id="plotly"[^>]*>)[^<]*', r"\1", page.read_text("utf-8"))
 
 
+def figures_of(page: str, **options) -> dict:
+    """The charts as the page hands them to plotly."""
+    return json.loads(re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, flags=re.S).group(1), **options)
+
+
 def test_words_from_data_never_become_html_or_steer_anything(folder):
     page = report(folder)
     assert "<script>alert" not in page and "\x1b" not in page and "\u202e" not in page
@@ -86,11 +93,11 @@ def test_nothing_is_asked_of_any_address(folder):
 
 def test_the_page_shows_what_the_record_holds(folder):
     page = report(folder)
-    for words in ("2.900 → 2.100", "61 s", "950 MB", "0.001", "ten times that of full", "pip install torch==2.13.0"):
+    for words in ("perplexity 18.2 → 8.17", "better: 55% lower", "2.900 → 2.100", "61 s", "950 MB", "0.001"):
         assert words in page, words
-    assert "An answer has 64 tokens at most" in page
-    drawn = json.loads(re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, flags=re.S).group(1))
-    assert set(drawn) == {"loss", "layers", "small0", "small1", "small2", "small3"}
+    assert "An answer has 64 tokens at most" in page and "pip install torch==2.13.0" in page
+    drawn = figures_of(page)
+    assert set(drawn) == {"loss", "modules", "small0", "small1", "small2", "small3"}
     assert drawn["loss"]["data"][0]["y"] == pytest.approx([3 - i / 20 for i in range(1, 31)])
     assert drawn["loss"]["data"][2]["y"] == [2.9, 2.1]
     assert "secret-place" not in page
@@ -116,7 +123,7 @@ def test_each_language_has_its_own_words(folder, monkeypatch):
     monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
     chinese = report(folder)
     assert (
-        'lang="zh-CN"' in chinese and "前后的回答" in chinese and "怎样重现" in chinese and "LoRA 的学习率" in chinese
+        'lang="zh-CN"' in chinese and "前后的回答" in chinese and "困惑度 18.2 → 8.17" in chinese and "术语" in chinese
     )
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
     assert not re.search(r"[\u4e00-\u9fff]", report(folder))
@@ -137,9 +144,8 @@ def test_layers_that_are_no_numbers_leave_a_gap_and_the_page_still_draws(folder)
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
-    found = re.search(r'<script id="figures"[^>]*>(.*?)</script>', page, flags=re.S)
-    drawn = json.loads(found.group(1), parse_constant=refuse)
-    depths, rows = drawn["layers"]["data"][0]["x"], drawn["layers"]["data"][0]["z"]
+    drawn = figures_of(page, parse_constant=refuse)
+    depths, rows = drawn["modules"]["data"][0]["x"], drawn["modules"]["data"][0]["z"]
     assert all((row[depths.index(0)] is None) and row[depths.index(1)] > 0 for row in rows)
     assert (
         "hold NaN or infinity" in page
@@ -160,7 +166,7 @@ def test_the_curves_go_into_the_card_that_the_run_wrote(folder):
 
 def test_matplotlib_says_nothing_of_its_cache(tmp_path):
     (tmp_path / "no-folder").write_text("")  # of which it would warn, as it does of a font cache that is slow to build
-    code = "from lora_practice.report import figures; figures.curves_png({'losses': [{'step': 1, 'loss': 2.0}]})"
+    code = "from lora_practice.report import picture; picture.curves_png({'losses': [{'step': 1, 'loss': 2.0}]})"
     assert in_a_process(code, tmp_path, MPLCONFIGDIR=str(tmp_path / "no-folder")).stderr == ""
 
 
@@ -188,6 +194,134 @@ def test_a_folder_without_a_run_is_refused_in_one_line(folder):
 def test_held_out_losses_come_from_before_during_and_after(folder):
     record = {"steps": 20, "held_out_loss": {"before": 3.0, "after": 2.0}, "losses": [{"step": 10, "loss": 2.2}]}
     record["evaluations"] = [{"step": 0, "loss": 3.01}, {"step": 10, "loss": 2.5}]
-    assert figures.held_out_points(record) == [(0, 3.01), (10, 2.5), (20, 2.0)]
-    assert figures.held_out_points({**record, "best_step": 10}) == [(0, 3.01), (10, 2.5)]
-    assert figures.logged_points(record, "loss") == [(10, 2.2)]
+    assert held_out_points(record) == [(0, 3.01), (10, 2.5), (20, 2.0)]
+    assert held_out_points({**record, "best_step": 10}) == [(0, 3.01), (10, 2.5)]
+    assert logged_points(record, "loss") == [(10, 2.2)]
+
+
+def test_losses_that_are_means_are_drawn_over_all_their_steps():
+    losses = [{"step": step, "loss": loss} for step, loss in ((1, 4.3), (10, 2.5), (12, 3.7))]
+    (trace,) = figures.loss_figure({"losses": losses})["data"]
+    assert (trace["x"], trace["y"], trace["line"]["shape"]) == ([0, 1, 10, 12], [4.3, 4.3, 2.5, 3.7], "vh")
+    assert trace["text"][2] == "steps 2–10" and "means" in trace["name"]
+    many = [{"step": 10 * i, "loss": 3 - i / 10} for i in range(1, 11)]
+    drawn, smooth = figures.loss_figure({"losses": many})["data"]
+    assert drawn["x"] == list(range(0, 101, 10)) and smooth["x"] == [10 * i + 5.5 for i in range(10)]  # their middles
+    each = [{"step": i, "loss": 3 - i / 10} for i in range(1, 11)]
+    drawn, smooth = figures.loss_figure({"losses": each})["data"]
+    assert drawn["x"] == smooth["x"] == list(range(1, 11)) and "shape" not in drawn["line"]
+
+
+def test_small_numbers_on_an_axis_read_as_in_a_command():
+    assert [figures.scientific(value) for value in (5e-5, 1.5e-4, 2e-10)] == ["5e-5", "1.5e-4", "2e-10"]
+    for rate in (1e-3, 2e-4, 7e-5, 3.3e-6):
+        record = {"losses": [{"step": 1, "loss": 2.0, "learning_rate": rate}]}
+        ((_, figure),) = figures.small_figures(record)
+        ticks = figure["layout"]["yaxis"]
+        assert 3 <= len(ticks["tickvals"]) <= 5 and ticks["tickvals"][-1] <= 1.15 * rate
+        assert [float(words) for words in ticks["ticktext"]] == pytest.approx(ticks["tickvals"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said", "tone"),
+    [
+        (2.72, 1.99, ("perplexity", "15.2", "7.32", "better: 52% lower"), "good"),
+        (2.0, 2.4, ("perplexity", "7.39", "11.0", "worse: 49% higher"), "bad"),
+        (2.0, 2.01, ("perplexity", "7.39", "7.46", "hardly changed"), "neutral"),
+        (2.4, 30.0, ("loss", "2.40", "30.00", "worse: 12× higher"), "bad"),
+        (2.4, float("nan"), ("loss", "2.40", "nan", "it failed"), "bad"),
+    ],
+)
+def test_the_headline_says_whether_it_got_better(before, after, said, tone):
+    record = {"steps": 9, "held_out_loss": {"before": before, "after": after}, "data": {"rows_held_out": 40}}
+    found = page_content.headline(record)
+    assert ((found.measure, found.before, found.after, found.judgement), found.tone) == (said, tone)
+    assert "40 held-out rows" in found.detail
+
+
+def test_without_held_out_rows_the_headline_claims_nothing():
+    found = page_content.headline({"losses": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]})
+    assert (found.measure, found.before, found.after, found.tone) == ("training loss", "3.00", "2.00", "neutral")
+    assert not found.judgement and "--eval_subset_size" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "rows", "shown"),
+    [
+        ("file", "/home/me/orders.jsonl", 1240, "orders.jsonl (1,240 rows)"),
+        ("file", r"C:\me\orders.jsonl", 2, "orders.jsonl (2 rows)"),
+        ("hub", "HuggingFaceTB/smoltalk", 9, "smoltalk/chats (9 rows)"),
+        ("embedded", "chatterbot-corpus==1.3.3", 859, "chatterbot-corpus (859 rows)"),
+    ],
+)
+def test_the_title_says_what_was_taught(kind, name, rows, shown):
+    data = {"kind": kind, "name": name, "rows_trained": rows}
+    record = {"model": {"hub_id": "me/base"}, "data": data, "settings": {"dataset_name": "chats"}}
+    assert page_content.title(record) == f"base fine-tuned on {shown}"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(61.2, "61 s"), (119, "119 s"), (2713, "45 min"), (7500, "2 h 5 min")])
+def test_a_time_is_said_as_people_say_it(seconds, words):
+    assert page_content.duration(seconds) == words
+
+
+def test_references_stand_beside_the_answers_and_a_cut_answer_is_marked(folder):
+    sample = {"prompt": "q", "base": "b", "adapter": "a", "reference": "<b>r</b>", "cut": ["base"]}
+    edit("run_record.json", samples=[sample])(folder)
+    page = report(folder)
+    assert "&lt;b&gt;r&lt;/b&gt;" in page and page.count("cut at the limit of 64 tokens") == 1
+    assert page.index('id="answers"') < page.index('id="curves"')
+    edit("run_record.json", samples=[{**sample, "cut": []}])(folder)
+    assert "cut at the limit" not in report(folder)
+
+
+def test_changed_settings_are_shown_and_the_others_folded(folder):
+    page = report(folder)
+    shown, folded = page.split('id="settings"')[1].split("<details>")[:2]
+    assert "learning_rate" in shown and "lora_r" not in shown
+    assert "lora_r" in folded.split("</details>")[0]
+
+
+def test_what_is_trained_is_coloured_unless_the_data_has_such_brackets_itself():
+    coloured = page_content.first_row_parts({"data": {"first_row": "ask〔answer〕\n〔more〕"}})
+    assert coloured == [("ask", False), ("answer", True), ("\n", False), ("more", True)]
+    row = "〔note〔answer〕"
+    assert page_content.first_row_parts({"data": {"first_row": row}}) == [(row, False)]
+
+
+def test_resuming_a_finished_run_is_grey_and_each_next_step_a_command(folder):
+    page = report(folder)
+    assert '<td>resuming</td><td class="neutral">not needed</td>' in page
+    steps = page.split('id="next"')[1].split("<h2")[0]
+    assert f"lora-practice chat {folder}" in steps and "lora-practice export" in steps and "upload" not in steps
+
+
+def test_how_far_weights_moved_is_told_in_percent_of_the_base(folder):
+    page = report(folder)
+    heat = figures_of(page)["modules"]["data"][0]
+    assert heat["colorbar"]["ticksuffix"] == "%" and heat["y"][0] == "q_proj" and heat["y"][-1] == "down_proj"
+    most = max(value for row in heat["z"] for value in row)
+    assert f"{most:.2g}%" in page and "of the weight" in page
+    edit("adapter_config.json", base_model_name_or_path="nobody/nothing")(folder)
+    edit("run_record.json", model={"kind": "hub", "name": "nobody/nothing", "hub_id": "nobody/nothing"})(folder)
+    page = report(folder)
+    assert figures_of(page)["modules"]["data"][0]["colorbar"]["ticksuffix"] == "" and "no percentages" in page
+
+
+def test_the_terminal_is_told_what_was_written_and_how_to_open_it(folder):
+    _, said = reports.write_report(folder, reasons(TrainSettings))
+    assert "curves.png" in said and "README.md" in said and said.endswith(str(folder / "report.html"))
+    write("README.md", b"# mine\n")(folder)
+    assert "README.md" not in reports.write_report(folder, reasons(TrainSettings))[1]
+
+
+def test_the_picture_has_chinese_labels_only_where_a_font_has_the_characters(monkeypatch):
+    record = {"losses": [{"step": step, "loss": 2.0 / step, "grad_norm": 1.0} for step in range(1, 12)]}
+    english = picture.curves_png(record)
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    has_font = picture.chinese_font() is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
+        assert (picture.curves_png(record) != english) == has_font
+    monkeypatch.setattr(picture, "CHINESE_FONTS", ())
+    assert picture.chinese_font() is None and picture.curves_png(record) == english

@@ -1,0 +1,298 @@
+"""What the report's page says: its title, whether the run made the model better, facts, settings, next steps, terms."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Optional
+
+from lora_practice.console.text import text
+from lora_practice.machine.gpus import WHEELS
+from lora_practice.report.checks import FolderVerdict
+from lora_practice.report.loss_curve import FEWEST, smoothed
+from lora_practice.report.points import held_out_points, intervals, logged_points
+from lora_practice.run.settings import shown_settings
+
+SAME = 0.01  # a loss that changes by less than this share is the same
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Whether it got better: `measure` went from `before` to `after` on `subject`.
+
+    tone: "good", "bad" or "neutral"; judgement: the same in words; detail: what was measured, and how.
+    """
+
+    subject: str
+    measure: str
+    before: str
+    after: str
+    tone: str
+    judgement: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting of the run with the line of why; `changed`: it is not the default."""
+
+    name: str
+    value: Any
+    changed: bool
+    why: str
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """What was taught to which model: "SmolLM2-135M fine-tuned on orders.jsonl (240 rows)"."""
+    model, data = record.get("model") or {}, record.get("data") or {}
+    base = str(model.get("hub_id") or model.get("name") or "?").rstrip("/").rpartition("/")[2]
+    rows = data.get("rows_trained")
+    zh, en = (f"（{rows:,} 行）", f" ({rows:,} rows)") if isinstance(rows, int) else ("", "")
+    name = data_name(record)
+    return text(f"用 {name}{zh}微调 {base}", f"{base} fine-tuned on {name}{en}")
+
+
+def data_name(record: Mapping[str, Any]) -> str:
+    """The data set's short name: a file's own name, or the Hub's with its subset."""
+    data = record.get("data") or {}
+    name = str(data.get("name") or "?").partition("==")[0]
+    if data.get("kind") == "hub":
+        subset = (record.get("settings") or {}).get("dataset_name")
+        return f"{name.rpartition('/')[2]}/{subset}" if subset else name.rpartition("/")[2]
+    return PureWindowsPath(name).name if "\\" in name else PurePosixPath(name).name
+
+
+def headline(record: Mapping[str, Any]) -> Optional[Headline]:
+    """Whether the model got better on rows that it never saw, or where none were held out, how the training went."""
+    held_out = held_out_points(record)
+    if len(held_out) < 2:
+        return _training_headline(record)
+    ends = record.get("held_out_loss") or {}
+    before, after = float(ends.get("before", held_out[0][1])), float(ends.get("after", held_out[-1][1]))
+    rows = (record.get("data") or {}).get("rows_held_out")
+    detail = [text(f"验证集 {rows} 行，从不参与训练", f"{rows} held-out rows, never trained on")]
+    detail.append(f"loss {before:.3f} → {after:.3f}")
+    kept = record.get("best_step")
+    if kept and kept != record.get("steps"):
+        zh, en = f"留下的是第 {kept} 步的适配器（loss 最低）", f"the adapter kept is that of step {kept}, the lowest"
+        detail.append(text(zh, en))
+    measure, shown = _perplexity_or_loss(before, after)
+    tone, judgement = _tone(before, after, of_perplexity=measure != "loss")
+    joined = text("；", "; ").join(detail)
+    return Headline(text("没见过的对话", "unseen conversations"), measure, *shown, tone, judgement, joined)
+
+
+def _training_headline(record: Mapping[str, Any]) -> Optional[Headline]:
+    losses = logged_points(record, "loss")
+    if not losses:
+        return None
+    values = [loss for _, loss in losses]
+    if len(values) >= FEWEST:
+        values = smoothed(values, [last - first for first, last in intervals(losses)])
+    unknown = text(
+        "没有留出验证集，不知道没见过的对话有没有变好：下次加 --eval_subset_size 40",
+        "nothing was held out, so nobody knows about unseen conversations: next time add --eval_subset_size 40",
+    )
+    shown = (f"{values[0]:.2f}", f"{values[-1]:.2f}")
+    return Headline(text("训练用的对话", "the rows trained on"), text("训练 loss", "training loss"), *shown, "neutral",
+                    "", unknown)  # fmt: skip
+
+
+def _perplexity_or_loss(before: float, after: float) -> tuple[str, tuple[str, str]]:
+    """The measure and its two values; the loss where a perplexity would be astronomical."""
+    if not (before < 12 and after < 12):  # NaN too
+        return "loss", (f"{before:.2f}", f"{after:.2f}")
+    return text("困惑度", "perplexity"), (_perplexity(before), _perplexity(after))
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(loss)
+    return f"{value:.2f}" if value < 10 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _tone(before: float, after: float, of_perplexity: bool) -> tuple[str, str]:
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return "bad", text("训练失败", "it failed")
+    if abs(after - before) <= SAME * before:
+        return "neutral", text("几乎没变", "hardly changed")
+    change = math.expm1(after - before) if of_perplexity else after / before - 1
+    share = f"{abs(change):.0%}" if abs(change) < 10 else f"{abs(change) + 1:,.0f}×"
+    if after < before:
+        return "good", text(f"变好了，低了 {share}", f"better: {share} lower")
+    return "bad", text(f"变差了，高了 {share}", f"worse: {share} higher")
+
+
+def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of how long it took and what it needed."""
+    losses = logged_points(record, "loss")
+    rows = [(text("步数", "steps"), f"{record.get('steps', losses[-1][0] if losses else 0):,}")]
+    if "seconds" in record:
+        rows.insert(0, (text("用时", "time"), duration(float(record["seconds"]))))
+    if "tokens_per_second" in record:
+        rows.append(
+            (text("速度", "speed"), text("{:,.0f} token/秒", "{:,.0f} tokens/s").format(record["tokens_per_second"]))
+        )
+    if "peak_memory_mb" in record:
+        rows.append((text("内存峰值", "peak memory"), f"{record['peak_memory_mb']:,.0f} MB"))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "61 s", "45 min", "2 h 5 min"."""
+    if seconds < 120:
+        return text(f"{seconds:.0f} 秒", f"{seconds:.0f} s")
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return text(f"{minutes} 分钟", f"{minutes} min")
+    hours, minutes = divmod(minutes, 60)
+    return text(f"{hours} 小时 {minutes} 分", f"{hours} h {minutes} min")
+
+
+def settings_rows(record: Mapping[str, Any], reasons: Mapping[str, tuple[Any, str]]) -> list[SettingRow]:
+    """The settings that shaped the result, in their order; `reasons`: name -> (default, why)."""
+    rows = []
+    for name, value in shown_settings(record).items():
+        default, why = reasons.get(name, (value, ""))
+        rows.append(SettingRow(name, value, value != default, why))
+    return rows
+
+
+def first_row_parts(record: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """The first row as (text, whether it is trained); in the record the trained parts stand in 〔〕."""
+    row = str((record.get("data") or {}).get("first_row") or "")
+    parts = re.split("[〔〕]", row)
+    if "".join(re.findall("[〔〕]", row)) != "〔〕" * (len(parts) // 2):  # brackets of the data's own: show it as it is
+        return [(row, False)]
+    return [(part, bool(number % 2)) for number, part in enumerate(parts) if part]
+
+
+def lost_rows(record: Mapping[str, Any]) -> int:
+    """Rows that were cut, left out or skipped."""
+    data = record.get("data") or {}
+    return sum(int(count) for key in ("rows_lost", "bad_rows_skipped") for count in (data.get(key) or {}).values())
+
+
+def next_steps(verdict: FolderVerdict) -> list[tuple[str, str]]:
+    """(what for, command) of what can be done with this folder now."""
+    record, place = verdict.record, shlex.quote(str(verdict.folder))
+    steps = []
+    if verdict.uses["resuming"].possible:
+        steps.append((text("接着训练", "go on training"), f"{record.get('command')} --resume"))
+    if verdict.uses["inference"].possible:
+        steps.append(
+            (
+                text("和它聊天（/adapter off 换成底座回答）", "talk to it (/adapter off lets the base answer)"),
+                f"lora-practice chat {place}",
+            )
+        )
+        if not record.get("samples"):
+            steps.append(
+                (
+                    text(
+                        "让底座和微调后的模型各答几个问题，写进这份报告", "let base and adapter answer, for this report"
+                    ),
+                    f"lora-practice report {place} --answers",
+                )
+            )
+        if verdict.config:
+            asked = text("用自己的问题比较底座和微调后的模型", "compare base and adapter with a question of your own")
+            steps.append((asked, f'lora-practice compare {place} --prompt "…"'))
+            steps.append(
+                (text("导出给 Ollama、llama.cpp", "export for Ollama and llama.cpp"), f"lora-practice export {place}")
+            )
+    if verdict.uses["sharing"].possible:
+        steps.append(
+            (
+                text("上传到 Hugging Face Hub，分享给别人", "share it on the Hugging Face Hub"),
+                f"lora-practice upload --local_dir {place} --repo_id …",
+            )
+        )
+    return steps
+
+
+def install_command(versions: Mapping[str, Any]) -> str:
+    """The pip command for these versions. PyPI has no "+cpu": such a torch comes from an index of its own."""
+    named = [f"{name}=={str(number).partition('+')[0]}" for name, number in versions.items() if name != "python"]
+    build = str(versions.get("torch")).partition("+")[2]
+    index = [f"--extra-index-url {WHEELS}{build}"] if re.fullmatch(r"cpu|cu\d+", build) else []
+    return " ".join(["pip install", *named, *index])
+
+
+def glossary() -> Sequence[tuple[str, str]]:
+    """(term, explanation) for a reader who is new to fine-tuning."""
+    return (
+        (
+            "loss",
+            text(
+                "模型预测下一个 token 时的平均失误，单位 nat，越低越好。0 表示每次都完全猜中。",
+                "How badly the model predicts the next token on average, in nats; lower is better, 0 is perfect.",
+            ),
+        ),
+        (
+            text("困惑度（perplexity）", "perplexity"),
+            text(
+                "e 的 loss 次方：模型平均在多少个 token 之间拿不准。10 就像每次从 10 个里猜 1 个，1 是完全确定。",
+                "e to the power of the loss: among how many tokens the model hesitates. 10 is like one guess in ten.",
+            ),
+        ),
+        (
+            text("验证集（held-out）", "held out"),
+            text(
+                "从数据里留出来、从不参与训练的几行。它们变好，才说明模型真的学会了，而不是背下来。",
+                "Rows set aside and never trained on. Only when these get better has the model learnt, not memorised.",
+            ),
+        ),
+        (
+            text("过拟合", "overfitting"),
+            text(
+                "训练 loss 还在降，验证 loss 却上升：模型开始死记硬背。",
+                "The training loss falls while the held-out loss rises: the model begins to learn by heart.",
+            ),
+        ),
+        (
+            text("底座", "base"),
+            text("微调之前的模型，它的权重一直不变。", "The model before fine-tuning; its weights never change."),
+        ),
+        (
+            text("LoRA、适配器", "LoRA, adapter"),
+            text(
+                "在底座的矩阵旁边加两个很小的矩阵 A 和 B，只训练它们；学到的改动是 scale · B·A，存成几 MB 的适配器。",
+                "Two small matrices A and B beside each matrix of the base; only they are trained. The change is "
+                "scale · B·A, kept in an adapter of a few MB.",
+            ),
+        ),
+        (
+            text("秩 r、alpha", "rank r, alpha"),
+            text(
+                "r 是 A、B 的宽度，越大能学的越多；alpha 决定改动的力度，scale = alpha / r。",
+                "r is the width of A and B: the larger, the more can be learnt. alpha sets the strength: "
+                "scale = alpha / r.",
+            ),
+        ),
+        (
+            text("学习率", "learning rate"),
+            text(
+                "每一步改多少。太大会发散，太小学不动。",
+                "How far each step goes. Too high diverges, too low learns nothing.",
+            ),
+        ),
+        (
+            text("步（step）", "step"),
+            text(
+                "参数更新一次。一步用的行数 = per_device_train_batch_size × gradient_accumulation_steps。",
+                "One update of the weights, on per_device_train_batch_size × gradient_accumulation_steps rows.",
+            ),
+        ),
+        (
+            text("梯度范数", "gradient norm"),
+            text(
+                "这一步梯度的大小；超过 max_grad_norm 就按比例缩小（裁剪）。突然变得很大，多半是学习率太大。",
+                "The size of a step's gradient; above max_grad_norm it is scaled down (clipped). A sudden jump usually "
+                "means too high a learning rate.",
+            ),
+        ),
+    )
