@@ -8,7 +8,8 @@ import random
 import pytest
 
 from lora_practice.console.terminal import columns
-from lora_practice.report.loss_curve import FEWEST, CurveVerdict, intervals, judge_curve, smoothed
+from lora_practice.report.loss_curve import FEWEST, CurveVerdict, judge_curve, smoothed
+from lora_practice.report.points import intervals
 
 
 def curve(shape, count=60, noise=0.15, seed=0, every=10):
