@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_practice.report import html
+from lora_practice.report import page_content
 from lora_practice.run import model_card
 from lora_practice.sources.find import SHIPPED
 
@@ -62,4 +62,4 @@ def test_a_setting_that_an_embedded_model_or_data_set_replaced_is_not_shown(
 
 def test_the_report_shows_what_the_card_shows() -> None:
     record = a_record("embedded", "embedded")
-    assert [row[0] for row in html._settings(record, {})] == in_the_card(record) == ["lora_r"]
+    assert [row.name for row in page_content.settings_rows(record, {})] == in_the_card(record) == ["lora_r"]
