@@ -22,6 +22,7 @@ from lora_practice.inference.samples import SAMPLE_TOKENS
 from lora_practice.report import figures, folder_text, page_content
 from lora_practice.report.base_weights import relative_changes
 from lora_practice.report.checks import USES, FolderVerdict, check_folder
+from lora_practice.report.glossary import glossary
 from lora_practice.report.loss_curve import CurveVerdict, judge_curve
 from lora_practice.report.picture import MARK, curves_png
 from lora_practice.report.points import held_out_points, logged_points
@@ -122,7 +123,7 @@ def report_html(
         use_names={use: text(*names) for use, names in folder_text.USE_NAMES.items()},
         use_state=folder_text.use_state,
         next_steps=page_content.next_steps(verdict),
-        glossary=page_content.glossary(),
+        glossary=glossary(),
         install=page_content.install_command(record.get("versions") or {}),
         sample_tokens=SAMPLE_TOKENS,
         picture=base64.b64encode(picture).decode("ascii"),

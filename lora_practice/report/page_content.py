@@ -1,11 +1,11 @@
-"""What the report's page says: its title, whether the run made the model better, facts, settings, next steps, terms."""
+"""What the report's page says: its title, whether the run made the model better, facts, settings, next steps."""
 
 from __future__ import annotations
 
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Optional
@@ -220,79 +220,3 @@ def install_command(versions: Mapping[str, Any]) -> str:
     build = str(versions.get("torch")).partition("+")[2]
     index = [f"--extra-index-url {WHEELS}{build}"] if re.fullmatch(r"cpu|cu\d+", build) else []
     return " ".join(["pip install", *named, *index])
-
-
-def glossary() -> Sequence[tuple[str, str]]:
-    """(term, explanation) for a reader who is new to fine-tuning."""
-    return (
-        (
-            "loss",
-            text(
-                "模型预测下一个 token 时的平均失误，单位 nat，越低越好。0 表示每次都完全猜中。",
-                "How badly the model predicts the next token on average, in nats; lower is better, 0 is perfect.",
-            ),
-        ),
-        (
-            text("困惑度（perplexity）", "perplexity"),
-            text(
-                "e 的 loss 次方：模型平均在多少个 token 之间拿不准。10 就像每次从 10 个里猜 1 个，1 是完全确定。",
-                "e to the power of the loss: among how many tokens the model hesitates. 10 is like one guess in ten.",
-            ),
-        ),
-        (
-            text("验证集（held-out）", "held out"),
-            text(
-                "从数据里留出来、从不参与训练的几行。它们变好，才说明模型真的学会了，而不是背下来。",
-                "Rows set aside and never trained on. Only when these get better has the model learnt, not memorised.",
-            ),
-        ),
-        (
-            text("过拟合", "overfitting"),
-            text(
-                "训练 loss 还在降，验证 loss 却上升：模型开始死记硬背。",
-                "The training loss falls while the held-out loss rises: the model begins to learn by heart.",
-            ),
-        ),
-        (
-            text("底座", "base"),
-            text("微调之前的模型，它的权重一直不变。", "The model before fine-tuning; its weights never change."),
-        ),
-        (
-            text("LoRA、适配器", "LoRA, adapter"),
-            text(
-                "在底座的矩阵旁边加两个很小的矩阵 A 和 B，只训练它们；学到的改动是 scale · B·A，存成几 MB 的适配器。",
-                "Two small matrices A and B beside each matrix of the base; only they are trained. The change is "
-                "scale · B·A, kept in an adapter of a few MB.",
-            ),
-        ),
-        (
-            text("秩 r、alpha", "rank r, alpha"),
-            text(
-                "r 是 A、B 的宽度，越大能学的越多；alpha 决定改动的力度，scale = alpha / r。",
-                "r is the width of A and B: the larger, the more can be learnt. alpha sets the strength: "
-                "scale = alpha / r.",
-            ),
-        ),
-        (
-            text("学习率", "learning rate"),
-            text(
-                "每一步改多少。太大会发散，太小学不动。",
-                "How far each step goes. Too high diverges, too low learns nothing.",
-            ),
-        ),
-        (
-            text("步（step）", "step"),
-            text(
-                "参数更新一次。一步用的行数 = per_device_train_batch_size × gradient_accumulation_steps。",
-                "One update of the weights, on per_device_train_batch_size × gradient_accumulation_steps rows.",
-            ),
-        ),
-        (
-            text("梯度范数", "gradient norm"),
-            text(
-                "这一步梯度的大小；超过 max_grad_norm 就按比例缩小（裁剪）。突然变得很大，多半是学习率太大。",
-                "The size of a step's gradient; above max_grad_norm it is scaled down (clipped). A sudden jump usually "
-                "means too high a learning rate.",
-            ),
-        ),
-    )
