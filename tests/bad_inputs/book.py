@@ -97,10 +97,12 @@ def closed(place: Place) -> None:
 
 def old_card(place: Place) -> None:
     """A T4, as far as the choice of a precision can see."""
-    from lora_practice.machine import facts
+    import fine_tuning_practice
+    from lora_practice.machine.facts import Facts
 
     card = {"gpu": "Tesla T4", "capability": (7, 5), "kernels": ("sm_75",), "gpu_memory": 16 << 30, "cuda_usable": True}
-    place.patch.setattr(facts, "read_facts", lambda: facts.Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54"))
+    facts = Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54")
+    place.patch.setattr(fine_tuning_practice, "read_facts", lambda: facts)
 
 
 def offline(place: Place) -> None:
@@ -148,7 +150,10 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "an unfinished run is here": (out(stop), (*TRAIN, "--output_dir", "out")),
     "another run is writing to this folder": (held, (*TRAIN, "--output_dir", "out")),
     "there is no run to resume here": (nothing, (*TRAIN, "--resume")),
-    "not the same run any more": (out(stop, edit(RECORD, settings={"lora_r": 8})), RESUME),
+    "not the same run any more": (
+        out(stop, edit(RECORD, settings={"lora_r": 8})),
+        (*RESUME, "--lora_r", "6"),
+    ),
     "the base model is not what this run began with": (out(stop, edit(RECORD, model=BASE_BEFORE)), TRUSTED),
     "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), TRUSTED),
     "not saved by you on this machine": (out(stop), RESUME),
