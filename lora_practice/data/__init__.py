@@ -1,1 +1,1 @@
-"""From a data file to tensors: rows, conversations, examples, batches."""
+"""From any file to tensors: conversations, tokens, batches."""

@@ -1,4 +1,4 @@
-"""Memory that this process holds and may still take, read from the system. Does not import torch."""
+"""How much memory this process holds and may still take: read, never guessed. Loads no torch before it must."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 CGROUPS = "/sys/fs/cgroup"
-# of cgroup v2 and v1: hierarchy, files of limit and usage, and the key in memory.stat of cached files, which count as
-# used but are given up when memory is needed
+# (kind, limit, used, the key in memory.stat of cached files, which count as used but give way) of cgroup v2 and v1
 _FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -32,14 +31,10 @@ class MemoryState(NamedTuple):
 
 
 def available_memory(ulimit: bool = True) -> int:
-    """Bytes that this process can still take: the least that the system, a container and `ulimit -v` leave.
+    """Bytes this process can still take: what is free, and what a container or `ulimit -v` leaves; 0 if unknown.
 
-    Args:
-        ulimit: count `ulimit -v` too. Beyond it an allocation fails, which a program can survive (beyond the others the
-            kernel kills it), and freed address space may stay mapped and be used again.
-
-    Returns:
-        0 if nothing is known.
+    ulimit=False: only what the kernel kills for; beyond a ulimit an allocation fails, which a program can survive,
+    and address space once freed may stay mapped, to be used again.
     """
     limits = [*(left for _, left in group_limits()), *(_ulimit_leaves() if ulimit else ())]
     free = _free()
@@ -57,14 +52,14 @@ def memory_state() -> MemoryState:
 
 
 def held_memory() -> int:
-    """Resident memory of this process in bytes."""
+    """Bytes of memory that this process holds now (resident set)."""
     return _own_pages()[1] or _psutil().rss
 
 
 def group_folders(kind: str) -> Iterator[str]:
-    """Folders of this process's control group and its parents: of cgroup v2 for "", else of v1's hierarchy `kind`.
+    """This process's control group and those above it: version 2's for "", else those of version 1's hierarchy `kind`.
 
-    Inside a container the path may be the host's and not exist; then only the root's folder does.
+    Inside a container the path may be one of the host's, which is not there: then only the root is.
     """
     parts: list[str] = []
     for line in read_system_file("/proc/self/cgroup").splitlines():
@@ -77,7 +72,7 @@ def group_folders(kind: str) -> Iterator[str]:
 
 
 def group_limits() -> Iterator[tuple[int, int]]:
-    """(memory limit, what is left of it) in bytes for each control group around this process that has one."""
+    """(limit, what is left of it) in bytes, of each control group around this process that has a limit of memory."""
     for kind, limit_name, used_name, cached_key in _FILES:
         for folder in group_folders(kind):
             limit, used = (
@@ -91,18 +86,18 @@ def group_limits() -> Iterator[tuple[int, int]]:
 
 
 class PeakMemory:
-    """Samples resident memory every millisecond within a `with` block: `most` is the peak, `before` the start (bytes).
+    """Notes the most memory held within a `with` block, looking every millisecond: `most`, in bytes.
 
-    The process's own peak would not do, since loading the model may have taken more than the block does.
+    The process's own high-water mark would not do: loading the model may have stood above what comes now.
     """
 
     def __enter__(self) -> PeakMemory:
         self.before = self.most = held_memory()
         self._done = threading.Event()
-        self._thread: Optional[threading.Thread] = threading.Thread(target=self._sample, daemon=True)
+        self._thread: Optional[threading.Thread] = threading.Thread(target=self._look, daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # too little memory for a thread
+        except RuntimeError:  # not even memory for a thread
             self._thread = None
         return self
 
@@ -111,13 +106,13 @@ class PeakMemory:
         if self._thread is not None:
             self._thread.join()
 
-    def _sample(self) -> None:
+    def _look(self) -> None:
         while not self._done.wait(0.001):
             self.most = max(self.most, held_memory())
 
 
 def read_system_file(path: str) -> str:
-    """The content of a file in /proc or /sys; empty if it cannot be read."""
+    """A file of /proc or /sys; empty if it is not there."""
     try:
         return Path(path).read_text("utf-8", "replace")
     except OSError:

@@ -10,8 +10,7 @@ import torch
 
 from lora_practice import compat
 from lora_practice.machine import facts as machine_facts
-from lora_practice.machine.device import decide, peak_memory
-from lora_practice.machine.speed import matmul_gflops
+from lora_practice.machine.device import decide, matmul_gflops, peak_memory
 
 
 def test_this_machine_can_be_looked_at() -> None:
