@@ -1,4 +1,4 @@
-"""The only file that knows how the libraries' versions differ; asked by signature, each with its reason."""
+"""Differences between versions of TRL, transformers, PEFT and huggingface_hub, told by their signatures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 
 def check_stack() -> None:
-    """Refuse a torch in which resuming cannot work, before anything is trained.
+    """Refuse a torch version in which resuming cannot work.
 
     Raises:
         UserError: torch < 2.6, where transformers refuses to load optimizer states (CVE-2025-32434).
@@ -25,7 +25,7 @@ def check_stack() -> None:
     if (major, minor) < (2, 6):
         raise UserError(
             text(
-                f"torch {torch.__version__} 太旧，存盘后无法续训",
+                f"torch {torch.__version__} 太旧，无法从检查点继续训练",
                 f"torch {torch.__version__} is too old to resume",
             ),
             fix='pip install "torch>=2.6"',
@@ -33,10 +33,10 @@ def check_stack() -> None:
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a `report_to` whose package is not installed, before anything is trained.
+    """Refuse a `report_to` whose package is not installed.
 
     Raises:
-        UserError: with the pip line that installs it.
+        UserError: with the pip command that installs it.
     """
     if name != "none":
         check_installed(name, f"--report_to {name}")
@@ -46,19 +46,22 @@ def check_installed(name: str, flag: str) -> None:
     """Refuse a flag whose package is not installed.
 
     Raises:
-        UserError: with the pip line that installs it.
+        UserError: with the pip command that installs it.
     """
     import importlib.util
 
     if importlib.util.find_spec(name) is None:
-        raise UserError(text(f"没有装 {name}", f"{name} is not installed"), where=flag, fix=f"pip install {name}")
+        raise UserError(text(f"没有安装 {name}", f"{name} is not installed"), where=flag, fix=f"pip install {name}")
 
 
 def sft_config(**wanted: Any) -> Any:
-    """`trl.SFTConfig` with these options, for one card; an option that this version does not know is an error.
+    """`trl.SFTConfig` with these options, for one card at most.
 
-    On several, transformers would take all of them (DataParallel), and so many times the rows that were asked for.
-    `warmup_ratio` left transformers in 5.15; there `warmup_steps` takes a share below 1 instead.
+    With several cards transformers would use them all (DataParallel) and multiply the batch size. transformers 5.15
+    removed `warmup_ratio`; there `warmup_steps` accepts a share below 1 instead.
+
+    Raises:
+        RuntimeError: this version of TRL has no such option.
     """
     from trl import SFTConfig
 
@@ -74,9 +77,9 @@ def sft_config(**wanted: Any) -> Any:
 
 
 def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """The network errors of whichever HTTP library huggingface_hub has loaded, and `others`, for an `except`.
+    """Exception types for an `except`: network errors of huggingface_hub's HTTP library, and `others`.
 
-    Before 1.0 that is requests; since then httpx, lately httpx2.
+    huggingface_hub uses requests before 1.0, httpx since, and httpx2 lately; only a library that is imported counts.
     """
     kinds: list[type[BaseException]] = [ConnectionError, TimeoutError, *others]
     for module, names in (
@@ -90,9 +93,9 @@ def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], .
 
 
 def set_hub_timeout(seconds: float) -> None:
-    """Have huggingface_hub give up a server after `seconds` without a byte; by itself it waits for ever.
+    """Make huggingface_hub give up on a server after `seconds` without a byte; by default it waits for ever.
 
-    Before 1.0 it speaks through a `requests.Session`; since then through an httpx client.
+    It uses a `requests.Session` before 1.0 and an httpx client since.
     """
     import huggingface_hub
 
@@ -100,9 +103,9 @@ def set_hub_timeout(seconds: float) -> None:
         from huggingface_hub.utils._http import default_client_factory
 
         def client() -> Any:
-            made = default_client_factory()
-            made.timeout = seconds
-            return made
+            new_client = default_client_factory()
+            new_client.timeout = seconds
+            return new_client
 
         huggingface_hub.set_client_factory(client)
         return
@@ -117,9 +120,9 @@ def set_hub_timeout(seconds: float) -> None:
 
 
 def generation_cache() -> str:
-    """The name under which `generate` takes and returns keys and values.
+    """The argument name under which `generate` takes and returns the key-value cache.
 
-    transformers 5 has renamed `past_key_values` to `cache` on the way, and warns of the old name at each token.
+    A release of transformers 5 renamed `past_key_values` to `cache`, and warns about the old name at each token.
     """
     from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -127,14 +130,14 @@ def generation_cache() -> str:
 
 
 def installed() -> dict[str, str]:
-    """Versions of the libraries that a run depends on."""
+    """Versions of Python and the libraries that a run depends on, for its record; "" if not installed."""
     import platform
 
     return {"python": platform.python_version(), **{name: version or "" for name, version in libraries().items()}}
 
 
 def libraries() -> dict[str, Optional[str]]:
-    """The version of each library that a run depends on; None if it is not installed."""
+    """Version of each library that a run depends on; None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, Optional[str]] = dict.fromkeys(LIBRARIES)

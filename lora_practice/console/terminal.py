@@ -1,7 +1,4 @@
-"""Lines that fit a terminal: they end at words, Chinese too, and what is copied from them stays whole.
-
-Imports nothing of ours, so that every other file may use it.
-"""
+"""Wrap text to the terminal's width: at words, in Chinese too, and never inside a command that may be copied."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-# one wide character or a word, with the punctuation that may not begin (or end) a line
+# one CJK character or a word, with the punctuation that must not begin (or end) a line
 _WORD = re.compile(r"(?:[（《]*[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）？！]*\s*|\s+")
-# a command, up to where its sentence goes on: half of one would be copied
+# a command up to the end of its clause, so that it is never copied in half
 _COMMAND = (
     r"(?:(?:→|->) )?(?<![\w/.-])(?:cd|lora-practice|pip|(?:[^\s：]*/)?python|sudo|uv) "
     r"(?:(?! [\u2e80-\uffef]|[，。；）]|[,;] ).)+[，。；）,;]*\s*"
@@ -22,23 +19,23 @@ _PIECE = re.compile(f"{_COMMAND}|{_WORD.pattern}")
 
 
 def fit_to_terminal(words: str, stream: TextIO) -> str:
-    """The words as they are printed to `stream`: a terminal's lines end at words; a file or a pipe gets them as is."""
+    """Wrap the words to the terminal's width if `stream` is one; unchanged for a file or a pipe."""
     if not stream.isatty():
         return words
     width = shutil.get_terminal_size().columns
-    return "\n".join(line for one in words.split("\n") for line in _broken(one, width))
+    return "\n".join(line for one in words.split("\n") for line in _wrapped(one, width))
 
 
 class StreamPrinter:
-    """Prints an answer to `stream` as it is written; at a terminal a word waits for its end, to see whether it fits."""
+    """Prints an answer to `stream` while it is generated; at a terminal whole words, wrapped to its width."""
 
     def __init__(self, stream: TextIO, column: int = 0) -> None:
         self.stream, self.column = stream, column
         self.width = shutil.get_terminal_size().columns if stream.isatty() else 0
-        self.waiting, self.gap = "", ""
+        self.waiting, self.gap = "", ""  # an unfinished word, and the white space before it
 
     def add(self, words: str) -> None:
-        """The next piece of the answer, a part of a word or several."""
+        """Print the next piece of the answer: a part of a word, or several words."""
         if not self.width:
             self._print(words)
             return
@@ -47,7 +44,7 @@ class StreamPrinter:
             self._place(piece)
 
     def end(self) -> None:
-        """Print what waits; nothing more comes."""
+        """Print the last word; nothing may be added afterwards."""
         self._place(self.waiting)
         self._print(self.gap)
         self.waiting = self.gap = ""
@@ -68,7 +65,7 @@ class StreamPrinter:
         self.stream.flush()
 
 
-def _broken(line: str, width: int) -> list[str]:
+def _wrapped(line: str, width: int) -> list[str]:
     if columns(line) <= width:
         return [line]
     indent = line[: len(line) - len(line.lstrip(" "))]
@@ -76,7 +73,7 @@ def _broken(line: str, width: int) -> list[str]:
 
 
 def wrap(words: str, width: int) -> list[str]:
-    """Lines of at most `width` terminal columns, Chinese too; what has no place to break stays whole, a command too."""
+    """Lines of at most `width` terminal columns; a command, or a word that is longer, stays whole."""
     lines = [""]
     for piece in _PIECE.findall(words):
         if lines[-1] and columns(lines[-1] + piece.rstrip()) > width:
@@ -86,12 +83,12 @@ def wrap(words: str, width: int) -> list[str]:
 
 
 def columns(words: str) -> int:
-    """Terminal columns that these words take: a Chinese character takes two."""
+    """Display width in terminal columns: a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in words)
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells with their columns under each other."""
+    """Lines of a table whose columns are aligned by display width."""
     rows = [*rows]
     widths = [max(columns(cell) for cell in column) for column in zip(*rows)]
     for row in rows:

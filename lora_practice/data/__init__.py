@@ -1,1 +1,1 @@
-"""From any file to tensors: conversations, tokens, batches."""
+"""From a data file to tensors: rows, conversations, examples, batches."""

@@ -1,4 +1,4 @@
-"""What every reader of rows shares: the bad row, and lines of bounded length."""
+"""Shared by all readers of rows: the bad row with its cause and fix, and lines of bounded length."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ BLANK = " \t\r\n\ufeff"  # a BOM can stand inside a file that was glued together
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on; all its words are in the user's language.
+    """A row that cannot be trained on; its texts are in the user's language.
 
     Args:
         origin: "data.jsonl:41" or "name:row 12".
-        cause: what is wrong, without particulars, so that equal causes can be counted.
+        cause: what is wrong, without details, so that rows with the same cause can be counted together.
         fix: what to do about it.
-        detail: the particulars, such as a column or a value; may be empty.
+        detail: the column, value or place that is wrong; may be empty.
     """
 
     def __init__(self, origin: str, cause: str, fix: str, detail: str = "") -> None:
@@ -25,19 +25,19 @@ class BadRow(Exception):
         self.origin, self.cause, self.fix, self.detail = visible(origin).replace("\n", "\\n"), cause, fix, detail
 
     @property
-    def told(self) -> str:
-        """Cause and particulars, without the origin and the fix."""
+    def reason(self) -> str:
+        """Cause and detail, without the origin and the fix."""
         return f"{self.cause}{text('：', ': ')}{self.detail}" if self.detail else self.cause
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.told} {text('→', '->')} {self.fix}"
+        return f"{self.origin}: {self.reason} {text('→', '->')} {self.fix}"
 
 
-Located = Union[tuple[str, Any], BadRow]  # (origin, row) or the reason why there is no row
+Located = Union[tuple[str, Any], BadRow]  # (origin, row), or why there is no row
 
 
 def too_long(origin: str) -> BadRow:
-    """The bad row that stands for one of more than MAX_ROW characters."""
+    """The BadRow for a row of more than MAX_ROW characters."""
     return BadRow(
         origin,
         text(f"这一行超过 {MAX_ROW:,} 个字符", f"a row of more than {MAX_ROW:,} characters"),
@@ -49,7 +49,7 @@ def too_long(origin: str) -> BadRow:
 
 
 def too_deep(origin: str) -> BadRow:
-    """The bad row that stands for JSON that nests deeper than Python reads."""
+    """The BadRow for JSON that is nested deeper than Python can read."""
     return BadRow(
         origin,
         text("JSON 嵌套太深", "JSON nested too deep"),
@@ -58,17 +58,18 @@ def too_deep(origin: str) -> BadRow:
 
 
 class RowTooLong(Exception):
-    """The row just passed holds more than MAX_ROW characters."""
+    """The row that was just read past has more than MAX_ROW characters."""
 
 
 class Lines:
-    """Lines of a text file; `number` is that of the last one read. Never holds more than MAX_ROW of one.
+    """Lines of a text file, none of which is held beyond MAX_ROW characters.
 
-    `taken` counts the characters of a row that goes over several lines; who begins a new row sets it to 0.
+    `number` is the number of the last line read. `row_characters` counts the characters of a row that spans several
+    lines; the reader sets it to 0 at the start of each row.
     """
 
     def __init__(self, handle: TextIO) -> None:
-        self.handle, self.number, self.taken = handle, 0, 0
+        self.handle, self.number, self.row_characters = handle, 0, 0
 
     def __iter__(self) -> Lines:
         return self
@@ -82,7 +83,7 @@ class Lines:
             while line and line[-1] not in "\r\n":
                 line = self.handle.readline(MAX_ROW)
             raise RowTooLong
-        self.taken += len(line)
-        if self.taken > MAX_ROW:
+        self.row_characters += len(line)
+        if self.row_characters > MAX_ROW:
             raise RowTooLong
         return line

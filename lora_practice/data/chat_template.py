@@ -1,4 +1,4 @@
-"""A tokenizer and its chat template at work: chats rendered, where an answer ends, and all of it in tokens."""
+"""Using a tokenizer and its chat template: render a chat, find the end of an answer, tokenise text."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def end_of_turn(tokenizer: Any) -> Optional[str]:
 
 
 def answer_tail(tokenizer: Any) -> str:
-    """What the chat template writes after the last answer, such as "<|im_end|>" and a line break.
+    """The text that the chat template writes after the last answer, such as "<|im_end|>" and a line break.
 
     Raises:
         UserError: the template fails, or leaves the answer out.
     """
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "marker-of-the-answer"}]
     fix = text("换一个 --chat_template_path", "choose another --chat_template_path")
-    _, mark, tail = render(tokenizer, messages, fix=fix).rpartition("marker-of-the-answer")
-    if not mark:
-        raise UserError(text("聊天模板里没有回答", "the chat template leaves the answers out"), fix=fix)
+    _, answer, tail = render(tokenizer, messages, fix=fix).rpartition("marker-of-the-answer")
+    if not answer:
+        raise UserError(text("聊天模板没有写出回答", "the chat template leaves the answers out"), fix=fix)
     return tail
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix: str = "", prompt: bool = False) -> str:
-    """The chat as the template writes it, with the opening of the next answer for a `prompt`.
+    """The chat as the template writes it; as a `prompt` it ends with the opening of the next answer.
 
     Raises:
-        UserError: the template fails on these messages; `where` and `fix` stand in it.
+        UserError: the template fails on these messages; the error carries `where` and `fix`.
     """
-    from lora_practice.data import template_sandbox  # jinja2 is no part of a door's --help
+    from lora_practice.data import template_sandbox  # jinja2 is not needed for --help
 
     template_sandbox.install_sandbox()
     try:
@@ -52,16 +52,16 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str = "", fix:
 
 
 def token_ids_of(tokenizer: Any, words: Any, where: str = "") -> Any:
-    """Token ids of a text, or of each text of a list, with no token added.
+    """Token ids of a text, or of each text in a list, without added special tokens.
 
     Raises:
-        UserError: the tokenizer's library fails on it; `where` stands in it.
+        UserError: the tokenizer's library fails on it; the error carries `where`.
     """
     try:
         return tokenizer(words, add_special_tokens=False)["input_ids"]
     except NOT_LIBRARY_FAILURES:
         raise
     except BaseException as error:
-        zh, en = "分词器切不了这段文字", "the tokenizer cannot split this text"
+        zh, en = "分词器处理不了这段文字", "the tokenizer cannot split this text"
         fix = text("换一个分词器完好的模型", "choose a model whose tokenizer is whole")
         raise UserError(f"{text(zh, en)}{text('：', ': ')}{reason_of(error)}", where, fix) from error

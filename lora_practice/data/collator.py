@@ -1,9 +1,12 @@
-"""Examples -> Batch, the tensors that a model takes.
+"""Examples -> batch, the tensors that a model takes.
 
-B rows, T tokens in the longest: `input_ids (B, T) int64`, `labels (B, T) int64` with -100 where not trained,
-`attention_mask (B, T) int64`, 1 on tokens and 0 on padding. A packed batch has `position_ids (B, T)`, counted
-anew in each part, and an `attention_mask (B, 1, T, T) bool` in which no part sees another. `parts` are the examples
-again, as (input_ids, labels) lists without padding, for the fast path.
+B is the number of rows, T the number of tokens in the longest:
+
+- `input_ids (B, T) int64`; `labels (B, T) int64`, -100 where a token is not trained.
+- `attention_mask (B, T) int64`: 1 on tokens, 0 on padding.
+- In a packed batch `position_ids (B, T) int64`, from 0 in each part, and `attention_mask (B, 1, T, T) bool`, causal
+  within each part and False between parts.
+- `parts`: the examples as (input_ids, labels) lists without padding, for the fast path.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from lora_practice.data.tokenization import IGNORED, Example
 
 
 def pack_rows(examples: Iterable[Example], max_length: int) -> list[Example]:
-    """Fill rows of at most `max_length` tokens with whole examples, in their order; nothing is cut.
+    """Join whole examples, in order, into rows of at most `max_length` tokens; nothing is cut.
 
-    The first token of each part gets no label: what stands before it belongs to another example.
+    The first token of each part gets no label, since the token before it belongs to another example.
     """
     rows: list[Example] = []
     ids: list[int] = []
@@ -46,7 +49,7 @@ def packed_dataset(examples: Iterable[Example], max_length: int) -> Any:
 
 
 class Collator:
-    """Pads rows to one length. Called by the DataLoader with rows of the training set."""
+    """Pads the rows of a batch to one length; the DataLoader calls it with rows of the training set."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
@@ -70,7 +73,7 @@ class Collator:
 
 
 def split_batch(inputs: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
-    """The same batch in portions of at most `rows` rows, each padded to its own longest."""
+    """Split a batch into batches of at most `rows` rows, each padded to its own longest row."""
     count = len(inputs["input_ids"])
     if count <= rows:
         return [inputs]
@@ -93,7 +96,7 @@ def _parts(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def _packed_view(rows: Sequence[dict[str, Any]], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Positions that begin anew in each part, and a causal mask that keeps the parts apart."""
+    """`position_ids` that restart at 0 in each part, and a causal mask that separates the parts."""
     part = torch.zeros_like(mask)
     position_ids = torch.zeros_like(mask)
     for i, row in enumerate(rows):

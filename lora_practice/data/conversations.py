@@ -1,4 +1,4 @@
-"""Any row in a usual shape -> Conversation, or a BadRow that says what is wrong and how to mend it.
+"""A row in any usual shape -> Conversation, or BadRow with what is wrong and how to fix it.
 
 Shapes, told apart by their keys, row by row:
     messages       [{role, content}, ...]            OpenAI, TRL
@@ -6,8 +6,8 @@ Shapes, told apart by their keys, row by row:
     instruction    (+ input) + output or response    Alpaca, Dolly
     prompt         + completion or response          TRL; text, or lists of messages
     question       + answer;  query + response
-    text           plain text, trained on as it is
-Each but the last may carry `system` (text) and, for pairs, `history` ([[user, assistant], ...]).
+    text           plain text, trained as it is
+Each of them but `text` may carry `system` (text) and, for pairs, `history` ([[user, assistant], ...]).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ SHAPES = "messages | conversations | " + " | ".join(f"{ask} + {answer}" for ask,
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row to train on: turns (an optional system, then user and assistant by turns), or plain text.
+    """One row to train on: messages (an optional system, then user and assistant in turn), or plain text.
 
-    `shape` is the one it had in the file, such as "messages" or "prompt + completion".
+    `origin` is its place, such as "data.jsonl:41"; `shape` its shape in the file, such as "prompt + completion".
     """
 
     messages: tuple[Message, ...]
@@ -55,11 +55,11 @@ class Conversation:
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """What it says, wherever it stands: rows with the same content are copies."""
+        """Its text without its origin: rows with the same content are copies."""
         return (self.raw_text, *((turn["role"], turn["content"]) for turn in self.messages))
 
     def as_dicts(self) -> list[dict[str, str]]:
-        """Fresh copies of the turns, for `tokenizer.apply_chat_template`."""
+        """Copies of the messages, for `tokenizer.apply_chat_template`."""
         return [{"role": turn["role"], "content": turn["content"]} for turn in self.messages]
 
 
@@ -68,7 +68,7 @@ Outcome = Union[Conversation, BadRow]
 
 @dataclass(frozen=True)
 class ConversationFile:
-    """Iterating reads the file from its start, lazily, one Conversation or BadRow per row."""
+    """A data file; iterating reads it lazily from the start and yields a Conversation or BadRow per row."""
 
     rows: RowFile
 
@@ -113,7 +113,7 @@ def from_row(row: Any, origin: str) -> Conversation:
     """One row, of any shape named at the top of this file.
 
     Raises:
-        BadRow: with cause, fix and the place inside the row.
+        BadRow: with cause, fix and the place within the row.
     """
     try:
         if not isinstance(row, Mapping):
@@ -137,8 +137,11 @@ def from_row(row: Any, origin: str) -> Conversation:
 
 
 def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(key, "") for turns and text, (asking key, answering key) for a pair. A null column counts as absent
-    at first (Parquet fills columns so), then as present, so that the complaint is about the null."""
+    """The keys that hold the row: (key, "") for messages and text, (question key, answer key) for a pair.
+
+    A column that is null counts as absent at first (Parquet fills absent columns with null), then as present, so that
+    the error is about the null.
+    """
     for present in ({key for key, value in row.items() if value is not None}, row.keys()):
         for key in ("messages", "conversations"):
             if key in present:
@@ -149,9 +152,9 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
         if "text" in present:
             return "text", ""
     raise bad_row(
-        text("认不出这一行的格式", "no known shape of row"),
+        text("无法识别这一行的格式", "no known shape of row"),
         text(f"改成其中一种：{SHAPES}", f"use one of: {SHAPES}"),
-        text("它的键是 ", "its keys are ")
+        text("这一行的键：", "its keys are ")
         + (", ".join(repr(str(key)[:30]) for key in list(row)[:8]) or text("（没有）", "(none)")),
     )
 
@@ -163,7 +166,7 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
         where = f"history {number}"
         if not isinstance(past, (list, tuple)) or len(past) != 2:
             raise bad_row(
-                text("history 的写法不对", "history is not in pairs"),
+                text("history 的格式不对", "history is not in pairs"),
                 text("写成 [[问, 答], ...]", "write it as [[question, answer], ...]"),
                 where,
             )
@@ -183,5 +186,5 @@ def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:
 
 
 def is_given(value: Any) -> bool:
-    """False for what an optional field holds when it is left out: null, "" or blanks."""
+    """Whether an optional field is present: not null, "" or blank."""
     return bool(value) and not (isinstance(value, str) and value.isspace())

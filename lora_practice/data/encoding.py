@@ -1,4 +1,4 @@
-"""The encoding of a text file, found from all of its bytes without holding them."""
+"""Detect the encoding of a text file from all of its bytes, read in chunks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 
-READ_BYTES = 1 << 20  # bytes read at once while the encoding is looked for
+READ_BYTES = 1 << 20  # bytes per chunk while detecting
 BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -25,14 +25,14 @@ def detect_encoding(handle: BinaryIO, path: Path) -> str:
     Reads in chunks of 1 MB, each byte once or twice.
 
     Raises:
-        UserError: no encoding fits; names the first byte (from 0) that does not, and its line.
+        UserError: no encoding fits; it names the offset (from 0) of the first invalid byte, and its line.
     """
     head = handle.read(4)
     named = next((name for mark, name in BOMS if head.startswith(mark)), "")
     if not named and b"\0" in head:
         raise UserError(
             text(
-                "像是没有 BOM 的 UTF-16，或根本不是文字",
+                "看起来是没有 BOM 的 UTF-16，或不是文本文件",
                 "this looks like UTF-16 without a BOM, or is no text",
             ),
             str(path),
@@ -45,7 +45,7 @@ def detect_encoding(handle: BinaryIO, path: Path) -> str:
         return "gb18030"
     byte, line = found
     if named:
-        what = text(f"第 {byte} 个字节不合 BOM 所说的 {named}", f"byte {byte} is not {named}, which the BOM promises")
+        what = text(f"第 {byte} 个字节不符合 BOM 标明的 {named}", f"byte {byte} is not {named}, which the BOM promises")
     else:
         what = text(f"第 {byte} 个字节既不是 UTF-8 也不是 GB18030", f"byte {byte} fits neither UTF-8 nor GB18030")
     raise UserError(
@@ -59,7 +59,7 @@ def detect_encoding(handle: BinaryIO, path: Path) -> str:
 
 
 def _first_misfit(handle: BinaryIO, encoding: str) -> tuple[int, int] | None:
-    """(byte from 0, line from 1) of the first byte that `encoding` cannot mean, or None if all is well."""
+    """(offset from 0, line from 1) of the first byte that is invalid in `encoding`; None if all are valid."""
     handle.seek(0)
     decoder = codecs.getincrementaldecoder(encoding)()
     done, line, pending = 0, 1, b""

@@ -1,4 +1,4 @@
-"""Many examples in little memory: 8 bytes a token, in a few flat arrays, ready for `datasets` without a copy."""
+"""Many examples in little memory: flat arrays of 8 bytes per token that `datasets` reads without a copy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lora_practice.data.tokenization import IGNORED, Example
 
 
 class Examples(Sequence[Example]):
-    """Appended once, read like a list. A million short rows take about half a gigabyte, as lists they take three.
+    """A read-only sequence of examples. A million short rows take about 0.5 GB; as lists they would take 3 GB.
 
-    `ids` and `labels` hold all rows one after another as int32; row i is [starts[i], starts[i + 1]).
+    `ids` and `labels` are the rows one after another as int32; row i is [starts[i], starts[i + 1]).
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
@@ -35,12 +35,12 @@ class Examples(Sequence[Example]):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """Number of tokens in all rows."""
         return len(self.ids)
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that have a loss: labelled, and not the first of their row."""
+        """Number of tokens that have a loss: labelled, and not the first of their row."""
         import numpy as np
 
         labelled = np.frombuffer(self.labels, dtype=np.int32) != IGNORED
@@ -49,11 +49,11 @@ class Examples(Sequence[Example]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens in the longest row."""
         return max((end - start for start, end in zip(self.starts, self.starts[1:])), default=0)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all tokens and labels and where the rows begin: equal only for the same training set."""
+        """SHA-256 of all tokens, labels and row starts: equal only for the same training set."""
         digest = hashlib.sha256()
         for values in (self.starts, self.ids, self.labels):
             digest.update(memoryview(values).cast("B"))
@@ -69,4 +69,6 @@ class Examples(Sequence[Example]):
         for name, values in (("input_ids", self.ids), ("labels", self.labels)):
             flat = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
             columns[name] = pa.ListArray.from_arrays(starts, flat)
-        return Dataset(pa.table(columns), fingerprint="examples")  # without a name it would hash every token
+        return Dataset(
+            pa.table(columns), fingerprint="examples"
+        )  # without a fingerprint `datasets` would hash every token

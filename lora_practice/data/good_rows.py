@@ -1,4 +1,4 @@
-"""The good rows of a data set, as many as are wanted, and a tally of the bad ones: never a silent drop."""
+"""The good rows of a data set, up to a limit, with a count of the bad ones: none is dropped silently."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lora_practice.console.text import counted, text
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import Conversation, Outcome
 
-SHOWN = 5  # bad rows shown in full, and remembered per cause
+SHOWN = 5  # bad rows shown in full, and remembered for each cause
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What `collect` saw: rows kept, and bad rows by cause (in the user's language)."""
+    """Counts of the rows that were read: good ones, and bad ones by cause (in the user's language)."""
 
     good: int
     causes: dict[str, int]
-    first: tuple[BadRow, ...]  # the first few bad rows, for show
+    first: tuple[BadRow, ...]  # the first bad rows of each cause, to be shown
 
     @property
     def bad(self) -> int:
@@ -38,13 +38,13 @@ class Tally:
 
 
 class GoodRows:
-    """Iterating yields the first `limit` good rows (all if None) and reads no further; `tally` says what was bad.
+    """An iterable of the first `limit` good rows (all if None); `tally` has the counts once it is exhausted.
 
     `where` names the data set in errors.
 
     Raises:
-        UserError: at the end, for bad rows and not `skip_bad_rows` (up to 5 are shown, all up to the end or the
-            limit are counted), or for no good row at all.
+        UserError: at the end of the iteration, if there were bad rows and `skip_bad_rows` is False (up to 5 are shown,
+            all up to the end or the limit are counted), or if there was no good row at all.
     """
 
     def __init__(self, rows: Iterable[Outcome], limit: int | None, skip_bad_rows: bool, where: str = "") -> None:
@@ -57,13 +57,13 @@ class GoodRows:
         first: list[BadRow] = []
         for row in self.rows:
             if isinstance(row, BadRow):
-                # the first of each cause, so that Tally can place every cause
+                # a few of each cause, so that Tally can give an origin for every cause
                 if causes.get(row.cause, 0) < SHOWN:
                     first.append(row)
                 causes[row.cause] = causes.get(row.cause, 0) + 1
                 continue
             good += 1
-            if self.skip_bad_rows or not causes:  # else nothing will be trained: only count on
+            if self.skip_bad_rows or not causes:  # otherwise the run will be refused: only count the rest
                 yield row
             if self.limit is not None and good >= self.limit:
                 break
@@ -72,7 +72,7 @@ class GoodRows:
             raise _refusal(self.tally, self.where)
         if not good:
             raise UserError(
-                text("数据里一行也没有", "the data set holds no rows"),
+                text("数据是空的，一行也没有", "the data set holds no rows"),
                 self.where,
                 text("换一个有数据的文件或数据集", "name a file or data set that holds rows"),
             )
@@ -81,7 +81,7 @@ class GoodRows:
 def collect(
     rows: Iterable[Outcome], limit: int | None, skip_bad_rows: bool, where: str = ""
 ) -> tuple[list[Conversation], Tally]:
-    """All of `GoodRows` in a list, and its tally."""
+    """The rows of `GoodRows` as a list, and its tally."""
     good = GoodRows(rows, limit, skip_bad_rows, where)
     return list(good), good.tally
 
@@ -93,10 +93,10 @@ def _refusal(tally: Tally, where: str) -> UserError:
         shown.append(text(f"……还有 {more} 行", f"... and {more} more"))
     total = tally.good + tally.bad
     return UserError(
-        text(f"读了 {total} 行，坏了 {tally.bad} 行：", f"{counted(tally.bad, 'bad row')} among the {total} read:"),
+        text(f"读到 {total} 行，其中坏行 {tally.bad} 行：", f"{counted(tally.bad, 'bad row')} among the {total} read:"),
         where,
-        text("改好它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
+        text("修正它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
         if tally.good
-        else text("一行能用的也没有：请改好它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
+        else text("没有一行可用：请先修正它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
         shown,
     )

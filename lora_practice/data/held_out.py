@@ -1,10 +1,10 @@
-"""The rows that a run held out, made again from its record, and the loss of any model on them."""
+"""The rows that a finished run held out, prepared once more from its record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from lora_practice.console.errors import UserError
@@ -13,26 +13,46 @@ from lora_practice.data.prepare import prepare
 from lora_practice.data.tokenization import Example
 from lora_practice.sources import embedded
 from lora_practice.sources.find import Source
+from lora_practice.storage.json_files import RECORD
+
+
+@dataclass(frozen=True)
+class RecordedDataSettings:
+    """`DataSettings` as run_record.json has them."""
+
+    train_subset_size: int
+    eval_subset_size: int
+    seed: int
+    max_length: int
+    assistant_only_loss: bool
+    skip_bad_rows: bool
 
 
 def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequence[Example]:
     """The held-out rows of the run in the folder `where`; never one that it was trained on.
 
     Raises:
-        UserError: it held none out, or the data is no longer what it was trained on.
+        UserError: the run held no rows out, its record lacks a setting, or its data has changed since.
     """
     settings, data = record.get("settings") or {}, record.get("data") or {}
     if not data.get("rows_held_out"):
-        what = text("这次训练没有留出数据", "this run held no rows out")
+        what = text("这次训练没有验证集", "this run held no rows out")
         fix = text("训练时加 --eval_subset_size 100", "train with --eval_subset_size 100")
         raise UserError(what, where, fix)
-    rows = prepare(_source(data), data.get("subset"), tokenizer, SimpleNamespace(**settings))
-    if rows.facts["fingerprint"] != data.get("fingerprint"):
-        what = text(
-            "数据和训练时不一样了，认不出哪些是留出的", "the data is not what it was: held-out rows cannot be told"
-        )
-        raise UserError(what, str(data.get("name", "")), text("把数据改回来", "bring the data back"))
-    return rows.held_out
+    prepared = prepare(_source(data), data.get("subset"), tokenizer, _recorded(settings, where))
+    if prepared.facts["fingerprint"] != data.get("fingerprint"):
+        what = text("数据和训练时不一样了，分不出验证集", "the data is not what it was: held-out rows cannot be told")
+        raise UserError(what, str(data.get("name", "")), text("恢复训练时的数据", "bring the data back"))
+    return prepared.held_out
+
+
+def _recorded(settings: Mapping[str, Any], where: str) -> RecordedDataSettings:
+    names = [field.name for field in fields(RecordedDataSettings)]
+    missing = [name for name in names if name not in settings]
+    if missing:
+        what = text(f"{RECORD} 里没有 {missing[0]}", f"{RECORD} has no {missing[0]}")
+        raise UserError(what, where)
+    return RecordedDataSettings(**{name: settings[name] for name in names})
 
 
 def _source(data: Mapping[str, Any]) -> Source:
@@ -43,5 +63,5 @@ def _source(data: Mapping[str, Any]) -> Source:
         return Source(kind, name, None, name)
     file = Path(str(data.get("path")))
     if not file.is_file():
-        raise UserError(text("没有这个数据文件了", "the data file is no longer there"), str(file))
+        raise UserError(text("找不到训练用的数据文件", "the data file is no longer there"), str(file))
     return Source(kind, name, file)

@@ -1,4 +1,4 @@
-"""Rows of JSON lines and of JSON documents, each with the line where it starts."""
+"""Rows of JSON Lines files and of JSON documents, each with the line where it starts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _DECODER = json.JSONDecoder(parse_int=float, strict=False)
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 # Strings and brackets. A string may end with the text, so that no match ever backtracks.
 _STRUCTURE = re.compile(r'"(?:[^"\\]+|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
-_DEEP = object()
-MAX_DOCUMENT = 512 << 20  # bytes; a list of rows is held whole, JSON lines are not
+_TOO_DEEP = object()  # stands for a value that is nested too deep to be decoded
+MAX_DOCUMENT = 512 << 20  # bytes; a document is held in memory, JSON lines are not
 
 
 def json_rows(path: Path, handle: TextIO) -> Iterator[Located]:
-    """The content decides between JSON lines and one JSON document; the suffix only breaks ties."""
+    """Rows of a JSON Lines file or of one JSON document: the content decides, the suffix only in doubt."""
     lines = iter(lambda: handle.readline(MAX_ROW + 1), "")
     heads = list(islice((line for line in lines if line.strip(BLANK)), 2))
     handle.seek(0)
@@ -42,7 +42,7 @@ def json_rows(path: Path, handle: TextIO) -> Iterator[Located]:
 
 
 def _is_document(heads: list[str], named_json: bool) -> bool:
-    """True if the first two lines that are not blank begin one JSON document rather than JSON lines."""
+    """Whether the first two non-blank lines begin one JSON document rather than JSON lines."""
     first = heads[0].strip(BLANK) if heads else ""
 
     def value(line: str) -> Any:
@@ -60,14 +60,14 @@ def _is_document(heads: list[str], named_json: bool) -> bool:
     row = value(first)
     if isinstance(row, dict):
         return isinstance(row.get("data"), list)
-    if first[-1] in "[{,:":  # the line ends in the midst of a value: the next one goes on with it
+    if first[-1] in "[{,:":  # the value continues on the next line
         return True
     return named_json and not (len(heads) == 2 and isinstance(value(heads[1]), dict))
 
 
 def _line_rows(name: str, lines: Lines) -> Iterator[Located]:
     while True:
-        lines.taken = 0
+        lines.row_characters = 0
         try:
             line = next(lines).rstrip(BLANK).lstrip("\ufeff")
             if line:
@@ -80,16 +80,16 @@ def _line_rows(name: str, lines: Lines) -> Iterator[Located]:
             yield too_deep(f"{name}:{lines.number}")
         except ValueError as error:
             detail, fix = explain_json_error(error)
-            yield BadRow(f"{name}:{lines.number}", text("JSON 写坏了", "broken JSON"), fix, detail)
+            yield BadRow(f"{name}:{lines.number}", text("JSON 格式有误", "broken JSON"), fix, detail)
 
 
 def parse_json(body: str) -> Any:
-    """One JSON value; NaN and doubled keys pass. Raises json.JSONDecodeError or RecursionError."""
+    """One JSON value; NaN and repeated keys are accepted. Raises json.JSONDecodeError or RecursionError."""
     return _DECODER.decode(body)
 
 
 def explain_json_error(error: ValueError) -> tuple[str, str]:
-    """(detail, fix) for a JSON mistake: its column, what stands there, and the usual reason for it."""
+    """(detail, fix) for a JSON error: its column and the text there, and how the usual mistake is corrected."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error), text("检查这一行的写法", "check how this row is written")
     body, pos = error.doc, error.pos
@@ -131,8 +131,11 @@ class JsonDocument:
         self.pos, self.line, self.counted = 0, 1, 0
 
     def rows(self) -> Iterator[Located]:
-        """Yields (origin, row) or BadRow. Raises UserError where the JSON itself breaks: nothing after it
-        can be trusted to be a row."""
+        """Yield (origin, row) or BadRow for each row.
+
+        Raises:
+            UserError: the JSON itself is broken, so nothing after that place can be read.
+        """
         while self._peek():
             start = self.pos
             if self._peek() == "[":
@@ -140,38 +143,38 @@ class JsonDocument:
             elif self._peek() == "{" and self._enter_data():
                 yield from self._elements()
                 while self._peek() == ",":
-                    self._take(",")
+                    self._expect(",")
                     self._key()
                     self._value()
-                self._take("}")
+                self._expect("}")
             else:
                 self.pos = start
                 yield self._row()
 
     def _elements(self) -> Iterator[Located]:
-        self._take("[")
+        self._expect("[")
         if self._peek() != "]":
             yield self._row()
             while self._peek() == ",":
-                self._take(",")
+                self._expect(",")
                 yield self._row()
-        self._take("]")
+        self._expect("]")
 
     def _enter_data(self) -> bool:
-        """Walk into an object up to the list under "data"; False if it has none (it is a row itself)."""
-        self._take("{")
+        """Move into an object up to the list under "data"; False if it has none, so is a row itself."""
+        self._expect("{")
         while self._peek() == '"':
             if self._key() == "data" and self._peek() == "[":
                 return True
             self._value()
             if self._peek() != ",":
                 return False
-            self._take(",")
+            self._expect(",")
         return False
 
     def _key(self) -> Any:
         key = self._value()
-        self._take(":")
+        self._expect(":")
         return key
 
     def _row(self) -> Located:
@@ -181,7 +184,7 @@ class JsonDocument:
         self.counted = start
         origin = f"{self.name}:{self.line}"
         value = self._value()
-        if value is _DEEP:
+        if value is _TOO_DEEP:
             return too_deep(origin)
         return too_long(origin) if self.pos - start > MAX_ROW else (origin, value)
 
@@ -192,9 +195,9 @@ class JsonDocument:
             return value
         except RecursionError:
             self.pos = self._after_brackets()
-            return _DEEP
+            return _TOO_DEEP
         except json.JSONDecodeError as error:
-            raise self._broken(error) from error
+            raise self._broken_json(error) from error
 
     def _after_brackets(self) -> int:
         depth = 0
@@ -203,23 +206,23 @@ class JsonDocument:
             depth += (mark in "[{") - (mark in "]}")
             if depth == 0:
                 return match.end()
-        raise self._broken(json.JSONDecodeError("Expecting ',' delimiter", self.body, len(self.body)))
+        raise self._broken_json(json.JSONDecodeError("Expecting ',' delimiter", self.body, len(self.body)))
 
     def _peek(self) -> str:
-        """The next character that is not blank; empty at the end."""
+        """The next non-blank character; empty at the end."""
         self.pos = _SPACE.match(self.body, self.pos).end()  # type: ignore[union-attr]  # always matches
         return self.body[self.pos : self.pos + 1]
 
-    def _take(self, mark: str) -> None:
+    def _expect(self, mark: str) -> None:
         if self._peek() != mark:
-            raise self._broken(json.JSONDecodeError(f"Expecting '{mark}' delimiter", self.body, self.pos))
+            raise self._broken_json(json.JSONDecodeError(f"Expecting '{mark}' delimiter", self.body, self.pos))
         self.pos += 1
 
-    def _broken(self, error: json.JSONDecodeError) -> UserError:
+    def _broken_json(self, error: json.JSONDecodeError) -> UserError:
         detail, fix = explain_json_error(error)
         return UserError(
             text(
-                f"JSON 写坏了，后面的都读不了：{detail}",
+                f"JSON 格式有误，后面的内容都无法读取：{detail}",
                 f"broken JSON, nothing after it can be read: {detail}",
             ),
             f"{self.name}:{error.lineno}",

@@ -1,6 +1,6 @@
-"""The turns of a conversation: their roles, their text, their order; each mistake with its cure.
+"""The messages of a conversation: roles, text and order are checked, each mistake comes with its fix.
 
-Every function here raises BadRow with an empty origin, which the caller knows and fills in.
+The functions raise BadRow with an empty origin, which the caller fills in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
-from lora_practice.console.text import text
+from lora_practice.console.text import counted, text
 from lora_practice.data.bad_row import MAX_ROW, BadRow
 from lora_practice.data.json_reader import explain_json_error, parse_json
 
@@ -21,23 +21,23 @@ ROLES = {
         "assistant",
     ),
 }
-UNTAUGHT = ("tool_calls", "function_call")  # leaving them out would teach the model half an answer
+TOOL_CALLS = ("tool_calls", "function_call")  # an answer without its tool call would be half an answer
 
 
 class Message(TypedDict):
-    """One turn, as a chat template reads it; role is "system", "user" or "assistant"."""
+    """One message, as a chat template reads it; `role` is "system", "user" or "assistant"."""
 
     role: str
     content: str
 
 
 def bad_row(cause: str, fix: str, detail: str = "") -> BadRow:
-    """A BadRow whose origin is not known here; the reader of the file adds it."""
+    """A BadRow without an origin; the caller fills it in."""
     return BadRow("", cause, fix, detail)
 
 
 def json_type_name(value: Any) -> str:
-    """What a JSON value is, in words for people."""
+    """The type of a JSON value, in the user's language."""
     if value is None:
         return text("空值 null", "null")
     if isinstance(value, bool):
@@ -52,7 +52,7 @@ def json_type_name(value: Any) -> str:
 
 
 def as_list(value: Any, key: str) -> list[Any]:
-    """A list, also when a table's cell spells it as JSON."""
+    """The value as a list; a table's cell may hold it as JSON text."""
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -61,7 +61,7 @@ def as_list(value: Any, key: str) -> list[Any]:
         except ValueError as error:
             detail, fix = explain_json_error(error)
             raise bad_row(
-                text("格子里的 JSON 写坏了", "broken JSON inside a column"), fix, f"{key}: {detail}"
+                text("单元格里的 JSON 格式有误", "broken JSON inside a column"), fix, f"{key}: {detail}"
             ) from error
     if not isinstance(value, (list, tuple)):
         raise bad_row(
@@ -76,7 +76,7 @@ def as_list(value: Any, key: str) -> list[Any]:
 
 
 def read_messages(value: Any, key: str) -> list[Message]:
-    """The list under `key` as messages; BadRow is raised for the first turn that is none."""
+    """The list under `key` as messages. Raises BadRow for the first element that is no message."""
     turns: list[Message] = []
     for number, turn in enumerate(as_list(value, key), 1):
         where = f"{key} {number}"
@@ -88,10 +88,10 @@ def read_messages(value: Any, key: str) -> list[Message]:
             )
         role = turn.get("role")
         role = _role(turn.get("from") if role is None else role, where, turn)
-        if any(turn.get(name) for name in UNTAUGHT):
+        if any(turn.get(name) for name in TOOL_CALLS):
             raise bad_row(
                 text("消息里有工具调用", "a message calls a tool"),
-                text("这里只教文字回答：删掉这一行", "only answers in text are taught here: leave this row out"),
+                text("这里只训练文字回答：删掉这一行", "only answers in text are taught here: leave this row out"),
                 where,
             )
         content = turn.get("content")
@@ -117,7 +117,7 @@ def _role(name: Any, where: str, turn: Mapping[str, Any]) -> str:
     near = get_close_matches(str(name)[:20].lower(), [role for role in ROLES if role.isascii() and len(role) > 3], 1)
     nearest = ROLES[near[0]] if near else ""
     raise bad_row(
-        text("不认识的 role", "unknown role"),
+        text("未知的 role", "unknown role"),
         text(f"改成 {nearest}", f"write {nearest}")
         if nearest
         else text(
@@ -129,7 +129,7 @@ def _role(name: Any, where: str, turn: Mapping[str, Any]) -> str:
 
 
 def content_of(value: Any, where: str) -> str:
-    """The text of one turn, exactly as given; a list of {"type": "text", "text": ...} parts is joined."""
+    """The text of one message, unchanged; a list of {"type": "text", "text": ...} parts is joined."""
     if isinstance(value, (list, tuple)) and value:
         for part in value:
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
@@ -153,7 +153,7 @@ def content_of(value: Any, where: str) -> str:
         )
     if "\0" in value or not (value.isascii() or _encodable(value)):
         raise bad_row(
-            text("内容里有坏字符", "content holds a broken character"),
+            text("内容里有无效字符", "content holds a broken character"),
             text(
                 "删掉 NUL 字符和 \\ud800 到 \\udfff 之间不成对的转义",
                 "remove NUL characters and unpaired escapes from \\ud800 to \\udfff",
@@ -178,8 +178,13 @@ def _encodable(value: str) -> bool:
 
 
 def check_order(turns: list[Message]) -> None:
-    """A system at the front only, then user and assistant in alternation, at least one assistant. A last
-    user turn may stay without an answer: it is read, not learned."""
+    """Check that a system message comes first if at all, user and assistant alternate, and one assistant answers.
+
+    The last user message may lack an answer: it is read but not trained.
+
+    Raises:
+        BadRow: the order is another.
+    """
     roles = [turn["role"] for turn in turns]
     first = 1 if roles[:1] == ["system"] else 0
     if "system" in roles[first:]:
@@ -190,9 +195,9 @@ def check_order(turns: list[Message]) -> None:
         )
     if "assistant" not in roles:
         raise bad_row(
-            text("没有可学的内容", "nothing to learn from"),
+            text("没有可训练的内容", "nothing to learn from"),
             text("至少要有一条 assistant 回答", "it takes at least one assistant message"),
-            text(f"共 {len(roles)} 条消息", f"{len(roles)} messages"),
+            text(f"共 {len(roles)} 条消息", counted(len(roles), "message")),
         )
     if roles[first] != "user":
         raise bad_row(
@@ -205,8 +210,8 @@ def check_order(turns: list[Message]) -> None:
     for index in range(first + 1, len(roles)):
         if roles[index] == roles[index - 1]:
             raise bad_row(
-                text("同一角色连着说了两条", "two messages in a row with the same role"),
-                text("把它们并成一条，或补上中间缺的一条", "join them, or put the missing one between"),
+                text("同一角色连续出现两条消息", "two messages in a row with the same role"),
+                text("合并成一条，或补上中间缺的一条", "join them, or put the missing one between"),
                 text(
                     f"第 {index}、{index + 1} 条都是 {roles[index]}",
                     f"{index} and {index + 1} are {roles[index]}",

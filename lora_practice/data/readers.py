@@ -1,7 +1,7 @@
-"""Rows of a local data file, one at a time, each with the line where it starts.
+"""Rows of a local data file, one at a time, each with its line or row number.
 
-JSONL, JSON, CSV, TSV and Parquet, in UTF-8, UTF-16 or GB18030. Only a JSON document (one list) is held
-whole in memory: a JSONL, CSV or Parquet file of any length streams.
+JSONL, JSON, CSV, TSV and Parquet, in UTF-8, UTF-16 or GB18030. A JSON document (one list) is held in memory; JSONL,
+CSV and Parquet files are streamed, however long.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RowFile:
 
     Yields (origin, row) with origin "data.jsonl:41" (the line where the row starts, from 1) or
     "data.parquet:row 12" (from 0, as in dataset[12]), or a BadRow. The row may be any JSON value.
-    `encoding` is Python's name of the text encoding; empty for Parquet. `check_columns` is given the names of a
-    table's columns once, and raises BadRow where no row of it can be used.
+    `encoding` is Python's name of the text encoding; empty for Parquet. `check_columns` is called once with the column
+    names of a table, and raises BadRow if no row of that table can be used.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class RowFile:
                     yield from self._table_rows(handle, tab=suffix == ".tsv")
                 else:
                     yield from json_rows(self.path, handle)
-        except (OSError, UnicodeDecodeError) as error:  # unplugged disk, or a file that changed under us
+        except (OSError, UnicodeDecodeError) as error:  # a disk was unplugged, or the file changed meanwhile
             raise UserError(
                 text("读取中断：", "reading broke off: ") + str(error),
                 str(self.path),
@@ -55,17 +55,17 @@ class RowFile:
             ) from error
 
     def _table_rows(self, handle: TextIO, tab: bool) -> Iterator[Located]:
-        """CSV with a header line; ';' and tabs are recognised when the header holds no comma."""
+        """Rows of a CSV or TSV with a header line; without a comma in the header, ';' or a tab is the delimiter."""
         head = next((line for line in iter(lambda: handle.readline(MAX_ROW), "") if line.strip(BLANK)), "")
         handle.seek(0)
         delimiter = "\t" if tab else next((mark for mark in ",;\t" if mark in head), ",")
         lines = Lines(handle)
         csv.field_size_limit(MAX_ROW)
-        # strict: else a quote that is never closed would swallow the rest of the file without a word
+        # strict: otherwise an unclosed quote would silently take in the rest of the file
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
-            start, lines.taken = lines.number + 1, 0
+            start, lines.row_characters = lines.number + 1, 0
             origin = f"{self.path.name}:{start}"
             try:
                 fields = next(reader)
@@ -74,7 +74,7 @@ class RowFile:
             except (RowTooLong, csv.Error) as error:
                 bad = _bad_table_row(self.path.name, start, lines.number, error)
                 if not header:
-                    raise UserError(bad.told, bad.origin, bad.fix) from error
+                    raise UserError(bad.reason, bad.origin, bad.fix) from error
                 yield bad
                 continue
             if not any(fields):  # a blank line, or the ",,," that spreadsheets leave at the end
@@ -110,8 +110,8 @@ class RowFile:
         try:
             if self.check_columns:
                 self.check_columns(header)
-        except BadRow as bad:  # said once, not for each row
-            raise UserError(bad.told, origin, bad.fix) from bad
+        except BadRow as bad:  # reported once, not for each row
+            raise UserError(bad.reason, origin, bad.fix) from bad
 
     def _parquet_rows(self) -> Iterator[Located]:
         try:
@@ -140,10 +140,10 @@ class RowFile:
 
 
 def open_rows(path: str | Path, check_columns: Optional[Callable[[Sequence[str]], None]] = None) -> RowFile:
-    """Check that `path` is a data file we can read and find its encoding (one linear pass over its bytes).
+    """Check that `path` is a readable data file and detect its encoding (one pass over its bytes).
 
     Raises:
-        UserError: missing, a folder, unreadable, empty, of another kind, or in no encoding we know.
+        UserError: it is missing, a folder, unreadable, empty, of an unknown kind, or in no known encoding.
     """
     path = Path(path).expanduser()
     accepted = ", ".join(DATA_SUFFIXES)
@@ -162,7 +162,7 @@ def open_rows(path: str | Path, check_columns: Optional[Callable[[Sequence[str]]
             )
         if path.suffix.lower() not in DATA_SUFFIXES:
             raise UserError(
-                text(f"不认识的文件类型 {path.suffix!r}", f"unknown kind of file {path.suffix!r}"),
+                text(f"不支持的文件类型 {path.suffix!r}", f"unknown kind of file {path.suffix!r}"),
                 str(path),
                 text(
                     f"可用的类型：{accepted}；表格请另存为 CSV，压缩包请先解压",
@@ -204,14 +204,14 @@ def _bad_table_row(name: str, start: int, end: int, error: Exception) -> BadRow:
         )
     return BadRow(
         origin,
-        text("CSV 引号不成对", "CSV quotes do not match"),
+        text("CSV 的引号不成对", "CSV quotes do not match"),
         text('补上缺的双引号；内容里的双引号要写成 ""', 'close the double quote; inside a field write it as ""'),
         str(error),
     )
 
 
 def _batch_rows(batch: Any) -> list[Any]:
-    """The rows of an Arrow batch; the error in place of a row that cannot be decoded (text not in UTF-8)."""
+    """The rows of an Arrow batch; a row that cannot be decoded (text not in UTF-8) is replaced by the error."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -223,7 +223,7 @@ def _batch_rows(batch: Any) -> list[Any]:
 def _undecodable(origin: str, error: Exception) -> BadRow:
     return BadRow(
         origin,
-        text("这一行解不开", "this row cannot be decoded"),
+        text("这一行无法解码", "this row cannot be decoded"),
         text("重新导出这个文件，文字用 UTF-8", "write the file again, with text as UTF-8"),
         str(error),
     )

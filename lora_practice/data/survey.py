@@ -1,4 +1,4 @@
-"""All that can be said about a data file before training on it, seen through the readers that training uses."""
+"""A survey of a data file before training, through the same readers and encoder that training uses."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 from lora_practice.console.text import text
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import Conversation, Outcome, read_file
-from lora_practice.data.tokenization import IGNORED, Encoder, Example, count_trained
+from lora_practice.data.language import AnswerLanguage
+from lora_practice.data.tokenization import Encoder, count_trained
 
-LISTED = 100  # problems of each kind that are named; all are counted
+LISTED = 100  # problems of each kind that are listed; all are counted
 BINS = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`kind`: "bad" (training stops at it), "cut", "nothing", "rewritten" or "duplicate"; the rest in words."""
+    """A problem with one row: `kind` is "bad" (training stops), "cut", "nothing", "rewritten" or "duplicate"."""
 
     kind: str
     origin: str
@@ -31,13 +32,16 @@ class Problem:
 
 @dataclass
 class Survey:
-    """Rows by what they are; `lengths` in tokens before any cut; `counts` of all problems by kind."""
+    """Counts over a data file. `lengths` are in tokens before any cut; `counts` has all problems by kind.
+
+    `language` is a warning about the answers' script, or empty: see `AnswerLanguage`.
+    """
 
     path: Path
     encoding: str
     good: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)  # user and assistant turns in a row -> rows
+    turns: Counter[int] = field(default_factory=Counter)  # user and assistant messages in a row -> rows
     with_system: int = 0
     lengths: array[int] = field(default_factory=lambda: array("i"))
     tokens: int = 0
@@ -45,10 +49,11 @@ class Survey:
     rows_trained: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
+    language: str = ""
 
     @property
     def trainable(self) -> bool:
-        """Whether a run would take this file as it is."""
+        """Whether a run would accept this file as it is."""
         return self.rows_trained > 0 and not self.counts["bad"]
 
     def add(self, kind: str, origin: str, what: str, fix: str) -> None:
@@ -59,7 +64,7 @@ class Survey:
 
 
 def survey_file(path: Path, tokenizer: Any, max_length: int) -> Survey:
-    """Read the whole file once, in flat memory but for a digest of each row.
+    """Read the whole file once; memory grows only by a digest per row.
 
     Raises:
         UserError: it cannot be read at all.
@@ -68,12 +73,13 @@ def survey_file(path: Path, tokenizer: Any, max_length: int) -> Survey:
     found = Survey(path, reader.encoding)
     encoder = Encoder(tokenizer, max_length)
     encoder.lost.shown = LISTED
-    for example in encoder.encode(_good(reader, found)):
+    language = AnswerLanguage()
+    for example in encoder.encode(language.watch(_good_rows(reader, found))):
         found.rows_trained += 1
         found.tokens += len(example.input_ids)
         found.trained_tokens += count_trained(example.labels)
-    found.lengths = encoder.lengths
-    for kind, (what, fix) in _losses(max_length, max(found.lengths, default=0)).items():
+    found.lengths, found.language = encoder.lengths, language.warning(tokenizer)
+    for kind, (what, fix) in _lost_row_texts(max_length, max(found.lengths, default=0)).items():
         for origin in encoder.lost.origins.get(kind, []):
             found.problems.append(Problem(kind, origin, what, fix))
         found.counts[kind] = encoder.lost.counts.get(kind, 0)
@@ -82,12 +88,12 @@ def survey_file(path: Path, tokenizer: Any, max_length: int) -> Survey:
     return found
 
 
-def _good(rows: Iterable[Outcome], found: Survey) -> Iterator[Conversation]:
-    """The rows that can be trained on; everything else about them goes into `found`."""
+def _good_rows(rows: Iterable[Outcome], found: Survey) -> Iterator[Conversation]:
+    """Yield the rows that can be trained on, and count all rows in `found`."""
     first: dict[bytes, str] = {}
     for row in rows:
         if isinstance(row, BadRow):
-            found.add("bad", row.origin, row.told, row.fix)
+            found.add("bad", row.origin, row.reason, row.fix)
             continue
         found.good += 1
         found.shapes[row.shape] += 1
@@ -98,30 +104,29 @@ def _good(rows: Iterable[Outcome], found: Survey) -> Iterator[Conversation]:
         before = first.setdefault(digest, row.origin)
         if before != row.origin:
             what = text(f"与 {before} 内容相同", f"the same content as {before}")
-            found.add(
-                "duplicate", row.origin, what, text("只留一份：重复的会学两遍", "keep one: copies are learned twice")
-            )
+            fix = text("只留一份：重复的会训练两遍", "keep one: copies are learned twice")
+            found.add("duplicate", row.origin, what, fix)
         yield row
 
 
-def _losses(max_length: int, longest: int) -> dict[str, tuple[str, str]]:
-    """What and cure of each kind that an Encoder counts as lost."""
+def _lost_row_texts(max_length: int, longest: int) -> dict[str, tuple[str, str]]:
+    """(what, fix) for each kind of row that the encoder counts as lost."""
     shorter = f"split it, or raise --max_length (the longest row has {longest} tokens)"
     return {
         "nothing": (
-            text("没有可学的内容", "nothing to train on"),
+            text("没有可训练的内容", "nothing to train on"),
             text(
                 "回答在 max_length 之后，或是空的：改短提问，或加大 --max_length",
                 "the answer is empty or lies behind max_length: shorten the question, or raise --max_length",
             ),
         ),
         "cut": (
-            text(f"超过 max_length={max_length}，结尾会被截掉", f"its ending is cut off at max_length={max_length}"),
+            text(f"超过 max_length={max_length}，结尾会被截断", f"its ending is cut off at max_length={max_length}"),
             text(f"拆短，或加大 --max_length（最长的一行 {longest} token）", shorter),
         ),
         "rewritten": (
             text("聊天模板会改写历史，只训练最后一个回答", "the chat template rewrites all answers but the last"),
-            text("想都训练：拆成单轮的行", "to train them all, split it into rows of one turn"),
+            text("要训练每个回答：拆成单轮的行", "to train them all, split it into rows of one turn"),
         ),
     }
 
@@ -135,20 +140,3 @@ def histogram(lengths: Iterable[int]) -> list[tuple[int, int, int]]:
                 if -(-values[-1] // size) <= BINS)  # fmt: skip
     counts = Counter((value - 1) // step for value in values)
     return [(i * step + 1, (i + 1) * step, counts[i]) for i in range((values[-1] - 1) // step + 1)]
-
-
-def pieces(tokenizer: Any, example: Example) -> list[tuple[str, bool, int]]:
-    """(text, trained, tokens) in order: one token each, or as many as a character needs to be whole."""
-    found: list[tuple[str, bool, int]] = []
-    run: list[int] = []
-    shown, waiting = "", 0
-    for token, label, following in zip(example.input_ids, example.labels, [*example.labels[1:], None]):
-        run.append(token)
-        waiting += 1
-        words = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-        last = following is None or (following == IGNORED) != (label == IGNORED)
-        if words.endswith("\ufffd") and not last:
-            continue
-        found.append((words[len(shown) :], label != IGNORED, waiting))
-        shown, waiting = words, 0
-    return found

@@ -1,14 +1,13 @@
 """Conversation -> Example: token ids, and which of them are trained.
 
-`labels` equal `input_ids` where a token is trained and -100 elsewhere; they are not shifted (the model shifts
-them). The mask is found by rendering prefixes of the conversation with the tokenizer's own chat template, so
-it needs no `{% generation %}` marks in the template.
+`labels` equal `input_ids` where a token is trained and are -100 elsewhere; they are not shifted (the model shifts
+them). The mask is found by rendering prefixes of the conversation with the tokenizer's own chat template, so the
+template needs no `{% generation %}` marks.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from lora_practice.data.chat_template import answer_tail, end_of_turn, render, t
 from lora_practice.data.conversations import Conversation
 
 IGNORED = -100
-ROWS_AT_ONCE = 512  # rows tokenised in one call: flat memory, and the tokenizer's own threads have work
-CHUNK_CHARACTERS = 4_000_000  # or fewer rows, when they are long
-CHARACTERS_PER_TOKEN = 64  # a first guess, far above the usual 4: how much of a long text is tokenised at first
+ROWS_AT_ONCE = 512  # rows tokenised in one call: memory stays flat, the tokenizer's own threads are busy
+CHUNK_CHARACTERS = 4_000_000  # in one call; fewer rows when they are long
+CHARACTERS_PER_TOKEN = 64  # far above the usual 4: decides how much of a long text is tokenised at first
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,27 @@ class Example:
 
 @dataclass
 class LostRows:
-    """What did not reach the model, each kind with its count and the first `shown` origins."""
+    """Rows that do not reach the model whole: the count and the first `shown` origins of each kind."""
 
     shown: int = 3
     counts: dict[str, int] = field(default_factory=dict)
     origins: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, origin: str) -> None:
-        """Count one row under `kind`."""
+        """Count one row under `kind`: "cut", "nothing" or "rewritten"."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         first = self.origins.setdefault(kind, [])
         if len(first) < self.shown:
             first.append(origin)
 
     def lines(self, max_length: int) -> list[str]:
-        """One sentence for each kind of loss."""
+        """One sentence for each kind of row."""
         sentence = {
             "cut": text(
-                f"行超过 max_length={max_length}，结尾被截掉（学不到何时停）",
+                f"行超过 max_length={max_length}，结尾被截断（模型学不到在哪里停）",
                 f"cut at max_length={max_length}: the ending is lost",
             ),
-            "nothing": text("行没有可学的内容，已跳过", "left out: nothing to train on"),
+            "nothing": text("行没有可训练的内容，已跳过", "left out: nothing to train on"),
             "rewritten": text(
                 "行的前几轮没有训练：模板会改写历史",
                 "trained on the last answer only: the template rewrites history",
@@ -69,40 +68,40 @@ class LostRows:
 
 
 class Encoder:
-    """Turns conversations into examples with one tokenizer, one `max_length`, one choice of labels."""
+    """Turns conversations into examples. `lost` counts the rows that were cut or left out."""
 
     def __init__(self, tokenizer: Any, max_length: int, assistant_only_loss: bool = True) -> None:
         self.tokenizer, self.max_length, self.assistant_only = tokenizer, max_length, assistant_only_loss
         self.lost = LostRows()
-        self.lengths = array("i")  # tokens of each row before it is cut; of a very long one at least 2 * max_length
+        self.lengths = array("i")  # tokens of each row before any cut; of a very long row at least 2 * max_length
 
     def encode(self, conversations: Iterable[Conversation]) -> Iterator[Example]:
-        """Yield an example for each row that has something to train on; the rest is counted in `lost`."""
+        """Yield an example for each row that has a token to train on; the others are counted in `lost`."""
         for chunk in _chunks(conversations):
-            pieces = [self.segments(self._shortened(one)) for one in chunk]
-            ids = iter(self._ids([words for row in pieces for words, _ in row]))
-            for conversation, row in zip(chunk, pieces):
-                example = self._join([(next(ids), trained) for _, trained in row], conversation.origin)
+            rows = [self.segments(self._shortened(one)) for one in chunk]
+            ids = iter(self._ids([words for segments in rows for words, _ in segments]))
+            for conversation, segments in zip(chunk, rows):
+                example = self._join([(next(ids), trained) for _, trained in segments], conversation.origin)
                 if example is not None:
                     yield example
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; of a long one perhaps only the first 2 * max_length or more.
+        """Token ids of each text; of a long text at least the first 2 * max_length.
 
-        Only the first max_length are kept in the end. The other half keeps the place where a text is cut, and so
-        may be split otherwise, away from them.
+        Only the first max_length tokens are kept in the end. Twice as many are made so that the place where the text
+        was cut, around which tokens may differ, lies far behind them.
         """
         reach = self.max_length * CHARACTERS_PER_TOKEN
         found = token_ids_of(self.tokenizer, [words[:reach] for words in texts]) if texts else []
         for number, words in enumerate(texts):
-            taken = reach
-            while taken < len(words) and len(found[number]) < 2 * self.max_length:
-                taken *= 4
-                found[number] = token_ids_of(self.tokenizer, words[:taken])
+            characters = reach
+            while characters < len(words) and len(found[number]) < 2 * self.max_length:
+                characters *= 4
+                found[number] = token_ids_of(self.tokenizer, words[:characters])
         return found
 
     def _shortened(self, conversation: Conversation) -> Conversation:
-        """Without the turns that lie behind 2 * max_length tokens: they need not even be rendered."""
+        """The conversation without the messages behind 2 * max_length tokens, which need not be rendered."""
         turns, limit = conversation.messages, 2 * self.max_length
         if len(turns) <= limit and sum(len(turn["content"]) for turn in turns) <= limit * CHARACTERS_PER_TOKEN:
             return conversation
@@ -110,14 +109,14 @@ class Encoder:
         for number, turn in enumerate(turns, 1):
             tokens += len(self._ids([turn["content"]])[0])
             if tokens > limit and turn["role"] == "assistant":
-                return Conversation(turns[: number + 2], conversation.origin)  # the last answer is cut off for sure
+                return Conversation(turns[: number + 2], conversation.origin)  # the last answer is cut off anyway
         return conversation
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered conversation cut into (text, trained) parts.
+        """The rendered conversation as (text, trained) segments.
 
-        A trained part is an answer with its end-of-turn token: what the model must write after the prompt
-        that `inference.py` gives it, and no more. Each part is tokenised on its own, as it is at inference.
+        A trained segment is an answer with its end-of-turn token: exactly the text that the model must write after the
+        prompt that inference gives it. Each segment is tokenised on its own, as it is at inference.
         """
         if conversation.raw_text:
             bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
@@ -148,16 +147,17 @@ class Encoder:
         return [part for part in parts if part[0]]
 
     def _end_of_answer(self, rendered: str) -> int:
-        """Where the answer that `rendered` ends with ends itself: after its end-of-turn token, before a line break.
+        """The offset at which the last answer in `rendered` ends: after its end-of-turn token, before a line break.
 
-        The template's own tail is measured, not searched for: an answer may hold or be a piece of the mark.
+        It is computed from the length of the template's tail, not searched for, since an answer may contain the
+        end-of-turn token's text, or be a part of it.
         """
         tail, kept = self._tail
         return len(rendered) - len(tail) + kept if rendered.endswith(tail) else len(rendered)
 
     @functools.cached_property
     def _tail(self) -> tuple[str, int]:
-        """The template's tail, and how many characters of it reach to the end of its end-of-turn token."""
+        """The template's tail, and the number of its characters up to the end of the end-of-turn token."""
         tail, mark = answer_tail(self.tokenizer), end_of_turn(self.tokenizer)
         return tail, tail.find(mark) + len(mark) if mark else len(tail)
 
@@ -196,20 +196,8 @@ def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 
 
 def count_trained(labels: list[int]) -> int:
-    """Tokens that have a loss: the first of a row never has one, nothing stands before it."""
+    """Number of tokens that have a loss; the first token of a row has none, since none precedes it."""
     return sum(label != IGNORED for label in labels[1:])
-
-
-def preview(tokenizer: Any, example: Example) -> str:
-    """The row as the model sees it, trained parts marked 〔so〕.
-
-    Runs are decoded whole, since one Chinese character may be several tokens.
-    """
-    shown = ""
-    for trained, run in itertools.groupby(zip(example.input_ids, example.labels), lambda pair: pair[1] != IGNORED):
-        words = tokenizer.decode([token for token, _ in run])
-        shown += f"〔{words}〕" if trained else words
-    return shown
 
 
 def _unstable_template(origin: str) -> UserError:

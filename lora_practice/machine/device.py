@@ -1,23 +1,25 @@
-"""The only place that decides device and precision, and says why: pure functions of what `probe.look` found."""
+"""Decides device and precision, with the reason: pure functions of the facts that `read_facts` found."""
 
 from __future__ import annotations
 
 import platform
-import time
 from dataclasses import dataclass
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.text import text
+from lora_practice.console.text import counted, text
 from lora_practice.machine import gpus
 from lora_practice.machine.facts import Facts
 from lora_practice.machine.gpu_problems import gpu_problem, sm_name
 
+SAME_SPEED = (0.95, 1.2)  # bf16 over fp32: between them --bf16 is neither advised nor advised against
+BUSY_CORES = 0.5  # cores' worth of other programs' work from which on it is mentioned
+
 
 @dataclass(frozen=True)
 class Machine:
-    """A decision: `device` is "cpu" or "cuda", `precision` "fp32", "fp16" or "bf16", `reason` a sentence.
+    """The decision: `device` is "cpu" or "cuda", `precision` "fp32", "fp16" or "bf16", `reason` a sentence.
 
-    `advice` is what would do better here, or empty: a flag, or the line that mends the card.
+    `advice` has a line for each thing that would make training better here, such as a flag or a command; often empty.
     """
 
     device: str
@@ -28,27 +30,27 @@ class Machine:
 
 
 def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int = 0) -> Machine:
-    """Choose device and precision: CUDA if this card can run here, else CPU with fp32; MPS never.
+    """Choose device and precision: CUDA if its card can be used, else CPU with fp32; never MPS.
 
-    On a card fp16, or fp32 where its fp16 is slow or known for NaN, unless the model does not fit so. bf16 only when
-    asked for, and only where the hardware has it: by capability >= 8, since `torch.cuda.is_bf16_supported()` also
-    says yes to a T4, which only emulates it.
+    A card trains in fp16, or in fp32 where its fp16 is slow or known for NaN and the model fits. bf16 is used only
+    when asked for and only where the hardware has it: from compute capability 8.0 on, since
+    `torch.cuda.is_bf16_supported()` is also True on a T4, which only emulates bf16.
 
     Args:
-        facts: what the machine is.
-        bf16: the user asks for it.
+        facts: what is known of the machine.
+        bf16: the user asks for bf16.
         device: "auto", "cpu" or "cuda".
         weights: bytes of the model's weights in half precision; 0 if unknown.
 
     Raises:
         UserError: `device="cuda"` is asked for where no card can be used, or bf16 where there is none.
     """
-    trouble = gpu_problem(facts)
-    if device == "cuda" and trouble:
+    problem = gpu_problem(facts)
+    if device == "cuda" and problem:
         other = text("用 --device cpu", "use --device cpu")
-        fix = f"{other}{text('，或 ', ', or ')}{trouble.cure}" if trouble.cure else other
-        raise UserError(trouble.what, fix=fix)
-    if not trouble and device != "cpu":
+        fix = f"{other}{text('，或 ', ', or ')}{problem.cure}" if problem.cure else other
+        raise UserError(problem.what, fix=fix)
+    if not problem and device != "cpu":
         return _on_card(facts, bf16, weights)
     if bf16 and not facts.cpu_bf16:
         raise UserError(
@@ -59,23 +61,55 @@ def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int 
             where="--bf16",
             fix=text("去掉 --bf16", "leave --bf16 out"),
         )
-    advice = []
-    if trouble and trouble.cure:
-        advice.append(text(f"要用显卡：{trouble.cure}", f"to use the card: {trouble.cure}"))
-    if facts.cpu_bf16 and not bf16:
-        advice.append(
-            text("这颗 CPU 有 bf16 指令：加 --bf16 会更快", "this CPU has bf16 instructions: --bf16 is faster")
-        )
+    card_advice = ""
+    if problem and problem.cure:
+        card_advice = text(f"要用显卡：{problem.cure}", f"to use the card: {problem.cure}")
+    advice = [one for one in (card_advice, _bf16_advice(facts, bf16), _load_advice(facts)) if one]
     reason = text("按要求用 CPU", "CPU as asked")
-    if trouble:
-        reason = trouble.what
+    if problem:
+        reason = problem.what
         if facts.gpu or facts.card_on_bus:
             reason += text("，改用 CPU", ": using the CPU")
     return Machine("cpu", "bf16" if bf16 else "fp32", reason, facts, "\n".join(advice))
 
 
+def _bf16_advice(facts: Facts, asked_for: bool) -> str:
+    """What `--bf16` is worth on this CPU by the measured speed of its matrix products; "" where it hardly matters."""
+    speed = facts.bf16_speed
+    if not facts.cpu_bf16:
+        return ""
+    if asked_for:
+        return bf16_speed_text(speed) if 0 < speed < SAME_SPEED[0] else ""
+    if not speed:
+        zh, en = "--plan 会实测 --bf16 快不快", "--plan measures whether --bf16 is faster"
+        return text(f"这颗 CPU 有 bf16 指令：{zh}", f"this CPU has bf16 instructions: {en}")
+    if speed <= SAME_SPEED[1]:
+        return ""
+    return text(f"可以加 --bf16：{bf16_speed_text(speed)}", f"--bf16 helps here: {bf16_speed_text(speed)}")
+
+
+def bf16_speed_text(speed: float) -> str:
+    """The speed of bf16 matrix products over fp32, as a sentence that says which is faster."""
+    zh = f"矩阵乘法用 bf16 的速度是 fp32 的 {speed:.1f} 倍（实测）"
+    en = f"matrix products in bf16 run at {speed:.1f} times the speed of fp32 (measured)"
+    if speed < SAME_SPEED[0]:
+        return text(f"{zh}：反而更慢", f"{en}: slower")
+    return text(zh, en)
+
+
+def _load_advice(facts: Facts) -> str:
+    """What other programs' use of the CPU means for training; "" while they leave the usable cores alone."""
+    if facts.busy_cores < BUSY_CORES:
+        return ""
+    busy = f"{facts.busy_cores:.1f}"
+    return text(
+        f"其他程序正占用 {busy} 核（可用 {facts.cores} 核）：训练可能要用两倍甚至更长的时间",
+        f"other programs keep {busy} of {counted(facts.cores, 'core')} busy: training may take twice as long or more",
+    )
+
+
 def _on_card(facts: Facts, bf16: bool, weights: int) -> Machine:
-    assert facts.capability is not None  # or card_trouble would have said so
+    assert facts.capability is not None  # otherwise gpu_problem would have found a problem
     card, has_bf16 = f"{facts.gpu} ({sm_name(facts)})", facts.capability[0] >= 8
     if bf16 and not has_bf16:
         raise UserError(
@@ -89,7 +123,7 @@ def _on_card(facts: Facts, bf16: bool, weights: int) -> Machine:
     if bf16:
         return Machine("cuda", "bf16", text(f"{card}：按要求用 bf16", f"{card}: bf16 as asked"), facts)
     if has_bf16:
-        advice = text("这张卡支持 bf16：加 --bf16 更稳", "this card has bf16: --bf16 is steadier than fp16")
+        advice = text("这张卡支持 bf16：加 --bf16 比 fp16 更稳定", "this card has bf16: --bf16 is steadier than fp16")
         return Machine("cuda", "fp16", text(f"{card}：默认用 fp16", f"{card}: fp16 by default"), facts, advice)
     weak = gpus.weak_half(facts.gpu, facts.capability)
     if not weak:
@@ -102,7 +136,7 @@ def _on_card(facts: Facts, bf16: bool, weights: int) -> Machine:
 
 
 def fits_in_fp32(weights: int, gpu_memory: int) -> bool:
-    """Whether a model of so many bytes in half precision leaves a card 60% of its memory when stored in fp32."""
+    """Whether a model of `weights` bytes in half precision takes less than 40% of the card's memory in fp32."""
     return weights * 2 < gpu_memory * 0.4 or not weights
 
 
@@ -111,7 +145,7 @@ def _dotted(facts: Facts) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process held at most."""
+    """Peak resident memory of this process in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -120,16 +154,3 @@ def peak_memory() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def matmul_gflops(device: str = "cpu", dtype: str = "float32") -> float:
-    """Billions of operations a second in the matrix products of a small model, measured for 0.1 s."""
-    import torch
-
-    x, w = (torch.rand(shape, device=device).to(getattr(torch, dtype)) for shape in ((128, 576), (576, 1536)))
-    float((x @ w)[0, 0])  # reading a value waits for the device
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        float((x @ w)[0, 0])
-        rounds += 1
-    return rounds * 2 * 128 * 576 * 1536 / (time.perf_counter() - started) / 1e9

@@ -1,4 +1,4 @@
-"""What is true of this machine, read into one frozen value. Decides nothing; what cannot be read stays unknown."""
+"""Facts about this machine, read into one frozen value. Nothing is decided here; what cannot be read is unknown."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 from lora_practice.machine.memory import group_folders, memory_state, read_system_file
+from lora_practice.machine.speed import bf16_speed
 
 GPU_TOOL_SECONDS = 5
-_WSL_TOOLS = "/usr/lib/wsl/lib"  # not in every PATH
+_WSL_TOOLS = "/usr/lib/wsl/lib"  # nvidia-smi's folder inside WSL, not always in PATH
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of a machine. Memory in bytes; `capability` like (7, 5); `kernels` like ("sm_75",).
+    """Facts about a machine. Memory in bytes; `capability` like (7, 5); `kernels` like ("sm_75",).
 
     `memory` is what can still be taken, `memory_total` what this process could ever have, `memory_limit` a container's
     limit or 0, `memory_ulimit` what is left below `ulimit -v` or 0. `instructions` is None where they cannot be read.
     `gpu` is the first NVIDIA card that torch or the driver names; `cuda` the CUDA version that torch was built with,
-    empty for a CPU build.
+    empty for a CPU build. `busy_cores` is how much of `cores` other programs use just now; `bf16_speed` the measured
+    speed of the CPU's bf16 matrix products over fp32, 0 where it was not measured.
     """
 
     cores: int = 1
@@ -51,10 +54,16 @@ class Facts:
     cuda: str = ""
     torch_trouble: str = ""
     python: tuple[int, int] = (3, 11)
+    busy_cores: float = 0.0
+    bf16_speed: float = 0.0
 
 
 def read_facts(driver_too: bool = False) -> Facts:
-    """Read this machine's facts (imports torch). The driver is asked if torch sees no card, or if told to."""
+    """Read this machine's facts. Imports torch; apart from that it takes half a second, longer with a slow driver.
+
+    Args:
+        driver_too: ask NVIDIA's driver even where torch sees a card.
+    """
     name, flags = _cpu_flags()
     known = _torch_facts()
     if flags:
@@ -62,6 +71,9 @@ def read_facts(driver_too: bool = False) -> Facts:
     if driver_too or not known.get("cuda_usable"):
         known = {**_driver_facts(), **known}
     memory = memory_state()
+    cpu_bf16 = bool(flags & {"avx512_bf16", "amx_bf16"})
+    if cpu_bf16 and known.get("torch") and not known.get("cuda_usable"):
+        known["bf16_speed"] = bf16_speed()
     return Facts(
         cores=usable_cores(),
         board_cores=os.cpu_count() or 1,
@@ -70,7 +82,8 @@ def read_facts(driver_too: bool = False) -> Facts:
         memory_limit=memory.limit,
         memory_ulimit=memory.ulimit_left,
         cpu=name,
-        cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16"}),
+        cpu_bf16=cpu_bf16,
+        busy_cores=busy_cores(),
         card_on_bus=_card_on_bus(),
         card_hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
         wsl="microsoft" in read_system_file("/proc/sys/kernel/osrelease").lower(),
@@ -82,9 +95,9 @@ def read_facts(driver_too: bool = False) -> Facts:
 def _torch_facts() -> dict:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library that it needs does not load
+    except (ImportError, OSError) as error:  # OSError: a shared library does not load
         return {"torch_trouble": (str(error).strip() or type(error).__name__).splitlines()[0]}
-    # only Linux lists the processor's sets in a file
+    # only Linux lists the processor's instruction sets in a file
     sets = {"AVX2": ("avx2",), "AVX512": ("avx2", "avx512f")}.get(torch.backends.cpu.get_cpu_capability())
     facts: dict = {"torch": torch.__version__, "cuda": torch.version.cuda or "", "instructions": sets}
     facts["cuda_usable"] = torch.cuda.is_available()
@@ -96,10 +109,8 @@ def _torch_facts() -> dict:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: affinity and the container's quota, not what the board carries."""
-    count = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
+    """Number of cores that this process may use, by its affinity and the container's quota."""
+    count = len(_allowed_cores())
     for folder in group_folders(""):
         quota = read_system_file(f"{folder}/cpu.max").split()
         if len(quota) == 2 and quota[0].isdigit():
@@ -114,25 +125,63 @@ def usable_cores() -> int:
     return count
 
 
+def busy_cores(seconds: float = 0.2) -> float:
+    """How many of the usable cores other programs use now, as a number of whole cores, watched for a moment.
+
+    Where a container's quota allows fewer cores than the board has, those that are idle elsewhere make up for it.
+    """
+    cores, own = _allowed_cores(), sum(os.times()[:2])
+    busy, started = _busy_seconds(cores), time.monotonic()
+    time.sleep(seconds)
+    passed = time.monotonic() - started
+    others = _busy_seconds(cores) - busy - (sum(os.times()[:2]) - own)
+    usable = usable_cores()
+    idle = len(cores) - others / passed
+    return min(float(usable), max(0.0, usable - idle))
+
+
+def _allowed_cores() -> set[int]:
+    """Numbers of the cores that this process's affinity allows; all of them where there is no affinity (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _busy_seconds(cores: set[int]) -> float:
+    """Seconds since the system's start in which these cores were not idle, added up."""
+    busy = 0.0
+    for line in read_system_file("/proc/stat").splitlines():
+        core = re.match(r"cpu(\d+) ", line)
+        if core and int(core.group(1)) in cores:
+            user, nice, system, _idle, _iowait, *others = map(int, line.split()[1:9])
+            busy += (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+    if busy:
+        return busy
+    import psutil  # macOS and Windows, where all cores are allowed
+
+    times = psutil.cpu_times()
+    return times.user + times.system + getattr(times, "nice", 0.0)
+
+
 def _driver_facts() -> dict:
-    """What the driver itself says of the first card, where torch may see none: name, memory, capability, version."""
+    """Name, memory, capability and driver version of the first card as the driver tells them; torch may see none."""
     version = re.search(r"\b(\d{3,}\.\d[\d.]*)", read_system_file("/proc/driver/nvidia/version"))
     found: dict = {"driver": version.group(1), "gpu": "NVIDIA"} if version else {}
     tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL_TOOLS)
     if not tool:
         return found
-    # drivers before 510 do not know compute_cap, and refuse the whole question
+    # drivers before 510 do not know compute_cap and refuse the whole query
     for fields in ("name,driver_version,memory.total,compute_cap", "name,driver_version,memory.total"):
         command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=GPU_TOOL_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             return {**found, "driver_trouble": f"nvidia-smi: {type(error).__name__}"}
-        said = (done.stdout.strip() or done.stderr.strip() or f"nvidia-smi: {done.returncode}").splitlines()[0]
-        values = [value.strip() for value in said.split(",")]
+        answer = (done.stdout.strip() or done.stderr.strip() or f"nvidia-smi: {done.returncode}").splitlines()[0]
+        values = [value.strip() for value in answer.split(",")]
         if done.returncode == 0 and len(values) == len(fields.split(",")):
             return {**found, **_card(values)}
-    return {**found, "driver_trouble": said}
+    return {**found, "driver_trouble": answer}
 
 
 def _card(values: list[str]) -> dict:
@@ -146,17 +195,16 @@ def _card(values: list[str]) -> dict:
 
 
 def _card_on_bus() -> bool:
-    """Whether an NVIDIA display controller is plugged in, driver or not (Linux)."""
+    """Whether an NVIDIA display controller is on the PCI bus, with or without a driver (Linux only)."""
     for device in Path("/sys/bus/pci/devices").glob("*"):
-        if read_system_file(f"{device}/vendor").strip() == "0x10de" and read_system_file(f"{device}/class").startswith(
-            "0x03"
-        ):
+        vendor, kind = read_system_file(f"{device}/vendor").strip(), read_system_file(f"{device}/class")
+        if vendor == "0x10de" and kind.startswith("0x03"):
             return True
     return False
 
 
 def _instructions(flags: set[str]) -> tuple[str, ...]:
-    """The sets that matter here, of all that the processor has."""
+    """The instruction sets that matter here, of those that the processor has."""
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
     return tuple(one for one in wanted if one in flags)
 

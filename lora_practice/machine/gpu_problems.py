@@ -1,4 +1,4 @@
-"""Why a card cannot be used, and the exact line that mends it: pure functions of what `probe.look` found."""
+"""Why a card cannot be used, and the command that fixes it: pure functions of the facts that `read_facts` found."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from lora_practice.machine.facts import Facts
 
 @dataclass(frozen=True)
 class MachineProblem:
-    """Something that is not right, in one sentence, and what mends it: a line to type, advice, or nothing."""
+    """A problem in one sentence, and its fix: a command, advice, or nothing."""
 
     what: str
     cure: str = ""
 
 
 def gpu_problem(facts: Facts) -> MachineProblem | None:
-    """Why the card cannot be used, with the cure; None if it can. Having no card is a trouble without a cure."""
+    """Why the card cannot be used, with the fix; None if it can. No card at all is a problem without a fix."""
     if not facts.gpu:
         return _no_card(facts)
     line = ""
     if facts.capability:
         line = gpus.pip_line(facts.capability, _driver(facts), facts.torch, facts.python)
         if facts.capability < (5, 0):
-            zh = f"{facts.gpu}（{sm_name(facts)}）太老：torch 2.6 以后没有它的内核"
+            zh = f"{facts.gpu}（{sm_name(facts)}）太老：torch 2.6 起不再包含它的内核"
             return MachineProblem(
                 text(zh, f"{facts.gpu} ({sm_name(facts)}) is too old: no torch since 2.6 has kernels for it")
             )
@@ -35,7 +35,7 @@ def gpu_problem(facts: Facts) -> MachineProblem | None:
         return None
     name, built_for = f"{facts.gpu} ({sm_name(facts)})", ", ".join(facts.kernels)
     what = text(
-        f"装的 torch 没有 {facts.gpu}（{sm_name(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
+        f"已安装的 torch 不含 {facts.gpu}（{sm_name(facts)}）的内核（只有 {'、'.join(facts.kernels)}）",
         f"the installed torch has no kernels for {name}, only for {built_for}",
     )
     return MachineProblem(what, line or _other_driver(facts))
@@ -43,29 +43,33 @@ def gpu_problem(facts: Facts) -> MachineProblem | None:
 
 def _no_card(facts: Facts) -> MachineProblem:
     if facts.card_on_bus:
-        said = f"（{facts.driver_trouble}）" if facts.driver_trouble else ""
-        said_en = f" ({facts.driver_trouble})" if facts.driver_trouble else ""
+        reason = f"（{facts.driver_trouble}）" if facts.driver_trouble else ""
+        reason_en = f" ({facts.driver_trouble})" if facts.driver_trouble else ""
         return MachineProblem(
-            text(f"有 NVIDIA 显卡，但驱动没装或没起来{said}", f"an NVIDIA card without a working driver{said_en}"),
             text(
-                "装 NVIDIA 驱动（GTX 10xx 及更老的卡最高 580）后重启；在容器里：docker run --gpus all",
+                f"有 NVIDIA 显卡，但驱动没有安装或没有启动{reason}",
+                f"an NVIDIA card without a working driver{reason_en}",
+            ),
+            text(
+                "安装 NVIDIA 驱动（GTX 10xx 及更老的卡最高用 580 版）后重启；容器里用 docker run --gpus all",
                 "install NVIDIA's driver (580 at most for GTX 10xx and older), then restart; in a container: "
                 "docker run --gpus all",
             ),
         )
     if facts.driver_trouble:
         zh, en = f"驱动看不到显卡（{facts.driver_trouble}）", f"the driver sees no card ({facts.driver_trouble})"
-        return MachineProblem(text(zh, en), text("重启，或重装驱动", "restart, or install the driver again"))
+        return MachineProblem(text(zh, en), text("重启，或重新安装驱动", "restart, or install the driver again"))
     return MachineProblem(text("没有可用的 NVIDIA 显卡", "no usable NVIDIA card"))
 
 
 def _unusable(facts: Facts, line: str) -> MachineProblem:
-    """torch does not reach a card that the driver names."""
+    """The problem of a card that the driver names but torch cannot use."""
     if facts.card_hidden:
-        what = text(f"CUDA_VISIBLE_DEVICES 把 {facts.gpu} 藏起来了", f"CUDA_VISIBLE_DEVICES hides {facts.gpu}")
+        what = text(f"CUDA_VISIBLE_DEVICES 屏蔽了 {facts.gpu}", f"CUDA_VISIBLE_DEVICES hides {facts.gpu}")
         return MachineProblem(what, "unset CUDA_VISIBLE_DEVICES")
     if facts.torch and not facts.cuda:
-        what = text(f"装的 torch 是 CPU 版，用不了 {facts.gpu}", f"the installed torch is a CPU build: no {facts.gpu}")
+        zh, en = "已安装的 torch 是 CPU 版，用不了", "the installed torch is a CPU build: no"
+        what = text(f"{zh} {facts.gpu}", f"{en} {facts.gpu}")
         return MachineProblem(what, line or _other_driver(facts))
     least = gpus.oldest_driver(facts.cuda, facts.capability or (0, 0))
     if facts.cuda and (_driver(facts) or least) < least:
@@ -76,26 +80,26 @@ def _unusable(facts: Facts, line: str) -> MachineProblem:
             ),
             line or _other_driver(facts),
         )
-    zh, en = f"{facts.gpu} 不能用（驱动或 torch 不配）", f"{facts.gpu} cannot be used (driver or torch)"
+    zh, en = f"{facts.gpu} 不能用（驱动与 torch 不匹配）", f"{facts.gpu} cannot be used (driver or torch)"
     return MachineProblem(
-        text(zh, en), facts.driver_trouble or text("重启，或重装驱动", "restart, or install the driver again")
+        text(zh, en), facts.driver_trouble or text("重启，或重新安装驱动", "restart, or install the driver again")
     )
 
 
 def _other_driver(facts: Facts) -> str:
-    """No torch serves this card with this driver: say which driver would."""
+    """The driver and the torch to install where no torch supports this card with the present driver."""
     if not facts.capability:
         return text("更新 NVIDIA 驱动", "update NVIDIA's driver")
     newest = gpus.pip_line(facts.capability, None, facts.torch, facts.python)
     if not newest:
         return ""
     old = facts.capability < (7, 5)
-    need = text("装 580 版", "install version 580 of") if old else text("更新", "update")
+    need = text("安装 580 版", "install version 580 of") if old else text("更新", "update")
     return text(f"{need} NVIDIA 驱动，再 {newest}", f"{need} NVIDIA's driver, then {newest}")
 
 
 def sm_name(facts: Facts) -> str:
-    """This card's kernels by name, like "sm_61"."""
+    """The name of kernels for this card, like "sm_61"."""
     return "sm_" + "".join(map(str, facts.capability or "?"))
 
 

@@ -1,4 +1,4 @@
-"""What is known of NVIDIA's card families: how good their fp16 is, which drivers and torch builds serve them.
+"""NVIDIA's card families: the speed of their fp16, and the drivers and torch builds that support them.
 
 Sources: CUDA C Programming Guide, "Throughput of Native Arithmetic Instructions" (fp16); NVIDIA's CUDA Compatibility
 guide and Unix driver deprecation schedule (drivers); PyTorch's RELEASE.md and pytorch/pytorch#157517, #172352, #190385
@@ -21,7 +21,7 @@ _SMALL_TURING = re.compile(r"GTX 16\d\d|\bMX[45]50\b|\bT(400|500|550|600|1000|12
 
 @dataclass(frozen=True)
 class Build:
-    """torch wheels of one CUDA version: the torch versions that come so, the cards in them, the oldest driver."""
+    """torch wheels for one CUDA version: their torch versions, the cards they have kernels for, the oldest driver."""
 
     name: str
     first: tuple[int, int]
@@ -32,31 +32,31 @@ class Build:
 
 
 ANY = (99, 0)
-# Best first. cu128 of torch 2.7 to 2.10 is listed for what only it serves: RTX 50xx on a driver older than 580.
+# Best first. cu128 (torch 2.7 to 2.10) is listed for the only case that needs it: RTX 50xx with a driver before 580.
 BUILDS = (
     Build("cu130", (2, 9), ANY, (7, 5), (12, 9), 580),
     Build("cu128", (2, 7), (2, 10), (10, 0), (12, 9), 570),
     Build("cu126", (2, 6), (2, 14), (5, 0), (9, 0), 525),
 )
-# tried in this order when the installed torch has no such build; Python 3.9 has none after 2.8
+# torch versions tried in this order when the installed one has no such build; Python 3.9 has none after 2.8
 TRIED = ("2.13.0", "2.10.0", "2.8.0")
 
 
 def weak_half(gpu: str, capability: Capability) -> str:
-    """Why this card had better train in fp32, as a sentence; empty where fp16 serves it well."""
+    """Why this card should train in fp32, as a sentence; empty where its fp16 is fast and sound."""
     if capability[0] == 5:
-        return text("这张卡没有 fp16 运算", "this card has no fp16 arithmetic")
+        return text("这张卡没有 fp16 运算单元", "this card has no fp16 arithmetic")
     if capability == (6, 1):
         return text("这张卡的 fp16 运算比 fp32 慢 64 倍", "this card's fp16 arithmetic is 64 times slower than fp32")
     if capability == (7, 5) and _SMALL_TURING.search(gpu):
-        return text("这类卡的 fp16 常算出 NaN", "fp16 is known to give NaN on these cards")
+        return text("这类卡的 fp16 容易算出 NaN", "fp16 is known to give NaN on these cards")
     return ""
 
 
 def pip_line(capability: Capability, driver: Optional[int], torch: str, python: tuple[int, int]) -> str:
-    """The exact line that installs a torch for this card and driver; empty if there is none.
+    """The pip command that installs a torch for this card and driver; empty if there is none.
 
-    The installed torch version is kept where it comes in the build that is needed, so that nothing else changes.
+    The installed torch version is kept if it exists in the build that is needed, so that nothing else changes.
 
     Args:
         driver: branch of the installed driver, like 535; None if it is unknown.
@@ -81,13 +81,13 @@ def oldest_driver(cuda: str, capability: Capability) -> int:
 
 
 def release(version: str) -> tuple[int, int]:
-    """(2, 13) of "2.13.0+cu126"; (0, 0) of what is no version."""
+    """Major and minor of a version: (2, 13) for "2.13.0+cu126"; (0, 0) for anything else."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
 
 
 def runs_on(capability: Capability, kernels: tuple[str, ...]) -> bool:
-    """True if a torch built for `kernels` runs on a card of this compute capability.
+    """Whether a torch built for `kernels` runs on a card of this compute capability.
 
     Binary code (sm_XY) runs on the same major version and an equal or higher minor; PTX (compute_XY) on
     anything newer (CUDA C Programming Guide, "Binary Compatibility" and "PTX Compatibility").

@@ -1,4 +1,4 @@
-"""How much memory this process holds and may still take: read, never guessed. Loads no torch before it must."""
+"""Memory that this process holds and may still take, read from the system. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 CGROUPS = "/sys/fs/cgroup"
-# (kind, limit, used, the key in memory.stat of cached files, which count as used but give way) of cgroup v2 and v1
+# of cgroup v2 and v1: hierarchy, files of limit and usage, and the key in memory.stat of cached files, which count as
+# used but are given up when memory is needed
 _FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -31,10 +32,14 @@ class MemoryState(NamedTuple):
 
 
 def available_memory(ulimit: bool = True) -> int:
-    """Bytes this process can still take: what is free, and what a container or `ulimit -v` leaves; 0 if unknown.
+    """Bytes that this process can still take: the least that the system, a container and `ulimit -v` leave.
 
-    ulimit=False: only what the kernel kills for; beyond a ulimit an allocation fails, which a program can survive,
-    and address space once freed may stay mapped, to be used again.
+    Args:
+        ulimit: count `ulimit -v` too. Beyond it an allocation fails, which a program can survive (beyond the others the
+            kernel kills it), and freed address space may stay mapped and be used again.
+
+    Returns:
+        0 if nothing is known.
     """
     limits = [*(left for _, left in group_limits()), *(_ulimit_leaves() if ulimit else ())]
     free = _free()
@@ -52,14 +57,14 @@ def memory_state() -> MemoryState:
 
 
 def held_memory() -> int:
-    """Bytes of memory that this process holds now (resident set)."""
+    """Resident memory of this process in bytes."""
     return _own_pages()[1] or _psutil().rss
 
 
 def group_folders(kind: str) -> Iterator[str]:
-    """This process's control group and those above it: version 2's for "", else those of version 1's hierarchy `kind`.
+    """Folders of this process's control group and its parents: of cgroup v2 for "", else of v1's hierarchy `kind`.
 
-    Inside a container the path may be one of the host's, which is not there: then only the root is.
+    Inside a container the path may be the host's and not exist; then only the root's folder does.
     """
     parts: list[str] = []
     for line in read_system_file("/proc/self/cgroup").splitlines():
@@ -72,7 +77,7 @@ def group_folders(kind: str) -> Iterator[str]:
 
 
 def group_limits() -> Iterator[tuple[int, int]]:
-    """(limit, what is left of it) in bytes, of each control group around this process that has a limit of memory."""
+    """(memory limit, what is left of it) in bytes for each control group around this process that has one."""
     for kind, limit_name, used_name, cached_key in _FILES:
         for folder in group_folders(kind):
             limit, used = (
@@ -86,18 +91,18 @@ def group_limits() -> Iterator[tuple[int, int]]:
 
 
 class PeakMemory:
-    """Notes the most memory held within a `with` block, looking every millisecond: `most`, in bytes.
+    """Samples resident memory every millisecond within a `with` block: `most` is the peak, `before` the start (bytes).
 
-    The process's own high-water mark would not do: loading the model may have stood above what comes now.
+    The process's own peak would not do, since loading the model may have taken more than the block does.
     """
 
     def __enter__(self) -> PeakMemory:
         self.before = self.most = held_memory()
         self._done = threading.Event()
-        self._thread: Optional[threading.Thread] = threading.Thread(target=self._look, daemon=True)
+        self._thread: Optional[threading.Thread] = threading.Thread(target=self._sample, daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # not even memory for a thread
+        except RuntimeError:  # too little memory for a thread
             self._thread = None
         return self
 
@@ -106,13 +111,13 @@ class PeakMemory:
         if self._thread is not None:
             self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._done.wait(0.001):
             self.most = max(self.most, held_memory())
 
 
 def read_system_file(path: str) -> str:
-    """A file of /proc or /sys; empty if it is not there."""
+    """The content of a file in /proc or /sys; empty if it cannot be read."""
     try:
         return Path(path).read_text("utf-8", "replace")
     except OSError:

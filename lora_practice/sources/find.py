@@ -1,7 +1,7 @@
-"""Where the model and the data come from: Hub or mirror, folder or file, or the embedded default.
+"""Find the model and the data: on the Hub or its mirror, in a folder or file, or embedded.
 
-A model or data set that the user named is never replaced; the defaults fall back to the embedded ones when the
-Hub cannot be reached, and say so.
+A model or data set that the user named is never replaced. The defaults fall back to the embedded ones, with a message,
+when the Hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_practice.console.text import tell, text
 from lora_practice.sources import embedded
 from lora_practice.sources.environment import check_login, dataset_is_cached, hub_endpoint, hub_is_reachable
 
-# the defaults that we ship: only these may be stood in for, not what a learner writes in their place
+# the shipped defaults: only these may be replaced by the embedded ones, not what a learner writes instead
 SHIPPED = {
     "model_name": "HuggingFaceTB/SmolLM2-135M",
     "chat_template_path": embedded.MODEL_HUB_ID,
@@ -33,11 +33,16 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 @dataclass(frozen=True)
 class Source:
-    """Something to load, found and on this disk.
+    """A model or data set that was found.
 
-    `kind` is "hub", "folder", "file" or "embedded"; `name` what it is called in cards and records; `path` the
-    local folder or file (a Hub data set has none); `hub_id` its true name on the Hub, if it has one; `note`
-    says why it stands in for the default; `files` tells a model from another, once `resuming.remember` has looked.
+    Attributes:
+        kind: "hub", "folder", "file" or "embedded".
+        name: its name in model cards and records.
+        path: its local folder or file; None for a Hub data set.
+        hub_id: its name on the Hub, if it has one.
+        revision: the commit of a Hub model.
+        note: why it replaces the default; empty if it does not.
+        files: size and digest of a model's files, by which `run.resume` recognises it; filled in by `note_files`.
     """
 
     kind: str
@@ -49,7 +54,7 @@ class Source:
     files: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """For run_record.json."""
+        """The fields for run_record.json."""
         record = {"kind": self.kind, "name": self.name, "path": str(self.path) if self.path else None}
         record.update(hub_id=self.hub_id, revision=self.revision, note=self.note)
         return {**record, "files": dict(self.files)} if self.files else record
@@ -105,10 +110,10 @@ def find_sources(settings: SourceSettings, named: Set[str], resumed: Mapping[str
 
 
 def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
-    """The model `name` of a run, the very files in the Hub's cache; the Hub, which may have newer ones, is not asked.
+    """The base model of an earlier run from the Hub's cache; the Hub, which may have newer files, is not asked.
 
-    None if the run of this `record` had another one, or they are gone. A record may come from anyone: it chooses no
-    other place than the cache.
+    Returns None if the run of this `record` had another model than `name`, or its files are gone. A record may be a
+    stranger's, so no folder outside the cache is used.
     """
     from huggingface_hub import constants
 
@@ -122,17 +127,17 @@ def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
 
 
 def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: str = "--model_name") -> Source:
-    """The base model, on this disk; `flag` is what an error names.
+    """The base model, downloaded if necessary; errors name `flag`.
 
     Raises:
-        UserError: the folder is no model, the Hub has no such model, or it cannot be reached and the model is
-            neither cached nor the default.
+        UserError: the folder is no model, the Hub has no such model, or the Hub cannot be reached and the model is
+            neither in the cache nor the default.
     """
     if want_embedded:
         if not is_default:
             raise UserError(
                 text(f"--embedded 与 --model_name {name} 矛盾", f"--embedded contradicts --model_name {name}"),
-                fix=text("两个里留一个", "keep one of the two"),
+                fix=text("两者只保留一个", "keep one of the two"),
             )
         return _embedded_model()
     folder = expand_home(name)
@@ -164,7 +169,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
 
 
 def fetch_repository(name: str) -> Path:
-    """Folder of an adapter or model that lies on the Hub (or in its cache)."""
+    """Folder of an adapter or model from the Hub (or its cache)."""
     found = _snapshot(name, MODEL_FILES, local_only=not hub_is_reachable())
     if found is None:
         raise _unreachable(name, "--model_dir")
@@ -172,7 +177,7 @@ def fetch_repository(name: str) -> Path:
 
 
 def find_template(name: str) -> Path:
-    """Folder (or .jinja file) that holds a chat template: a path, or a Hub name."""
+    """Folder or .jinja file with a chat template; `name` is a path or a Hub name."""
     path = expand_home(name)
     if path.exists():
         return path
@@ -187,7 +192,7 @@ def find_template(name: str) -> Path:
 
 
 def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> Source:
-    """The data: a local file, a Hub data set, or the embedded conversations."""
+    """The data set: a local file, a Hub data set, or the embedded conversations."""
     if want_embedded and is_default:
         return _embedded_conversations()
     file = expand_home(path)
@@ -211,7 +216,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
 
 
 def load_hub_rows(source: Source, config: Optional[str]) -> Any:
-    """The `train` split of a Hub data set, as a `datasets.Dataset`.
+    """The `train` split of a Hub data set as a `datasets.Dataset`.
 
     Raises:
         UserError: no such data set, configuration or split, or the Hub cannot be reached.
@@ -225,10 +230,10 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
     except kinds as error:
         if not reachable:
             raise _unreachable(source.name, "--dataset_path") from error
-        # the second line lists the configurations when none was named
+        # the second line lists the configurations if none was named
         reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])[:400]
         raise UserError(
-            text(f"读不了这个数据集：{reason}", f"cannot load this data set: {reason}"),
+            text(f"无法读取这个数据集：{reason}", f"cannot load this data set: {reason}"),
             where=f"{source.name} ({config})" if config else source.name,
             fix=text("检查 --dataset_path 和 --dataset_name", "check --dataset_path and --dataset_name"),
         ) from error
@@ -251,14 +256,14 @@ def _checked_model_folder(folder: Path) -> Path:
     missing = missing or ("" if any(folder.glob("*.safetensors")) else "*.safetensors")
     if missing:
         raise UserError(
-            text(f"这个文件夹不是模型：没有 {missing}", f"this folder is no model: {missing} is missing"),
+            text(f"这个文件夹不是模型：缺少 {missing}", f"this folder is no model: {missing} is missing"),
             where=str(folder),
         )
     return folder
 
 
 def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path]:
-    """The model's files at the top of its repository; None if they are neither cached nor to be had."""
+    """Folder with the files at the top of a Hub repository; None if they are neither cached nor reachable."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

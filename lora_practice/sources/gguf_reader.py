@@ -1,7 +1,7 @@
-"""One Llama-style GGUF -> a folder that every version of transformers loads and saves like any other model.
+"""A Llama-style GGUF -> a model folder that every version of transformers loads and saves.
 
-transformers can read a GGUF itself, but what it loads cannot be saved by version 5. Values are those of
-the file (`gguf.dequantize`), rounded once to fp16, which old cards have; Q4_1's own error is hundreds of times larger.
+transformers reads GGUF itself, but version 5 cannot save the result. The values are the file's (`gguf.dequantize`),
+rounded once to fp16, which old cards support; the error of Q4_1 is hundreds of times larger than that rounding.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def dequantise(gguf_file: Path, folder: Path) -> None:
     tensors = {}
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        site = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
-        if site in heads:
-            values = _unpermute(values, heads[site])
+        module = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+        if module in heads:
+            values = _unpermute(values, heads[module])
         tensors[_hf_name(tensor.name)] = np.ascontiguousarray(values.astype(np.float16))
     _write_json(folder / "config.json", _config(meta, tied="lm_head.weight" not in tensors))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -55,12 +55,12 @@ def _hf_name(name: str) -> str:
     plain["output.weight"] = "lm_head.weight"
     if name in plain:
         return plain[name]
-    _, layer, site, kind = name.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[site]}.{kind}"
+    _, layer, module, kind = name.split(".")
+    return f"model.layers.{layer}.{LAYER_NAMES[module]}.{kind}"
 
 
 def _unpermute(weight: Any, heads: int) -> Any:
-    """Undo llama.cpp's interleaving of the rope halves (`LlamaModel.permute` in its converter)."""
+    """Undo llama.cpp's interleaving of the two RoPE halves (`LlamaModel.permute` in its converter)."""
     rows, columns = weight.shape
     halves = weight.reshape(heads, rows // heads // 2, 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)
@@ -94,7 +94,7 @@ def _config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _write_tokenizer(meta: dict[str, Any], folder: Path) -> None:
-    """The byte-level BPE that llama.cpp calls "smollm": GPT-2's split, digits one by one."""
+    """Write the byte-level BPE that llama.cpp calls "smollm": GPT-2's splitting rules, digits one by one."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if meta["tokenizer.ggml.model"] != "gpt2" or meta["tokenizer.ggml.pre"] != "smollm":

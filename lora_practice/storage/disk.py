@@ -1,4 +1,4 @@
-"""The disk: room asked for before a write, explained when it ran out in one, given back."""
+"""Disk space: checked before a write, explained when a write fails, released afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REFUSED = (*DISK_FULL_ERRNOS, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_free_disk(path: Path, needed: int, cure: str) -> None:
-    """UserError if fewer than `needed` bytes are free where `path` is or will be; `cure` is what helps besides room."""
+    """Raise UserError if fewer than `needed` bytes are free at `path`; `cure` follows "free some" in its fix."""
     free = free_bytes(path)
     if free < needed:
         raise UserError(
@@ -28,18 +28,18 @@ def check_free_disk(path: Path, needed: int, cure: str) -> None:
                 f"not enough disk: about {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
             ),
             where=str(path),
-            fix=text("腾出空间", "free some") + cure,
+            fix=text("腾出磁盘空间", "free some") + cure,
         )
 
 
 @contextmanager
 def explain_disk_errors(path: Path, needed: int, kept: str) -> Iterator[None]:
-    """Around a write of about `needed` bytes below `path`: if the disk refuses it midway, one line says so.
+    """Context for a write of about `needed` bytes below `path`: a disk error within it becomes a UserError.
 
-    `kept` tells what is not lost, and how to go on; it follows "free some".
+    `kept` says what is not lost and how to go on; it follows "free some" in the fix.
 
     Raises:
-        UserError: the disk is full, the quota is used up, a file may not be so large, or the medium fails.
+        UserError: the disk is full, the quota is exceeded, a file is too large for it, or the medium fails.
     """
     free = free_bytes(path)
     try:
@@ -49,28 +49,28 @@ def explain_disk_errors(path: Path, needed: int, kept: str) -> Iterator[None]:
         if reason is None:
             raise
         what = text(
-            f"写到一半，磁盘不让写了（{reason}）：需要约 {needed / 1e6:.0f} MB，开始时有 {free / 1e6:.0f} MB",
+            f"写入中途磁盘出错（{reason}）：需要约 {needed / 1e6:.0f} MB，开始时有 {free / 1e6:.0f} MB",
             f"the disk refused a write midway ({reason}): about {needed / 1e6:.0f} MB needed, "
             f"{free / 1e6:.0f} MB were free",
         )
-        raise UserError(what, str(path), text("腾出空间", "free some") + kept) from error
+        raise UserError(what, str(path), text("腾出磁盘空间", "free some") + kept) from error
 
 
 @contextmanager
 def staging(folder: Path, needed: int, kept: str = "") -> Iterator[Path]:
-    """A hidden place for about `needed` bytes inside `folder`, so on its disk; gone afterwards, whatever happened.
+    """A temporary hidden folder for about `needed` bytes inside `folder`, on the same disk; deleted in any case.
 
     Raises:
-        UserError: there is no room, or the disk refuses a write midway; `kept` follows "free some" in the cure.
+        UserError: too little space, or a disk error within the context; `kept` follows "free some" in the fix.
     """
-    kept = kept or text("，再运行一次；原有的都没有动", ", then run it again; what was there is untouched")
+    kept = kept or text("，再运行一次；原有文件没有改动", ", then run it again; what was there is untouched")
     check_free_disk(folder, needed, kept)
     with explain_disk_errors(folder, needed, kept), tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as name:
         yield Path(name)
 
 
 def leftovers(folder: Path, name: str) -> list[Path]:
-    """What a kill in the midst of a write leaves: of `staging`, and of `write_whole` of the file `name`."""
+    """Files that a killed process leaves: folders of `staging`, and temporary files of `write_atomically(name)`."""
     return [*folder.glob(".writing-*"), *folder.glob(f".{name}.[0-9]*")]
 
 
@@ -86,20 +86,20 @@ def nearest_existing(path: Path) -> Optional[Path]:
 
 
 def disk_refusal(error: Exception) -> Optional[str]:
-    """The system's words, if this error is a write that the disk refused; each library says it its own way."""
+    """The system's message if this error is a failed write to disk, in the form of any library; else None."""
     words = str(error)
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return os.strerror(error.errno)
-    # safetensors and tokenizers are Rust; the second form is an old safetensors'
+    # safetensors and tokenizers are Rust; the second form is from an older safetensors
     found = re.search(r"(?:\(os error |Os \{ code: )(\d+)", words)
     if found and int(found.group(1)) in _REFUSED:
         return os.strerror(int(found.group(1)))
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", words):
-        return "torch.save"  # which keeps the reason to itself
+        return "torch.save"  # its error does not tell the reason
     return None
 
 
 def drop_older(folders: list[Path], keep: Optional[int]) -> None:
-    """Remove the first of these, oldest first, so that `keep` are left (None: all)."""
+    """Delete folders from the front of the list (oldest first) until `keep` are left; None keeps all."""
     for old in folders[: -keep if keep else 0]:
         shutil.rmtree(old)

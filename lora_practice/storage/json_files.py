@@ -1,4 +1,4 @@
-"""JSON that lies in a folder, by us or by a stranger who says so: read within bounds, its shape checked."""
+"""JSON files, ours or a stranger's: read within limits of size and depth, and checked for their shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 
 RECORD = "run_record.json"
-LARGEST, DEEPEST = 64 << 20, 50  # bytes; levels of brackets (our own files have five)
+LARGEST, DEEPEST = 64 << 20, 50  # bytes; nested levels (our own files have five)
 _TEXTS, _OBJECTS = (
     ("status", "command", "finished_at", "replaces"),
     ("model", "data", "settings", "machine", "versions"),
@@ -22,8 +22,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such object; the reason, in the user's language.
+        OSError: the file cannot be read.
+        ValueError: it holds no JSON object within the limits; the reason, in the user's language.
     """
     if path.stat().st_size > LARGEST:
         raise ValueError(text(f"超过 {LARGEST >> 20} MB", f"more than {LARGEST >> 20} MB"))
@@ -31,7 +31,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in UTF-8 bytes. Raises ValueError with the reason, in the user's language."""
+    """The JSON object in UTF-8 bytes. Raises ValueError with the reason in the user's language."""
     too_deep = text("嵌套太深", "nested too deep")
     try:
         value = json.loads(content.decode("utf-8"))
@@ -53,25 +53,25 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> Optional[dict[str, Any]]:
-    """run_record.json of an output folder or of the folder above a checkpoint; None if there is none.
+    """run_record.json of an output folder, or of the folder that holds a checkpoint; None if there is none.
 
     Raises:
-        UserError: it is damaged, or no record of a run.
+        UserError: the file is damaged, or is no record of a run.
     """
     for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         if not (place / RECORD).is_file():
             continue
         try:
             record = read_object(place / RECORD)
-            fault = _misfit(record)
+            fault = _wrong_field(record)
         except (OSError, ValueError) as error:
             fault = getattr(error, "strerror", None) or str(error)
         if fault:
             raise UserError(
-                text(f"训练记录读不了：{fault}", f"the record of the run cannot be read: {fault}"),
+                text(f"无法读取训练记录：{fault}", f"the record of the run cannot be read: {fault}"),
                 where=str(place / RECORD),
                 fix=text(
-                    "从备份里找回它；只聊天、合并、上传的话，删掉它也行",
+                    "从备份恢复它；如果只用来聊天、合并、上传，也可以删掉它",
                     "bring it back from a copy; to chat, merge or upload it may also be deleted",
                 ),
             )
@@ -79,8 +79,8 @@ def read_record(folder: Path) -> Optional[dict[str, Any]]:
     return None
 
 
-def _misfit(record: dict[str, Any]) -> str:
-    """The first field of a record that is not of its kind; "" if all are. A field may be missing."""
+def _wrong_field(record: dict[str, Any]) -> str:
+    """A message about the first field of a record that has the wrong type; "" if none. Fields may be missing."""
     wanted: list[tuple[str, Any, type]] = [(name, record.get(name), str) for name in _TEXTS]
     wanted += [(name, record.get(name), dict) for name in _OBJECTS]
     wanted += [(name, record.get(name), list) for name in _LISTS]

@@ -1,7 +1,4 @@
-"""Whole or not at all: a manifest, written last, says which files a folder must hold.
-
-If the manifest is there and fits, the folder is whole.
-"""
+"""Manifests: a folder is complete if its manifest, which is written last, exists and matches its files."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ BLOCK = 1 << 20
 
 
 def write_manifest(folder: Path, name: str, extra: Optional[dict[str, Any]] = None) -> None:
-    """Note size, time and SHA-256 of every file below `folder` in `folder/name`, together with `extra`."""
+    """Write size, time and SHA-256 of every file below `folder` to `folder/name`, together with `extra`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / name:
@@ -28,13 +25,13 @@ def write_manifest(folder: Path, name: str, extra: Optional[dict[str, Any]] = No
 
 
 def file_entry(path: Path, most: Optional[int] = None) -> dict[str, Any]:
-    """Size, time and SHA-256 of a file; `most`: see `sha256`."""
+    """Size, modification time and SHA-256 of a file; for `most` see `sha256`."""
     stat = path.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path, most)}
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Have the disk take every file below `folder`: a rename may reach it first, and then the power may fail."""
+    """Call fsync for every file below `folder`, so that a power failure after a later rename loses no content."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:
@@ -42,7 +39,7 @@ def flush_to_disk(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
+    """Replace a file atomically: a reader sees the old content or the new, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
@@ -53,31 +50,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def folder_fault(folder: Path, name: str, thorough: bool = False) -> str:
-    """What keeps `folder` from being whole, in a few words; "" if it is whole.
+    """Why `folder` is incomplete or damaged, in a few words; "" if it is complete.
 
-    A file whose size and modification time are as noted is trusted unless `thorough`; otherwise its SHA-256 decides.
+    A file with the recorded size and modification time is trusted unless `thorough`; otherwise its SHA-256 decides.
     """
     try:
         files = read_object(folder / name)["files"]
         if not files or any(Path(one).is_absolute() or ".." in Path(one).parts for one in files):
             raise ValueError("no list of this folder's files")
-        for relative, noted in files.items():
+        for relative, entry in files.items():
             path = folder / relative
             if not path.is_file():
                 return text(f"缺少 {relative}", f"{relative} is missing")
-            stat, digest = path.stat(), noted["sha256"]
-            untouched = stat.st_mtime_ns == noted["mtime_ns"] and not thorough
-            if stat.st_size != noted["size"] or not (untouched or sha256(path) == digest):
+            stat, digest = path.stat(), entry["sha256"]
+            untouched = stat.st_mtime_ns == entry["mtime_ns"] and not thorough
+            if stat.st_size != entry["size"] or not (untouched or sha256(path) == digest):
                 return text(f"{relative} 已损坏", f"{relative} is damaged")
     except FileNotFoundError:
-        return text("没有写完", "it was not written to the end")
+        return text("没有写完整", "it was not written to the end")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return text(f"{name} 读不了", f"{name} cannot be read")
     return ""
 
 
 def sha256(path: Path, most: Optional[int] = None) -> str:
-    """SHA-256 of a file, in hexadecimal; beyond `most` bytes, of one block in N, as "1/N ..."."""
+    """SHA-256 of a file in hexadecimal; of a file above `most` bytes only every N-th block is read: "1/N ..."."""
     every = -(-path.stat().st_size // most) if most else 1
     digest = hashlib.sha256()
     with open(path, "rb") as file:

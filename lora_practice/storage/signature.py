@@ -1,9 +1,9 @@
-"""Who wrote a checkpoint: a mark that only this user on this machine can make.
+"""Signatures of checkpoints, which only this user on this machine can make.
 
-Optimizer and scheduler state are pickles. torch reads them with `weights_only=True` (transformers asks for it
-everywhere), which bounds what a pickle may do but has had holes (CVE-2025-32434); so a checkpoint that this user
-did not write here is not read at all unless the user says so. The mark is an HMAC-SHA256 over the manifest (path
-and SHA-256 of every file), with a key of 32 random bytes that lies in the user's configuration folder.
+Optimizer and scheduler state are pickles. torch reads them with `weights_only=True` (transformers always asks for it),
+which limits what a pickle may do but has had holes (CVE-2025-32434). So a checkpoint that this user did not write on
+this machine is not read unless the user says so. The signature is an HMAC-SHA256 over the manifest (path and SHA-256 of
+every file), with a key of 32 random bytes in the user's configuration folder. In the manifest it is called "mark".
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ KEY_BYTES = 32
 
 
 def key_file() -> Path:
-    """`lora-practice/checkpoint.key` in XDG_CONFIG_HOME, APPDATA or ~/.config, whichever comes first."""
+    """Path of `lora-practice/checkpoint.key` in XDG_CONFIG_HOME, APPDATA or ~/.config, the first that is set."""
     config = os.environ.get("XDG_CONFIG_HOME") or os.environ.get("APPDATA") or "~/.config"
     return Path(config).expanduser() / "lora-practice" / "checkpoint.key"
 
 
 def sign_checkpoint(checkpoint: Path, name: str) -> None:
-    """Write the manifest `name` of a checkpoint, with this user's mark; without one where no key can be kept."""
+    """Write the manifest `name` of a checkpoint, signed by this user; unsigned where no key can be stored."""
     manifest.write_manifest(checkpoint, name)
     key = _own_key()
     if key:
         content = _read(checkpoint / name)
-        content["mark"] = _mark(key, content["files"])
+        content["mark"] = _signature(key, content["files"])
         (checkpoint / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def check_signature(checkpoint: Path, name: str, trusted: bool) -> None:
-    """Whether a checkpoint that is whole may be read; `trusted` is the user's word for it.
+    """Check that a complete checkpoint may be read; `trusted` means that the user vouches for it.
 
     Raises:
-        UserError: it has no valid mark, or holds a file that its manifest does not name.
+        UserError: its signature is missing or invalid, or it holds a file that its manifest does not name.
     """
     if trusted:
         return
     content, key = _read(checkpoint / name), _existing_key()
     named = {*content["files"], name}
-    strange = sorted({p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} - named)
-    if strange:
-        what = text(f"里面有训练没有写的文件：{strange[0]}", f"it holds a file that no training wrote: {strange[0]}")
-    elif key and hmac.compare_digest(_mark(key, content["files"]).encode(), str(content.get("mark", "")).encode()):
+    unnamed = sorted({p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} - named)
+    if unnamed:
+        what = text(f"里面有不是训练写出的文件：{unnamed[0]}", f"it holds a file that no training wrote: {unnamed[0]}")
+    elif key and hmac.compare_digest(_signature(key, content["files"]).encode(), str(content.get("mark", "")).encode()):
         return
     else:
         what = text(
-            "不是你在这台机器上存的盘；存盘点里有 pickle，可能带恶意代码",
+            "这个检查点（checkpoint）不是你在这台机器上保存的；里面有 pickle，可能带恶意代码",
             "not saved by you on this machine, and it holds pickles, which may hide code",
         )
-    fix = text("信得过它的来源，就加 --trust_checkpoint", "if you trust where it comes from, add --trust_checkpoint")
+    fix = text("如果信任它的来源，加 --trust_checkpoint", "if you trust where it comes from, add --trust_checkpoint")
     raise UserError(what, str(checkpoint), fix)
 
 
-def _mark(key: bytes, files: dict[str, Any]) -> str:
+def _signature(key: bytes, files: dict[str, Any]) -> str:
     """HMAC-SHA256, in hexadecimal, over path and SHA-256 of every file."""
-    sums = sorted((path, str(note["sha256"])) for path, note in files.items())
+    sums = sorted((path, str(entry["sha256"])) for path, entry in files.items())
     return hmac.new(key, ("checkpoint 1\n" + json.dumps(sums)).encode(), hashlib.sha256).hexdigest()
 
 
@@ -84,13 +84,13 @@ def _existing_key() -> Optional[bytes]:
 
 @functools.lru_cache(maxsize=1)
 def _own_key() -> Optional[bytes]:
-    """The user's key, made on first use: private, and never in place of one that another run has just made."""
+    """The user's key, created on first use: readable by the user only, never over one that another run just made."""
     try:
         target = key_file()
         if _existing_key() is None:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if target.exists():
-                target.unlink()  # its length is wrong: a run was killed while it made the key
+                target.unlink()  # its length is wrong: a run was killed while it wrote the key
             handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
@@ -98,7 +98,7 @@ def _own_key() -> Optional[bytes]:
         if _existing_key() is None:
             tell(
                 text(
-                    f"存不了密钥（{error}）：以后 --resume 要加 --trust_checkpoint",
+                    f"无法保存密钥（{error}）：以后 --resume 要加 --trust_checkpoint",
                     f"no key can be kept ({error}): --resume will ask for --trust_checkpoint",
                 )
             )

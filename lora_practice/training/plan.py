@@ -17,7 +17,8 @@ import torch
 from lora_practice.console.terminal import aligned
 from lora_practice.console.text import tell, text
 from lora_practice.data.examples import Examples
-from lora_practice.machine.device import Machine, matmul_gflops, peak_memory
+from lora_practice.machine.device import Machine, bf16_speed_text, peak_memory
+from lora_practice.machine.speed import bf16_speed
 from lora_practice.model import pissa
 from lora_practice.model.load import stored_bytes
 from lora_practice.model.pissa import changes_base, ranks_saved
@@ -263,8 +264,4 @@ def _bf16(machine: Machine, settings: Any) -> str:
         return text("已经在用", "is used already")
     if not machine.facts.cpu_bf16 and (machine.facts.capability or (0, 0)) < (8, 0):
         return text("这台机器没有 bf16 指令，只会更慢", "this machine has no bf16 instructions: only slower")
-    ratio = matmul_gflops(machine.device, "bfloat16") / matmul_gflops(machine.device)
-    return text(
-        f"矩阵乘法在这台机器上快 {ratio:.1f} 倍（刚测的）",
-        f"matrix products are {ratio:.1f} times as fast here (measured now)",
-    )
+    return bf16_speed_text(machine.facts.bf16_speed or bf16_speed(machine.device))

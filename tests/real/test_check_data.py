@@ -62,3 +62,18 @@ def test_problems_and_mistakes_end_with_their_own_codes(tmp_path: Path) -> None:
         (line,) = wrong.stderr.splitlines()
         assert word in line
     assert {one.name for one in tmp_path.iterdir()} == {"own.jsonl", "home"}
+
+
+def test_chinese_answers_are_pointed_out_since_the_embedded_base_hardly_knows_chinese(
+    embedded_rows: Path, tmp_path: Path
+) -> None:
+    answers = ("请先检查电源和网线，然后重新启动打印机。", "鑫源公司成立于二零零三年，总部设在苏州工业园区。")
+    rows = [json.dumps({"prompt": "你好", "completion": one}, ensure_ascii=False) for one in answers]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+    done = check(tmp_path, "own.jsonl")
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("Ready to train.")
+    assert "is Chinese, Japanese or Korean, but this base's tokenizer takes" in done.stdout
+    (warning,) = json.loads(check(tmp_path, "own.jsonl", "--json").stdout)["warnings"]
+    tokens = float(warning.partition("takes ")[2].split()[0])
+    assert 1.8 <= tokens <= 2.2
+    assert json.loads(check(tmp_path, str(embedded_rows), "--json").stdout)["warnings"] == []

@@ -1,4 +1,4 @@
-"""A learner in a small container: the passport tells its limits, not the board's, and what follows from them."""
+"""A learner in a small container: doctor tells the container's limits, not the board's, and what follows from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor on this machine: its disk, its caches, the Hub, and the page as JSON."""
+"""The machine page: findings on described machines, what this machine really has, and how the page reads."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_the_hub_is_asked_for_sizes_and_for_the_tokens_scope(
     assert everything.megabytes == pytest.approx(2.75)
     assert "to be fetched, 0.3 MB" in machine_page(MachineReport(decide(d.LAPTOP), found, []))
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    passport = MachineReport(decide(d.LAPTOP), read_surroundings(PLAN, d.LAPTOP), [])
-    assert passport.around.hub.token == "refused"
-    assert "hf_of_nobody" not in machine_page(passport) + json.dumps(report_as_json(passport))
+    report = MachineReport(decide(d.LAPTOP), read_surroundings(PLAN, d.LAPTOP), [])
+    assert report.around.hub.token == "refused"
+    assert "hf_of_nobody" not in machine_page(report) + json.dumps(report_as_json(report))
 
 
 def test_a_hub_that_answers_once_and_then_hangs_is_not_waited_for(
@@ -110,9 +110,9 @@ def test_after_a_finished_run_the_next_thing_is_to_talk(tmp_path: Path) -> None:
     for status, finished in (("running", False), ("finished", True), (7, False)):
         (tmp_path / "run_record.json").write_text(json.dumps({"status": status}), "utf-8")
         assert read_surroundings(plan, d.LAPTOP).finished is finished
-    passport = MachineReport(decide(d.LAPTOP), around(finished=True), [])
-    assert passport.next_command == "lora-practice chat output"
-    assert machine_page(passport).endswith("a run is finished already; next:\n  lora-practice chat output")
+    report = MachineReport(decide(d.LAPTOP), around(finished=True), [])
+    assert report.next_command == "lora-practice chat output"
+    assert machine_page(report).endswith("a run is finished already; next:\n  lora-practice chat output")
 
 
 def test_counting_a_cache_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_counting_a_cache_stops_in_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert not inspect_place(tmp_path / "a" / "below").writable
 
 
-def test_this_machine_gets_its_passport(tmp_path: Path) -> None:
+def test_this_machine_gets_its_page(tmp_path: Path) -> None:
     code = "import sys; sys.argv = ['lora-practice', 'doctor', '--json']\nfrom lora_practice.cli import main\nmain()"
     where = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     told = json.loads(in_a_process(code, tmp_path, **where).stdout)

@@ -10,7 +10,8 @@ import torch
 
 from lora_practice import compat
 from lora_practice.machine import facts as machine_facts
-from lora_practice.machine.device import decide, matmul_gflops, peak_memory
+from lora_practice.machine.device import decide, peak_memory
+from lora_practice.machine.speed import matmul_gflops
 
 
 def test_this_machine_can_be_looked_at() -> None:

@@ -178,3 +178,29 @@ def test_binary_code_runs_within_its_major_version(here: tuple[int, int], built:
 @given(st.text(max_size=10))
 def test_an_odd_name_of_a_kernel_is_no_kernel(name: str) -> None:
     assert not runs_on((2, 0), (name,))
+
+
+@pytest.mark.parametrize(
+    ("speed", "asked", "advice"),
+    [
+        (0.0, False, "--plan measures whether --bf16 is faster"),
+        (0.9, False, ""),
+        (1.0, False, ""),
+        (3.14, False, "--bf16 helps here: matrix products in bf16 run at 3.1 times the speed of fp32"),
+        (0.9, True, "run at 0.9 times the speed of fp32 (measured): slower"),
+        (1.0, True, ""),
+        (3.14, True, ""),
+        (0.0, True, ""),
+    ],
+)
+def test_bf16_is_advised_only_where_it_was_measured_to_be_faster(speed: float, asked: bool, advice: str) -> None:
+    said = decide(dataclasses.replace(d.BF16_CPU, bf16_speed=speed), bf16=asked).advice
+    assert advice in said and bool(advice) == bool(said)
+
+
+def test_other_programs_are_mentioned_from_half_a_core_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(dataclasses.replace(d.LAPTOP, busy_cores=0.4)).advice == ""
+    busy = dataclasses.replace(d.LAPTOP, cores=2, busy_cores=1.0)
+    assert decide(busy).advice == "other programs keep 1.0 of 2 cores busy: training may take twice as long or more"
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    assert "其他程序正占用 1.0 核（可用 2 核）" in decide(busy).advice

@@ -151,3 +151,48 @@ def test_a_torch_that_does_not_load_is_a_fact(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_unreadable_file_says_nothing(tmp_path: Path) -> None:
     assert machine_facts.read_system_file(str(tmp_path / "missing")) == ""
+
+
+def stat_lines(*cores: tuple[int, int, int]) -> str:
+    """/proc/stat with (user, idle, steal) ticks for each core."""
+    rows = [f"cpu{n} {user} 0 0 {idle} 0 0 0 {steal} 0 0" for n, (user, idle, steal) in enumerate(cores)]
+    return "\n".join(["cpu  1 2 3 4 5 6 7 8 9 10", *rows, "intr 5"])
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "own", "after", "busy"),
+    [
+        (2, "", 0.0, ((0, 100, 0), (0, 100, 0)), 0.0),
+        (2, "", 0.0, ((100, 0, 0), (0, 100, 0)), 1.0),
+        (2, "", 0.0, ((50, 50, 0), (0, 50, 50)), 1.0),  # stolen by a virtual machine beside this one
+        (2, "", 0.0, ((100, 0, 0), (100, 0, 0)), 2.0),
+        (2, "", 1.5, ((100, 0, 0), (100, 0, 0)), 0.5),  # the rest of the time is this process's own
+        (1, "", 0.0, ((0, 100, 0), (100, 0, 0)), 0.0),  # a core that this process may not use
+        (2, "100000 100000", 0.0, ((100, 0, 0), (0, 100, 0)), 0.0),  # one core is all it may have, and one is idle
+        (2, "100000 100000", 0.0, ((100, 0, 0), (100, 0, 0)), 1.0),
+    ],
+)
+def test_busy_cores_are_those_that_other_programs_keep_from_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: int,
+    quota: str,
+    own: float,
+    after: tuple[tuple[int, int, int], ...],
+    busy: float,
+) -> None:
+    """One second passes, in which a core has 100 ticks."""
+    seconds = [0.0]
+    monkeypatch.setattr(machine_facts.os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr(machine_facts.os, "sysconf", lambda _: 100, raising=False)
+    monkeypatch.setattr(machine_facts.os, "times", lambda: (own * seconds[0], 0.0))
+    monkeypatch.setattr(machine_facts.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(machine_facts.time, "sleep", lambda _: seconds.__setitem__(0, 1.0))
+    stats = ((7, 7, 7),) * len(after), tuple((7 + u, 7 + i, 7 + s) for u, i, s in after)
+
+    def read(path: str) -> str:
+        if path == "/proc/stat":
+            return stat_lines(*stats[int(seconds[0])])
+        return quota if path.endswith("cpu.max") else ""
+
+    monkeypatch.setattr(machine_facts, "read_system_file", read)
+    assert machine_facts.busy_cores() == pytest.approx(busy)

@@ -11,8 +11,9 @@ from tiny import make_tokenizer
 
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import read_file
-from lora_practice.data.survey import LISTED, histogram, pieces, survey_file
-from lora_practice.data.tokenization import Encoder
+from lora_practice.data.row_view import preview, row_pieces
+from lora_practice.data.survey import LISTED, histogram, survey_file
+from lora_practice.data.tokenization import IGNORED, Encoder, Example
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,14 @@ def test_pieces_are_whole_characters_that_join_to_the_row_the_model_sees(tokeniz
     path = write(tmp_path / "own.jsonl", pair("你好，鑫 🙂", "我很好 😀 fine\nthere"))
     (row,) = (one for one in read_file(path) if not isinstance(one, BadRow))
     (example,) = Encoder(tokenizer, 512).encode([row])
-    found = pieces(tokenizer, example)
+    found = [(one.text, one.trained, one.tokens) for one in row_pieces(tokenizer, example)]
     assert "".join(words for words, _, _ in found) == tokenizer.decode(example.input_ids)
     assert not any("\ufffd" in words for words, _, _ in found)
     assert sum(tokens for _, _, tokens in found) == len(example.input_ids)
     assert any(tokens > 1 for _, _, tokens in found)  # a character of several tokens is one piece
     trained = "".join(words for words, is_trained, _ in found if is_trained)
     assert trained == "我很好 😀 fine\nthere<|im_end|>"
+    assert f"〔{trained}〕" in preview(tokenizer, example)
+    first_byte = tokenizer("鑫", add_special_tokens=False)["input_ids"][:1]
+    broken = Example(first_byte * 100, [IGNORED] * 100)
+    assert "".join(one.text for one in row_pieces(tokenizer, broken)) == preview(tokenizer, broken)

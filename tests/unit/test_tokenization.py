@@ -12,7 +12,8 @@ from tiny import CHATML, LLAMA3, MISTRAL, QWEN3, make_tokenizer
 
 from lora_practice.console.errors import UserError
 from lora_practice.data.conversations import Conversation
-from lora_practice.data.tokenization import IGNORED, Encoder, Example, count_trained, end_of_turn, preview
+from lora_practice.data.row_view import preview
+from lora_practice.data.tokenization import IGNORED, Encoder, Example, count_trained, end_of_turn
 
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),

@@ -1,1 +1,1 @@
-"""The machine passport: what is here, what will be used, what is not right and what mends it."""
+"""`lora-practice doctor`: the machine page, with what is here, what will be used, what is wrong and how to fix it."""

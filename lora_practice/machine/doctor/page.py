@@ -1,4 +1,4 @@
-"""The passport of this machine, as a page for a person and as JSON for a program."""
+"""The machine page that `lora-practice doctor` prints, for a person or as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class MachineReport:
-    """All that was found, and what follows from it. `machine` is the decision without any flag."""
+    """Everything that was found on a machine and what follows; `machine` is the decision without any flag."""
 
     machine: Machine
     around: Surroundings
@@ -32,13 +32,15 @@ class MachineReport:
 
     @property
     def can_train(self) -> bool:
-        """Whether training can go on here, even if slowly."""
+        """Whether training works here, even if slowly."""
         return not any(one.level == STOP for one in self.findings)
 
     @property
     def next_command(self) -> str:
-        """To train: the Hub's model where it is here or can be fetched, else the embedded one. To talk, where a run is
-        finished already. Empty if nothing trains here.
+        """The command to run next; empty if training does not work here.
+
+        `chat` where a run is finished already. Otherwise `train`, with the embedded model where the Hub's is neither
+        on this disk nor within reach.
         """
         if self.around.finished and self.can_train:
             return f"lora-practice chat {shlex.quote(self.around.output.path)}"
@@ -48,55 +50,53 @@ class MachineReport:
 
 
 def examine_machine(plan: PlannedRun) -> MachineReport:
-    """Look at this machine and judge it."""
+    """Read this machine's facts and surroundings, and diagnose them."""
     facts = read_facts(driver_too=True)
     around = read_surroundings(plan, facts)
     return MachineReport(decide(facts), around, diagnose(facts, around))
 
 
 def print_machine_page(plan: PlannedRun, as_json: bool) -> int:
-    """Print the passport. Returns the exit code: 0 if training can go on here, 2 if not."""
-    passport = examine_machine(plan)
+    """Print the machine page. Returns the exit code: 0 if training works here, 2 if not."""
+    report = examine_machine(plan)
     print(
-        json.dumps(report_as_json(passport), ensure_ascii=False, indent=2)
-        if as_json
-        else visible(machine_page(passport))
+        json.dumps(report_as_json(report), ensure_ascii=False, indent=2) if as_json else visible(machine_page(report))
     )
-    return 0 if passport.can_train else EXIT_USER_ERROR
+    return 0 if report.can_train else EXIT_USER_ERROR
 
 
-def report_as_json(passport: MachineReport) -> dict[str, Any]:
-    """The same for a program. Memory and disks in bytes, downloads in megabytes; what is unknown is null or empty."""
-    machine = passport.machine
+def report_as_json(report: MachineReport) -> dict[str, Any]:
+    """The report for `--json`. Memory and disks in bytes, downloads in megabytes; unknown values are null or empty."""
+    machine = report.machine
     return {
-        "can_train": passport.can_train,
-        "next_command": passport.next_command,
+        "can_train": report.can_train,
+        "next_command": report.next_command,
         "decision": {name: getattr(machine, name) for name in ("device", "precision", "reason", "advice")},
-        "findings": [dataclasses.asdict(one) for one in passport.findings],
+        "findings": [dataclasses.asdict(one) for one in report.findings],
         "machine": dataclasses.asdict(machine.facts),
-        "surroundings": dataclasses.asdict(passport.around),
+        "surroundings": dataclasses.asdict(report.around),
     }
 
 
-def machine_page(passport: MachineReport) -> str:
-    """What is here, what is not right, and the verdict last; 80 columns, but for commands and paths."""
-    facts, around, lines = passport.machine.facts, passport.around, []
+def machine_page(report: MachineReport) -> str:
+    """The page: what is here, the findings, the conclusion last. At most 80 columns but for commands and paths."""
+    facts, around, lines = report.machine.facts, report.around, []
     for label, words in (*_machine(facts, around), *_disks(around), *_network(around)):
         first, *more = wrap(words, WIDTH - LABEL)
         lines += [label + " " * (LABEL - columns(label)) + first, *(" " * LABEL + line for line in more)]
-    if passport.findings:
-        lines += ["", text("要注意的", "What to know")]
-    for finding in passport.findings:
+    if report.findings:
+        lines += ["", text("注意事项", "What to know")]
+    for finding in report.findings:
         mark = "-" if finding.level == NOTE else "!"
         first, *more = wrap(finding.what, WIDTH - 4)
         lines += [f"  {mark} {first}", *(f"    {line}" for line in more)]
         if finding.cure:
             lines += [f"    {line}" for line in wrap(f"{text('→', '->')} {finding.cure}", WIDTH - 4)]
-    return "\n".join([*lines, "", *_verdict(passport)])
+    return "\n".join([*lines, "", *_conclusion(report)])
 
 
 def _machine(facts: Facts, around: Surroundings) -> Iterator[Row]:
-    sets = text("指令集不知道", "instruction sets unknown")
+    sets = text("指令集未知", "instruction sets unknown")
     if facts.instructions is not None:
         sets = " ".join(facts.instructions) or text("没有 AVX2", "no AVX2")
     cores = text(f"{facts.cores} 核", counted(facts.cores, "core"))
@@ -108,7 +108,7 @@ def _machine(facts: Facts, around: Surroundings) -> Iterator[Row]:
     yield text("显卡", "card"), _card(facts)
     yield text("编译器", "compiler"), around.compiler or text("没有", "none")
     build = f"CUDA {facts.cuda}" if facts.cuda else text("CPU 版", "CPU build")
-    torch = f"torch {facts.torch} ({build})" if facts.torch else text("torch 没装好", "no working torch")
+    torch = f"torch {facts.torch} ({build})" if facts.torch else text("torch 未安装好", "no working torch")
     others = [f"{name} {around.versions.get(name) or '?'}" for name in ("transformers", "trl", "peft")]
     yield text("软件", "software"), ", ".join([f"Python {'.'.join(map(str, facts.python))}", torch, *others])
 
@@ -117,10 +117,10 @@ def _card(facts: Facts) -> str:
     if not facts.gpu:
         if facts.card_on_bus:
             return text("有一张 NVIDIA 卡，没有驱动", "an NVIDIA card without a driver")
-        return text("没有看到 NVIDIA 显卡", "no NVIDIA card is seen")
-    parts = [facts.gpu, sm_name(facts) if facts.capability else text("计算能力不知道", "compute capability unknown")]
+        return text("没有检测到 NVIDIA 显卡", "no NVIDIA card is seen")
+    parts = [facts.gpu, sm_name(facts) if facts.capability else text("计算能力未知", "compute capability unknown")]
     parts += [gigabytes(facts.gpu_memory)] if facts.gpu_memory else []
-    parts.append(text(f"驱动 {facts.driver or '不知道'}", f"driver {facts.driver or 'unknown'}"))
+    parts.append(text(f"驱动 {facts.driver or '未知'}", f"driver {facts.driver or 'unknown'}"))
     if facts.kernels:
         parts.append(text("torch 有内核：", "kernels in torch: ") + " ".join(facts.kernels))
     return text("，", ", ").join(parts)
@@ -128,7 +128,7 @@ def _card(facts: Facts) -> str:
 
 def _disks(around: Surroundings) -> Iterator[Row]:
     yield text("输出", "output"), _place(around.output)
-    yield text("内置的缓存", "cache"), _place(around.cache)
+    yield text("内置缓存", "cache"), _place(around.cache)
     yield text("Hub 缓存", "Hub cache"), _place(around.hub_cache)
     yield text("数据集缓存", "data cache"), _place(around.datasets_cache)
 
@@ -136,7 +136,7 @@ def _disks(around: Surroundings) -> Iterator[Row]:
 def _place(place: Place) -> str:
     held = ("" if place.whole else text("至少 ", "at least ")) + f"{place.size / 1e6:.0f} MB"
     free = gigabytes(place.free)
-    closed = "" if place.writable else text("，写不进", ", not writable")
+    closed = "" if place.writable else text("，不可写", ", not writable")
     return text(
         f"{place.path}（已用 {held}，磁盘剩 {free}{closed}）", f"{place.path} ({held} used, {free} free{closed})"
     )
@@ -144,8 +144,8 @@ def _place(place: Place) -> str:
 
 def _network(around: Surroundings) -> Iterator[Row]:
     hub = around.hub
-    state = text("连得上", "reachable") if hub.reachable else text("连不上", "not reachable")
-    state = text("按 HF_HUB_OFFLINE 不连", "not asked (HF_HUB_OFFLINE)") if hub.offline_wanted else state
+    state = text("可以连接", "reachable") if hub.reachable else text("无法连接", "not reachable")
+    state = text("按 HF_HUB_OFFLINE 不连接", "not asked (HF_HUB_OFFLINE)") if hub.offline_wanted else state
     yield "Hub", f"{hub.endpoint}{text('，', ', ')}{state}"
     yield "token", _token(hub)
     yield text("默认需要", "default"), _needs(around.wanted)
@@ -155,14 +155,14 @@ def _network(around: Surroundings) -> Iterator[Row]:
 def _token(hub: Hub) -> str:
     words = {
         "none": text("没有（下载公开的模型不需要）", "none (public models need none)"),
-        "unchecked": text("有，没能核对", "present, not checked"),
+        "unchecked": text("有，未能核对", "present, not checked"),
         "refused": text("有，但 Hub 不接受", "present, refused by the Hub"),
         "read": text("有，只读", "present, read-only"),
         "write": text("有，可写", "present, may write"),
-        "fineGrained": text("有，细粒度，有的地方可写", "present, fine-grained, may write in places"),
+        "fineGrained": text("有，细粒度，部分仓库可写", "present, fine-grained, may write in places"),
     }
-    said = words.get(hub.token, hub.token)
-    return f"{said}{text('，', ', ')}{hub.user}" if hub.user else said
+    scope = words.get(hub.token, hub.token)
+    return f"{scope}{text('，', ', ')}{hub.user}" if hub.user else scope
 
 
 def _needs(needs: tuple[Need, ...]) -> str:
@@ -173,27 +173,27 @@ def _need(need: Need) -> str:
     if need.here:
         return text("已在本机", "is here")
     if need.megabytes is None:
-        return text("要下载，大小不知道", "to be fetched, size unknown")
+        return text("要下载，大小未知", "to be fetched, size unknown")
     size = f"{need.megabytes:.1f}" if need.megabytes < 10 else f"{need.megabytes:.0f}"
     return text(f"要下载 {size} MB", f"to be fetched, {size} MB")
 
 
-def _verdict(passport: MachineReport) -> list[str]:
-    machine = passport.machine
-    if not passport.can_train:
-        return [text("现在还不能训练：先解决上面带 ! 的第一条。", "No training yet: mend the first ! above.")]
-    facts, findings = machine.facts, passport.findings
+def _conclusion(report: MachineReport) -> list[str]:
+    machine = report.machine
+    if not report.can_train:
+        return [text("现在还不能训练：请先解决上面第一条带 ! 的问题。", "No training yet: mend the first ! above.")]
+    facts, findings = machine.facts, report.findings
     why = machine.reason
     if machine.device == "cpu":
-        told = any(one.what in why for one in findings)
-        why = text("显卡用不了，见上", "the card cannot be used, see above") if told else why
+        shown_above = any(one.what in why for one in findings)
+        why = text("显卡用不了，见上", "the card cannot be used, see above") if shown_above else why
         plain = facts.instructions is not None and not facts.cpu_bf16
         why += text("；CPU 没有 bf16 指令", "; the CPU has no bf16 instructions") if plain else ""
         why = f"CPU, {machine.precision}{text('：', ': ')}{why}"
-    said = text(f"训练会用 {why}", f"Training will use {why}")
+    sentence = text(f"训练会用 {why}", f"Training will use {why}")
     cures = [one.cure for one in findings if one.cure]
-    # the cure of the card stands above
+    # the card's fix stands among the findings already
     advice = [line for line in machine.advice.splitlines() if not any(cure in line for cure in cures)]
-    lines = [line for words in (said, *advice) for line in wrap(words, WIDTH)]
-    there = text("已经有训练好的结果，", "a run is finished already; ") if passport.around.finished else ""
-    return [*lines, there + text("下一步：", "next:"), f"  {passport.next_command}"]
+    lines = [line for words in (sentence, *advice) for line in wrap(words, WIDTH)]
+    there = text("已经有训练好的结果，", "a run is finished already; ") if report.around.finished else ""
+    return [*lines, there + text("下一步：", "next:"), f"  {report.next_command}"]

@@ -1,6 +1,6 @@
-"""What a run would find around it: disks, caches, the Hub and a token for it, a compiler, the libraries.
+"""What a run depends on besides the machine: disks, caches, the Hub and its token, a compiler, the libraries.
 
-Nothing is changed, fetched or written, and no question takes more than a few seconds; what got no answer is None.
+Nothing is changed, downloaded or written, and no query takes more than a few seconds; without an answer it is None.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lora_practice.storage import disk, manifest
 from lora_practice.storage.json_files import read_record
 
 ANSWER_SECONDS = 5.0
-NO_ONE = ("none", "")  # no token, no name
+NO_TOKEN = ("none", "")  # scope, user
 COUNT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What a run with these settings would need: names or paths, as in TrainSettings."""
+    """The settings of a run that decide what it needs: names or paths, as in TrainSettings."""
 
     model_name: str
     dataset_path: str
@@ -49,7 +49,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Need:
-    """Something that a run loads: on this disk already, or `megabytes` to be fetched (None: nobody said)."""
+    """Something that a run loads: on this disk already, or `megabytes` to download (None: unknown)."""
 
     name: str
     here: bool
@@ -69,7 +69,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """All of it. `embedded` is what --embedded loads, `wanted` what the settings name."""
+    """Everything that was found. `embedded` is what --embedded loads, `wanted` what the settings name."""
 
     output: Place
     cache: Place
@@ -84,8 +84,8 @@ class Surroundings:
 
 
 def read_surroundings(plan: PlannedRun, facts: Facts) -> Surroundings:
-    """Look around. What is asked of the Hub is asked at once, and only if it answers at all."""
-    offline = environment.offline_wanted()  # before an unreachable Hub turns it on
+    """Read everything. The Hub is asked only if it answers at all, all questions at the same time."""
+    offline = environment.offline_wanted()  # read before an unreachable Hub sets it
     reachable = environment.hub_is_reachable()
     token = _token()
     identity = _ask(lambda: _identity(token), reachable and bool(token))
@@ -107,7 +107,7 @@ def read_surroundings(plan: PlannedRun, facts: Facts) -> Surroundings:
             Need(plan.dataset_path, data_here, None if data_here else data()),
         ),
         hub=Hub(
-            environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked", "")) if token else NO_ONE)
+            environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked", "")) if token else NO_TOKEN)
         ),
         compiler=_compiler() if facts.torch else None,
         versions=libraries(),
@@ -118,12 +118,12 @@ def read_surroundings(plan: PlannedRun, facts: Facts) -> Surroundings:
 def _finished(folder: Path) -> bool:
     try:
         return (read_record(folder) or {}).get("status") == "finished"
-    except (UserError, OSError):  # whoever wants to use it is told
+    except (UserError, OSError):  # a damaged record is reported by the commands that use it
         return False
 
 
 def inspect_place(path: Path) -> Place:
-    """Free space where `path` is or will be, whether it may be written, and what it holds (counted for 1 s at most)."""
+    """Free space where `path` is or will be, whether it is writable, and its size (counted for 1 s at most)."""
     there = disk.nearest_existing(path)
     if there is None:
         return Place(str(path), 0, False, 0)
@@ -136,7 +136,9 @@ def _size(path: Path, deadline: float) -> tuple[int, bool]:
     for folder, _, names in os.walk(path):
         for name in names:
             try:
-                entry = os.lstat(os.path.join(folder, name))  # the Hub's cache links to each file: count it once
+                entry = os.lstat(
+                    os.path.join(folder, name)
+                )  # not through the links in the Hub's cache, which would count twice
             except OSError:
                 continue
             total += entry.st_size
@@ -179,7 +181,7 @@ def _has_data(name: str) -> bool:
 
 
 def _megabytes(name: str, kind: str, subset: str) -> Optional[float]:
-    """What the Hub says the files weigh that would be fetched: a model's at the top, a data set's of one subset."""
+    """Size of the files that would be downloaded, by the Hub: a model's top folder, or a data set's subset."""
     from huggingface_hub import HfApi
 
     info: Any = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=ANSWER_SECONDS)
@@ -193,12 +195,12 @@ def _megabytes(name: str, kind: str, subset: str) -> Optional[float]:
 
 
 def _ask(question: Callable[[], Any], at_all: bool) -> Callable[[], Any]:
-    """Ask in the background. The function returned waits for the answer: None after 5 seconds, or without a network."""
-    got: list[Any] = []
+    """Ask in a thread. Returns a function that waits for the answer; it gives None after 5 s or without a network."""
+    answers: list[Any] = []
 
     def run() -> None:
         try:
-            got.append(question())
+            answers.append(question())
         except network_errors(OSError, ValueError):
             return
 
@@ -210,7 +212,7 @@ def _ask(question: Callable[[], Any], at_all: bool) -> Callable[[], Any]:
     def answer() -> Any:
         if at_all:
             asking.join(max(0.0, until - time.monotonic()))
-        return got[0] if got else None
+        return answers[0] if answers else None
 
     return answer
 
