@@ -366,7 +366,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     sources = replace(found, model=note_files(found.model))
     check_same_base(folder.resumed, sources.model)
     compat.check_stack()
-    from lora_practice.training import build, plan, run  # torch, transformers, TRL and PEFT: seconds to load
+    from lora_practice.training import build, plan, plan_text, run  # torch, transformers, TRL and PEFT: seconds to load
 
     # 3. Prepare the data: conversations become token ids, and labels that train the answers only
     machine = decide(read_facts(), settings.bf16, weights=stored_bytes(sources.model.path))
@@ -393,7 +393,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     expected = plan.estimate(trainer, sources.model, steps, settings, rows.held_out, fetched)
     tell(build.announce(machine, sources.model, sources.data, rows, trainer, expected))
     if settings.plan:
-        return plan.show_plan(expected, trainer, settings, machine)
+        return plan_text.show_plan(expected, trainer, settings, machine)
     record = {**starting_record(settings, machine, sources, rows), "estimate": expected.record()}
     folder.begin(record)
     record.update(run.train(trainer, rows.held_out, settings))

@@ -24,7 +24,8 @@ from lora_practice.training import messages
 from lora_practice.training.callbacks import Progress, SaveOnInterrupt
 from lora_practice.training.events import MaxLengthLowered
 from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, MemoryDemand, bytes_per_token
-from lora_practice.training.plan import Estimate, short_of_disk
+from lora_practice.training.plan import Estimate
+from lora_practice.training.plan_text import short_of_disk
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 

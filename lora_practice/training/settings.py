@@ -32,3 +32,4 @@ class TrainingSettings(LoraSettings, Protocol):
     save_total_limit: Optional[int]
     report_to: str
     merge_adapter: bool
+    json: bool

@@ -17,6 +17,7 @@ from lora_practice.data.examples import Examples
 from lora_practice.run.folder import OutputFolder
 from lora_practice.sources.find import Source
 from lora_practice.training import plan as training_plan
+from lora_practice.training import plan_text
 
 PACE = ("runtime", "per_second", "memory_mb")  # what differs between two runs of the same
 
@@ -57,7 +58,7 @@ def test_the_rows_tried_are_in_as_many_parts_as_rows_are_on_average(
     packed = [{"input_ids": one, "labels": one, "lengths": lengths} for one, lengths in zip(ids, parts)]
     trainer.train_dataset = Dataset.from_list(packed)
     tried: list[list[int]] = []
-    monkeypatch.setattr(training_plan, "probe", lambda trainer, rows: tried.append([*rows]) or 1.0)
+    monkeypatch.setattr(training_plan, "time_step", lambda trainer, rows: tried.append([*rows]) or 1.0)
     training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 0)
     assert [len(parts[i]) for i in tried[1]] == [1, 1, 6, 6]
 
@@ -67,7 +68,7 @@ def test_the_disk_of_a_plan_holds_one_checkpoint_more_than_are_kept_while_it_is_
     for kept in (None, 1, 2, 9):
         changed = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": kept, "max_steps": 8}
         trainer = trainer_of(tmp_path / str(kept), **changed)
-        told[kept] = training_plan._disk(trainer, Source("folder", "x", tmp_path), 8, False)
+        told[kept] = training_plan.disk_bytes(trainer, Source("folder", "x", tmp_path), 8, False)
     size = sum(4 * one.numel() for one in trainer.model.parameters() if one.requires_grad)
     checkpoint = told[2] - told[1]
     assert checkpoint == 3 * size and told[1] == size + 2 * checkpoint
@@ -85,11 +86,11 @@ def test_a_disk_that_the_run_will_fill_is_pointed_out_and_fewer_checkpoints_wher
     with small_disk(tmp_path / "small", megabytes=2) as place:
         trainer.folder = OutputFolder(place / "new" / "out")
         for needed, told in ((1, False), (5, True)):
-            line = training_plan.short_of_disk(training_plan.Estimate(4, 1.0, 4.0, 1500, needed, 0), trainer)
+            line = plan_text.short_of_disk(training_plan.Estimate(4, 1.0, 4.0, 1500, needed, 0), trainer)
             assert ("only 2 MB of disk are free" in line) == told == bool(line)
             assert ("--save_total_limit 1" in line) == (told and many)
         trainer.folder = OutputFolder(place / "out", resumed={"status": "running"})  # has written a part already
-        assert not training_plan.short_of_disk(training_plan.Estimate(4, 1.0, 4.0, 1500, 5, 0), trainer)
+        assert not plan_text.short_of_disk(training_plan.Estimate(4, 1.0, 4.0, 1500, 5, 0), trainer)
 
 
 def test_the_plan_counts_what_a_shorter_length_would_cut(
@@ -99,19 +100,19 @@ def test_the_plan_counts_what_a_shorter_length_would_cut(
     before = sorted(tmp_path.rglob("*"))
     plan = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 93)
     lengths = [len(one.input_ids) for one in rows()]
-    shorter, effect = training_plan.changes(plan, trainer, trainer.asked, machine_of())[0]
+    shorter, effect = plan_text.changes(plan, trainer, trainer.asked, machine_of())[0]
     assert shorter == "--max_length 32"
     assert f"cuts {sum(length > 32 for length in lengths)} rows" in effect
-    for lang, word in (("zh", "刚下载了 93 MB"), ("en", "93 MB, done just now")):
+    for lang, word in (("zh", "刚刚下载了 93 MB"), ("en", "93 MB, done just now")):
         monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
-        page = training_plan.plan_text(plan, trainer, trainer.asked, machine_of())
+        page = plan_text.plan_text(plan, trainer, trainer.asked, machine_of())
         assert word in page
         assert all(columns(line) <= 80 for line in page.splitlines())
-    told = json.loads(training_plan.plan_as_json(plan, trainer, trainer.asked, machine_of()))
+    told = json.loads(plan_text.plan_as_json(plan, trainer, trainer.asked, machine_of()))
     assert told["steps"] == 4 and told["download_mb"] == 93 and told["path"] == trainer.engine.ops.name
     assert told["free_disk_mb"] > 0 and told["changes"][0]["flag"] == shorter
     assert sorted(tmp_path.rglob("*")) == before
     with small_disk(tmp_path / "small", megabytes=2) as place:
         trainer.folder = OutputFolder(place)  # a disk of its own is mounted at the output folder itself
-        told = json.loads(training_plan.plan_as_json(plan, trainer, trainer.asked, machine_of()))
+        told = json.loads(plan_text.plan_as_json(plan, trainer, trainer.asked, machine_of()))
         assert told["free_disk_mb"] == 2
