@@ -1,4 +1,4 @@
-"""`lora-practice check-data`: what a run would see in a data file, and each thing that is wrong with it."""
+"""`lora-practice check-data`: prints what a run would read from a data file, and each thing that is wrong with it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
     rows = text(f"{found.good} 行可用", f"{found.good} usable") + (text(f"，{bad} 行坏", f", {bad} bad") if bad else "")
     kind = found.path.suffix.lower()[1:] + (f", {found.encoding}" if found.encoding else "")
     turns = ", ".join(
-        text(f"{n} 轮 {rows} 行", f"{n} in {counted(rows, 'row')}") for n, rows in sorted(found.turns.items())[:4]
+        text(f"{n} 条：{rows} 行", f"{n} in {counted(rows, 'row')}") for n, rows in sorted(found.turns.items())[:4]
     )
     system = text(f"{found.with_system} 行有", f"in {counted(found.with_system, 'row')}")
     share = f"{found.trained_tokens / found.tokens:.0%}" if found.tokens else "0%"
@@ -121,7 +121,7 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
         (text("文件", "file"), visible(f"{found.path} ({kind})")),
         (text("格式", "shape"), shapes or "-"),
         (text("行", "rows"), rows),
-        (text("轮次", "turns"), (turns or "-") + (", ..." if len(found.turns) > 4 else "")),
+        (text("每行消息数", "messages"), (turns or "-") + (", ..." if len(found.turns) > 4 else "")),
         (text("系统提示", "system prompt"), system),
         ("token", tokens),
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
 
 def _titles() -> dict[str, str]:
     return {
-        "bad": text("坏行，训练会停在这里", "bad rows, where a run would stop"),
+        "bad": text("坏行：训练会停在这里", "bad rows, where a run would stop"),
         "nothing": text("没有可训练的内容的行，会跳过", "rows with nothing to train on, left out"),
         "cut": text("会被截断的行", "rows that would be cut"),
         "rewritten": text("只训练最后一个回答的行", "rows that would train on their last answer only"),

@@ -122,7 +122,7 @@ def report_html(
         uses=[(text(*folder_text.USE_NAMES[use]), verdict.uses[use]) for use in USES],
         use_names={use: text(*names) for use, names in folder_text.USE_NAMES.items()},
         use_state=folder_text.use_state,
-        next_steps=page_content.next_steps(verdict),
+        next_steps=page_content.next_steps(verdict, curve),
         glossary=glossary(),
         install=page_content.install_command(record.get("versions") or {}),
         sample_tokens=SAMPLE_TOKENS,

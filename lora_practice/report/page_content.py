@@ -13,7 +13,7 @@ from typing import Any, Optional
 from lora_practice.console.text import text
 from lora_practice.machine.gpus import WHEELS
 from lora_practice.report.checks import FolderVerdict
-from lora_practice.report.loss_curve import FEWEST, smoothed
+from lora_practice.report.loss_curve import FEWEST, CurveVerdict, smoothed
 from lora_practice.report.points import held_out_points, intervals, logged_points
 from lora_practice.run.settings import shown_settings
 
@@ -97,9 +97,16 @@ def _training_headline(record: Mapping[str, Any]) -> Optional[Headline]:
         "没有留出验证集，不知道没见过的对话有没有变好：下次加 --eval_subset_size 40",
         "nothing was held out, so nobody knows about unseen conversations: next time add --eval_subset_size 40",
     )
-    shown = (f"{values[0]:.2f}", f"{values[-1]:.2f}")
-    return Headline(text("训练用的对话", "the rows trained on"), text("训练 loss", "training loss"), *shown, "neutral",
-                    "", unknown)  # fmt: skip
+    rose = not values[-1] <= 1.1 * values[0]  # NaN too
+    return Headline(
+        text("训练用的对话", "the rows trained on"),
+        text("训练 loss", "training loss"),
+        f"{values[0]:.2f}",
+        f"{values[-1]:.2f}",
+        "bad" if rose else "neutral",
+        text("不降反升", "it rose") if rose else "",
+        unknown,
+    )
 
 
 def _perplexity_or_loss(before: float, after: float) -> tuple[str, tuple[str, str]]:
@@ -176,42 +183,47 @@ def lost_rows(record: Mapping[str, Any]) -> int:
     return sum(int(count) for key in ("rows_lost", "bad_rows_skipped") for count in (data.get(key) or {}).values())
 
 
-def next_steps(verdict: FolderVerdict) -> list[tuple[str, str]]:
-    """(what for, command) of what can be done with this folder now."""
+def next_steps(verdict: FolderVerdict, curve: CurveVerdict) -> list[tuple[str, str]]:
+    """(what for, command) of what can be done with this folder now; another training first where it would help."""
     record, place = verdict.record, shlex.quote(str(verdict.folder))
-    steps = []
-    if verdict.uses["resuming"].possible:
-        steps.append((text("接着训练", "go on training"), f"{record.get('command')} --resume"))
+    steps = _more_training(verdict, curve)
     if verdict.uses["inference"].possible:
-        steps.append(
-            (
-                text("和它聊天（/adapter off 换成底座回答）", "talk to it (/adapter off lets the base answer)"),
-                f"lora-practice chat {place}",
-            )
-        )
+        talk = text("和它聊天（/adapter off 换成底座回答）", "talk to it (/adapter off lets the base answer)")
+        steps.append((talk, f"lora-practice chat {place}"))
         if not record.get("samples"):
-            steps.append(
-                (
-                    text(
-                        "让底座和微调后的模型各答几个问题，写进这份报告", "let base and adapter answer, for this report"
-                    ),
-                    f"lora-practice report {place} --answers",
-                )
-            )
+            ask = text("让底座和微调后的模型各答几个问题，写进这份报告", "let base and adapter answer, for this report")
+            steps.append((ask, f"lora-practice report {place} --answers"))
         if verdict.config:
-            asked = text("用自己的问题比较底座和微调后的模型", "compare base and adapter with a question of your own")
-            steps.append((asked, f'lora-practice compare {place} --prompt "…"'))
-            steps.append(
-                (text("导出给 Ollama、llama.cpp", "export for Ollama and llama.cpp"), f"lora-practice export {place}")
-            )
+            own = text("用自己的问题比较底座和微调后的模型", "compare base and adapter with a question of your own")
+            steps.append((own, f'lora-practice compare {place} --prompt "…"'))
+            export = text("导出给 Ollama、llama.cpp", "export it for Ollama and llama.cpp")
+            steps.append((export, f"lora-practice export {place}"))
     if verdict.uses["sharing"].possible:
-        steps.append(
-            (
-                text("上传到 Hugging Face Hub，分享给别人", "share it on the Hugging Face Hub"),
-                f"lora-practice upload --local_dir {place} --repo_id …",
-            )
-        )
+        share = text("上传到 Hugging Face Hub，分享给别人", "share it on the Hugging Face Hub")
+        steps.append((share, f"lora-practice upload --local_dir {place} --repo_id …"))
     return steps
+
+
+def _more_training(verdict: FolderVerdict, curve: CurveVerdict) -> list[tuple[str, str]]:
+    """The training that the curve asks for, into a folder of its own, or the rest of an interrupted one."""
+    record, settings = verdict.record, verdict.record.get("settings") or {}
+    command = str(record.get("command") or "")
+    if verdict.uses["resuming"].possible:
+        return [(text("接着训练", "go on training"), f"{command} --resume")]
+    if record.get("status") != "finished" or not command:
+        return []
+    again = f"{command} --output_dir {shlex.quote(f'{verdict.folder}-2')}"
+    rate, epochs, steps = (settings.get(key) for key in ("learning_rate", "num_train_epochs", "max_steps"))
+    if curve.kind in ("diverges", "broken") and rate:
+        lower = text("用三分之一的学习率重新训练", "train again with a third of the learning rate")
+        return [(lower, f"{again} --learning_rate {rate / 3:.1g}")]
+    if curve.kind in ("falling", "unchanged") and epochs:
+        longer = text("训练两倍的时间，看看会不会更好", "train twice as long, and see whether it gets better")
+        flag = f"--max_steps {2 * steps}" if steps and steps > 0 else f"--num_train_epochs {2 * epochs:g}"
+        return [(longer, f"{again} {flag}")]
+    if curve.kind == "overfits" and curve.step:
+        return [(text("在过拟合之前停下", "stop before it overfits"), f"{again} --max_steps {curve.step}")]
+    return []
 
 
 def install_command(versions: Mapping[str, Any]) -> str:

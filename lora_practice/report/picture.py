@@ -83,7 +83,8 @@ def chinese_font() -> Optional[str]:
     for name in CHINESE_FONTS:
         if name in known and _family_with_our_characters(known[name]):
             return name
-    for file in sorted(set(font_manager.findSystemFonts()) - set(known.values())):  # newer than matplotlib's own list
+    newer = set(font_manager.findSystemFonts()) - set(known.values())  # than matplotlib's own list
+    for file in sorted(newer, key=lambda file: ("bold" in file.lower(), file)):
         family = _family_with_our_characters(file)
         if family in CHINESE_FONTS:
             font_manager.fontManager.addfont(file)

@@ -17,6 +17,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.settings import reasons
 from lora_practice.report import figures, page_content, picture
 from lora_practice.report import html as reports
+from lora_practice.report.loss_curve import CurveVerdict
 from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
 from lora_practice.storage import manifest
@@ -243,6 +244,8 @@ def test_without_held_out_rows_the_headline_claims_nothing():
     found = page_content.headline({"losses": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]})
     assert (found.measure, found.before, found.after, found.tone) == ("training loss", "3.00", "2.00", "neutral")
     assert not found.judgement and "--eval_subset_size" in found.detail
+    rose = page_content.headline({"losses": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 19.0}]})
+    assert (rose.tone, rose.judgement) == ("bad", "it rose")
 
 
 @pytest.mark.parametrize(
@@ -267,9 +270,14 @@ def test_a_time_is_said_as_people_say_it(seconds, words):
 
 def test_references_stand_beside_the_answers_and_a_cut_answer_is_marked(folder):
     sample = {"prompt": "q", "base": "b", "adapter": "a", "reference": "<b>r</b>", "cut": ["base"]}
+    sample["earlier"] = [{"role": "system", "content": "<i>be brief</i>"}]
     edit("run_record.json", samples=[sample])(folder)
     page = report(folder)
-    assert "&lt;b&gt;r&lt;/b&gt;" in page and page.count("cut at the limit of 64 tokens") == 1
+    assert (
+        "&lt;b&gt;r&lt;/b&gt;" in page
+        and "system: &lt;i&gt;be brief" in page
+        and page.count("cut at the limit of 64 tokens") == 1
+    )
     assert page.index('id="answers"') < page.index('id="curves"')
     edit("run_record.json", samples=[{**sample, "cut": []}])(folder)
     assert "cut at the limit" not in report(folder)
@@ -294,6 +302,24 @@ def test_resuming_a_finished_run_is_grey_and_each_next_step_a_command(folder):
     assert '<td>resuming</td><td class="neutral">not needed</td>' in page
     steps = page.split('id="next"')[1].split("<h2")[0]
     assert f"lora-practice chat {folder}" in steps and "lora-practice export" in steps and "upload" not in steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("diverges", {"learning_rate": 2e-4}, "--learning_rate 7e-05"),
+        ("falling", {"max_steps": 12, "num_train_epochs": 1.0}, "--max_steps 24"),
+        ("unchanged", {"max_steps": -1, "num_train_epochs": 1.5}, "--num_train_epochs 3"),
+        ("overfits", {}, "--max_steps 40"),
+        ("flat", {"learning_rate": 2e-4}, ""),
+    ],
+)
+def test_another_training_is_told_where_the_curve_asks_for_one(folder, kind, settings, said):
+    edit("run_record.json", command="train --max_steps 12", settings=settings)(folder)
+    steps = page_content.next_steps(reports.check_folder(folder), CurveVerdict(kind, 40))
+    assert steps[0][1] == (
+        f"train --max_steps 12 --output_dir {folder}-2 {said}" if said else f"lora-practice chat {folder}"
+    )
 
 
 def test_how_far_weights_moved_is_told_in_percent_of_the_base(folder):
