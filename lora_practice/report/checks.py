@@ -67,12 +67,14 @@ def check_folder(folder: Path) -> FolderVerdict:
     findings = [f"{entry.name}: {entry.fault}" for entry in entries if entry.fault]
     config: dict[str, Any] = {}
     adapter: Optional[AdapterStats] = None
+    refused: list[str] = []
     try:
         if any(entry.name in (adapter_config.CONFIG, adapter_config.ADAPTER_WEIGHTS) for entry in entries):
             config = adapter_config.read_adapter_config(folder)
             adapter = adapter_stats.measure_adapter(folder, config)
             findings += adapter.faults
     except UserError as error:
+        refused = [str(error)]
         if str(error.what) not in " ".join(findings):
             findings.append(str(error))
     base = local_base(folder, record) if config else None
@@ -83,7 +85,7 @@ def check_folder(folder: Path) -> FolderVerdict:
     if adapter_config.CONFIG in names and _has_model_weights(names):
         zh = "适配器和合并的权重在同一个文件夹里：transformers 5 会把适配器加两遍"
         findings.append(text(zh, "adapter and merged weights lie together: transformers 5 adds the adapter twice"))
-    blocking = [*(adapter.faults if adapter is not None else ()), *misfits]  # each of them stops `chat`
+    blocking = [*refused, *(adapter.faults if adapter is not None else ()), *misfits]  # each of them stops `chat`
     inference = _inference_use(folder, record, config, entries, blocking, adapter)
     uses = {
         "inference": inference,
