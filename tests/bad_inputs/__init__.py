@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Union
 
 import pytest
 
@@ -20,6 +20,14 @@ class Said:
     code: Any
     out: str
     err: str
+
+
+def put(path: Path, body: Union[bytes, Callable[[Path], None]]) -> None:
+    """Make a data file of these bytes, or by this function."""
+    if isinstance(body, bytes):
+        path.write_bytes(body)
+    else:
+        body(path)
 
 
 def enter(door: Callable[..., None], capsys: pytest.CaptureFixture, *argv: str) -> Said:

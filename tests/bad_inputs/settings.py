@@ -45,3 +45,4 @@ BAD_SETTINGS += [
     (("data.jsonl",), "unexpected argument 'data.jsonl'"),
     (("--=3",), "--"),
 ]
+SEEN_LATER = [((f"--eval_subset_size={10**12}",), "--eval_subset_size")]  # when the data is known
