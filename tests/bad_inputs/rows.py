@@ -65,7 +65,7 @@ BAD_ROWS = [  # (row, a part of the English complaint)
     ({"messages": '"abc"'}, "not a list"),
     ({"messages": "[" * 100_000}, "not a list"),
     (chat(), "nothing to learn"),
-    (chat(U), "nothing to learn from: 1 messages"),
+    (chat(U), "nothing to learn from: 1 message ->"),
     (chat(S), "nothing to learn"),
     (chat(S, U), "nothing to learn"),
     (chat(A), "does not begin with user"),

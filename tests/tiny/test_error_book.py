@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,6 @@ BOTH = list(zip(TITLES["en"], TITLES["zh"]))
 def pattern(title: str) -> str:
     """A title as it stands in a line: `…` is anything."""
     return ".*?".join(re.escape(part) for part in title.split("…"))
-
-
-def first_words_of_errors() -> set[str]:
-    """What each `UserError(text(zh, en), ...)` in the package says, in English."""
-    found = set()
-    for path in [*(ROOT / "lora_practice").rglob("*.py"), ROOT / "inference.py"]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            is_error = isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"
-            said = node.args[0] if is_error and node.args else None  # type: ignore[attr-defined]
-            if isinstance(said, ast.Call) and ast.unparse(said.func) == "text":
-                found.add(re.sub(r"\{[^}]*\}", "…", ast.unparse(said.args[1])).strip("f'\""))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +63,3 @@ def test_the_error_in_the_book_is_what_the_door_says(titles: Any, place: Place, 
         place.patch.setenv("LORA_PRACTICE_LANG", language)
         told = refusal(enter(cli, capsys, *words))
         assert re.search(pattern(title), told), told
-
-
-def test_errors_without_an_entry_are_listed() -> None:
-    """Most need none: their line says it all. The list is shown as a warning, for whoever adds to the book."""
-    written = "\n".join(TITLES["en"])
-    missing = sorted(one for one in first_words_of_errors() if re.split("[…:(]", one)[0].strip() not in written)
-    if missing:
-        warnings.warn(f"{len(missing)} errors have no entry in docs/errors.md: " + " | ".join(missing), stacklevel=1)
-    assert len(missing) < len(TITLES["en"])
