@@ -30,7 +30,7 @@ def test_the_pieces_of_a_step_sum_up_to_it() -> None:
     rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
     whole = int(rows.pop("all"))
     assert abs(sum(map(int, rows.values())) - whole) <= len(rows)  # each is rounded
-    assert int(rows["matmuls of the layers"]) > whole / 4 and "attention, backward" in rows
+    assert min(map(int, rows.values())) >= 0 and {"matmuls of the layers", "attention, backward"} <= set(rows)
 
 
 def test_a_run_is_told_beside_its_estimate() -> None:

@@ -5,24 +5,50 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from journey_harness import run, succeeded
+from bad_inputs import enter
 
+from lora_practice.cli import main as cli
 from lora_practice.console.errors import UserError
 from lora_practice.run import selftest
+from lora_practice.run.folder import RECORD
 
-CLI = ("-m", "lora_practice.cli")
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_proof_passes_and_leaves_nothing_behind(tmp_path: Path, embedded_rows: Path) -> None:
+def test_the_proof_passes_leaves_nothing_behind_and_would_see_one_other_bit(
+    tmp_path: Path, embedded_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three real trainings; before they are compared, one bit is changed in each file in turn, and one loss."""
     (tmp_path / "tmp").mkdir()
-    done = succeeded(run(tmp_path, *CLI, "selftest", "resume", TMPDIR=str(tmp_path / "tmp")))
-    assert done.stdout.startswith("PASS: adapter, losses of 8 steps, optimizer")
-    said = done.stderr.splitlines()
-    assert [line[:3] for line in said] == ["1/3", "2/3", "3/3"]
-    assert "with step" in said[2]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    compare, seen = selftest._differences, {}
+
+    def compare_spoiled(first: Path, second: Path) -> list[str]:
+        for name in (*selftest.COMPARED_FILES, RECORD):
+            whole = (second / name).read_bytes()
+            spoiled = bytearray(whole)
+            spoiled[len(whole) // 2] ^= 1
+            if name == RECORD:
+                record = json.loads(whole)
+                record["losses"][-1]["loss"] += 1e-4
+                spoiled = bytearray(json.dumps(record).encode())
+            (second / name).write_bytes(spoiled)
+            seen[name] = compare(first, second)
+            (second / name).write_bytes(whole)
+        return compare(first, second)
+
+    monkeypatch.setattr(selftest, "_differences", compare_spoiled)
+    done = enter(cli, capsys, "selftest", "resume")
+    assert done.code == 0 and done.out.startswith("PASS: adapter, losses of 8 steps, optimizer")
+    said = [line for line in done.err.splitlines() if line[1:3] == "/3"]
+    assert [line[:3] for line in said] == ["1/3", "2/3", "3/3"] and "with step" in said[2]
+    assert seen == {**{name: [name] for name in selftest.COMPARED_FILES}, RECORD: ["losses"]}
     assert not list((tmp_path / "tmp").glob("lora-practice-*"))  # torch leaves an empty folder of its own
 
 
@@ -33,26 +59,4 @@ def test_a_training_that_fails_shows_its_words_and_the_cure_is_the_selftests_own
     with pytest.raises(UserError) as caught:
         selftest._end(failed, tmp_path / "run")
     assert words in capsys.readouterr().err
-    assert "selftest" in str(caught.value) and str(caught.value).endswith("for more room, name another place in TMPDIR")
-
-
-@pytest.mark.parametrize("spoiled", [*selftest.COMPARED_FILES, "losses"])
-def test_the_proof_fails_where_one_bit_differs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoiled: str
-) -> None:
-    """With runs made here, since the true ones do not differ: the comparison is what is tested."""
-
-    def train(folder: Path, *flags: str) -> None:
-        for name in selftest.COMPARED_FILES:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(b"x" if flags and name == spoiled else b"y")
-        loss = 1.0 if flags and spoiled == "losses" else 1.5
-        (folder / "run_record.json").write_text(json.dumps({"steps": 8, "losses": [{"step": 1, "loss": loss}]}))
-
-    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(selftest, "_start", train)
-    monkeypatch.setattr(selftest, "_end", lambda *_: None)
-    monkeypatch.setattr(selftest, "_kill_midway", lambda _: 2)
-    assert selftest.run_selftest("resume") == 1
-    assert capsys.readouterr().out == f"不通过：不一样的有 {spoiled}\n"
+    assert "selftest" in str(caught.value) and str(caught.value).endswith("name another place in TMPDIR")

@@ -49,7 +49,6 @@ def test_a_step_and_an_evaluation_stay_on_the_gpu(family, monkeypatch):
     model, batch = tiny(family, dropout=0.1, dtype=torch.float32, shape={"num_hidden_layers": 2}), examples(count=2)
     with simulated_gpu(monkeypatch):
         engine = fast.build(on_gpu(model), torch.float16)
-        assert engine.ops.name == "torch (float16 on meta)" and engine.token_budget == 2048
         engine.step_loss_and_backward(batch, loss_scale=65536.0)
         engine.limit_memory(0, checkpointing=True)
         engine.step_loss_and_backward(batch, loss_scale=65536.0)
