@@ -12,9 +12,9 @@ import pytest
 from fresh_process import in_a_process
 from hub_server import HubServer
 from hub_store import StoreError
+from refusals import refusal_of
 from tiny import make_model, make_tokenizer
 
-from lora_practice.console.errors import UserError
 from lora_practice.sources import embedded, environment, find
 from lora_practice.sources.find import SHIPPED, Source, find_dataset, find_model, find_sources, find_template
 
@@ -46,14 +46,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refusal(call: Any, *args: Any, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
-
-
 # Models
 
 
@@ -67,7 +59,7 @@ def test_the_default_model_is_stood_in_for(stand_in: Path) -> None:
 
 @pytest.mark.parametrize("name", [MODEL, "someone/else"])
 def test_a_named_model_is_never_replaced(name: str, stand_in: Path) -> None:
-    line = refusal(find_model, name, is_default=False)
+    line = refusal_of(find_model, name, is_default=False)
     assert f"--model_name {name}: {CLOSED} cannot be reached and nothing is cached" in line
     assert "--embedded" in line
 
@@ -75,7 +67,7 @@ def test_a_named_model_is_never_replaced(name: str, stand_in: Path) -> None:
 def test_the_embedded_model_on_request(stand_in: Path) -> None:
     found = find_model(MODEL, is_default=True, want_embedded=True)
     assert (found.kind, found.note) == ("embedded", "")
-    assert "contradicts --model_name a/b" in refusal(find_model, "a/b", is_default=False, want_embedded=True)
+    assert "contradicts --model_name a/b" in refusal_of(find_model, "a/b", is_default=False, want_embedded=True)
 
 
 def test_a_model_is_fetched_once_and_found_offline_after(
@@ -100,12 +92,12 @@ def test_a_model_is_fetched_once_and_found_offline_after(
 
 
 def test_a_model_that_does_not_exist(hub: HubServer) -> None:
-    assert "no/such: the Hub has no such name (or it is private)" in refusal(find_model, "no/such", is_default=True)
+    assert "no/such: the Hub has no such name (or it is private)" in refusal_of(find_model, "no/such", is_default=True)
 
 
 def test_a_private_model(hub: HubServer, tiny_model: Path) -> None:
     hub.add_repo("models", "alice/secret", tiny_model, private=True)
-    assert "a private one needs HF_TOKEN" in refusal(find_model, "alice/secret", is_default=False)
+    assert "a private one needs HF_TOKEN" in refusal_of(find_model, "alice/secret", is_default=False)
 
 
 def test_a_model_with_terms_to_accept(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,27 +105,27 @@ def test_a_model_with_terms_to_accept(hub: HubServer, monkeypatch: pytest.Monkey
         raise StoreError(403, "Access to this model is restricted", "GatedRepo")
 
     monkeypatch.setattr(hub.store, "get", gated)
-    assert "accept its terms on its page first -> then set HF_TOKEN" in refusal(find_model, "big/model", False)
+    assert "accept its terms on its page first -> then set HF_TOKEN" in refusal_of(find_model, "big/model", False)
 
 
 def test_a_model_without_safetensors(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
     hub.add_repo("models", "me/old", tmp_path / "old")
-    assert "me/old: this model has no safetensors weights" in refusal(find_model, "me/old", is_default=False)
+    assert "me/old: this model has no safetensors weights" in refusal_of(find_model, "me/old", is_default=False)
 
 
 def test_a_download_that_breaks_off(hub: HubServer, tiny_model: Path) -> None:
     hub.add_repo("models", "me/tiny", tiny_model)
     hub.drop("/resolve/", times=1000)
-    line = refusal(find_model, "me/tiny", is_default=False)
+    line = refusal_of(find_model, "me/tiny", is_default=False)
     # huggingface_hub before 1.0 takes a broken connection for an absent one
     assert "me/tiny: the download broke off" in line or "cannot be reached and nothing is cached" in line
 
 
 @pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/" + "b" * 100, ".hidden/x", "a/b/c", "~/models/x", "a b"])
 def test_what_can_be_no_name(hub: HubServer, name: str) -> None:
-    line = refusal(find_model, name, is_default=False)
+    line = refusal_of(find_model, name, is_default=False)
     assert "this is no name on the Hub" in line or "no such model folder" in line
 
 
@@ -141,9 +133,9 @@ def test_a_model_folder(tiny_model: Path, tmp_path: Path) -> None:
     found = find_model(str(tiny_model), is_default=False)
     assert (found.kind, found.path, found.hub_id) == ("folder", tiny_model, None)
     (tmp_path / "empty").mkdir()
-    assert "config.json is missing" in refusal(find_model, "empty", is_default=False)
+    assert "config.json is missing" in refusal_of(find_model, "empty", is_default=False)
     (tmp_path / "empty" / "config.json").write_text("{}")
-    assert "*.safetensors is missing" in refusal(find_model, "./empty", is_default=False)
+    assert "*.safetensors is missing" in refusal_of(find_model, "./empty", is_default=False)
 
 
 def test_a_published_adapter(hub: HubServer, tiny_model: Path) -> None:
@@ -152,7 +144,7 @@ def test_a_published_adapter(hub: HubServer, tiny_model: Path) -> None:
 
 
 def test_an_adapter_without_a_hub() -> None:
-    assert "--model_dir me/adapter" in refusal(find.fetch_repository, "me/adapter")
+    assert "--model_dir me/adapter" in refusal_of(find.fetch_repository, "me/adapter")
 
 
 # Chat templates
@@ -162,8 +154,8 @@ def test_where_a_template_comes_from(tmp_path: Path, stand_in: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     assert find_template("own.jinja") == Path("own.jinja")
     assert find_template(SHIPPED["chat_template_path"]) == stand_in  # the same template
-    assert "--chat_template_path someone/else" in refusal(find_template, "someone/else")
-    assert "no such chat template" in refusal(find_template, "./missing.jinja")
+    assert "--chat_template_path someone/else" in refusal_of(find_template, "someone/else")
+    assert "no such chat template" in refusal_of(find_template, "./missing.jinja")
 
 
 # Data
@@ -171,7 +163,7 @@ def test_where_a_template_comes_from(tmp_path: Path, stand_in: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "./data", "a/b/data.txt", "missing.parquet"])
 def test_a_missing_data_file(name: str) -> None:
-    assert f"{name}: no such data file" in refusal(find_dataset, name, is_default=False)
+    assert f"{name}: no such data file" in refusal_of(find_dataset, name, is_default=False)
 
 
 def test_a_data_file(tmp_path: Path) -> None:
@@ -191,7 +183,7 @@ def test_the_default_data_is_stood_in_for(stand_in: Path) -> None:
 def test_named_data_is_never_replaced() -> None:
     source = find_dataset(DATASET, is_default=False)
     assert source.kind == "hub"
-    line = refusal(find.load_hub_rows, source, "everyday-conversations")
+    line = refusal_of(find.load_hub_rows, source, "everyday-conversations")
     assert f"--dataset_path {DATASET}: {CLOSED} cannot be reached" in line
 
 
@@ -233,7 +225,7 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(hub: HubServer, tiny_mode
 
 def test_a_run_that_began_on_the_hub_is_not_resumed_on_the_embedded_model(stand_in: Path) -> None:
     began = {"model": {"kind": "hub"}, "data": {"kind": "embedded"}}
-    assert f"--model_name {MODEL}: {CLOSED} cannot be reached" in refusal(find_sources, wanted(), set(), began)
+    assert f"--model_name {MODEL}: {CLOSED} cannot be reached" in refusal_of(find_sources, wanted(), set(), began)
 
 
 def test_held_out_rows_are_read_from_the_subset_that_the_run_trained_on(

@@ -10,20 +10,12 @@ from typing import Any
 import pytest
 from fresh_process import in_a_process
 from hub_server import WRITE_TOKEN, HubServer
+from refusals import refusal_of
 
-from lora_practice.console.errors import UserError
 from lora_practice.sources import environment
 
 CLOSED = "http://127.0.0.1:9"
 pytestmark = pytest.mark.usefixtures("no_hub")
-
-
-def refusal(call: Any, *args: Any, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
 # Is the Hub there?
@@ -101,7 +93,7 @@ def test_the_env_file_is_read_and_the_real_environment_wins(tmp_path: Path) -> N
 
 def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes("# 我的密钥\nX=1\n".encode("gbk"))
-    assert ".env is not UTF-8" in refusal(environment.prepare_environment)
+    assert ".env is not UTF-8" in refusal_of(environment.prepare_environment)
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
@@ -153,7 +145,7 @@ def test_a_token_is_checked_first(hub: HubServer, monkeypatch: pytest.MonkeyPatc
 
 def test_a_token_that_is_refused(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_someone_else")
-    line = refusal(environment.check_login, skip=False)
+    line = refusal_of(environment.check_login, skip=False)
     assert "the Hub does not accept HF_TOKEN" in line
     assert "hf_of" not in line
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+from refusals import refusal_of
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.settings import given_as_flags, named_by_user, parse
@@ -38,10 +39,9 @@ def claim(path: Path, resume: bool = False, overwrite: bool = False, **changed: 
 
 def refusal(path: Path, **options: Any) -> str:
     before = sorted(path.parent.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        claim(path, **options)
+    line = refusal_of(claim, path, **options)
     assert sorted(path.parent.rglob("*")) == before  # claiming touches nothing
-    return str(caught.value)
+    return line
 
 
 def start(path: Path, kind: str = "hub") -> OutputFolder:

@@ -12,6 +12,7 @@ from typing import Any, Optional
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refusal_of
 
 from fine_tuning_practice import TrainSettings
 from inference import InferenceSettings
@@ -52,11 +53,7 @@ def read(*argv: str, cls: Any = Small) -> Any:
 
 
 def refusal(*argv: str, cls: Any = Small) -> str:
-    with pytest.raises(UserError) as caught:
-        read(*argv, cls=cls)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
+    return refusal_of(read, *argv, cls=cls)
 
 
 def test_nothing_given_leaves_every_default() -> None:

@@ -58,7 +58,7 @@ def with_template(template: str) -> Any:
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_template_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "SECONDS", 1.0)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.5)
     tracemalloc.start()
     started = time.monotonic()
     with pytest.raises(UserError) as refused:
