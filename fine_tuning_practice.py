@@ -330,8 +330,8 @@ class TrainSettings:
     )
     run_inference: bool = setting(
         False,
-        "训练后答四个问题，底座和微调并排",
-        "answer four prompts afterwards, base and adapter side by side",
+        "训练后让底座和微调后的模型并排回答四个问题；有验证集就从中取，附参考答案",
+        "afterwards base and adapter answer four prompts; held-out ones, with their references, if there are any",
         common=True,
     )
     skip_login: bool = setting(False, "不使用 HF_TOKEN 登录", "do not log in with HF_TOKEN")
@@ -405,7 +405,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     # 7. Write the results: adapter, tokenizer, model card, and the record last; then what was asked for besides
     run.finish(trainer, record)
     if settings.run_inference:
-        record["samples"] = answer_side_by_side(model, tokenizer)
+        record["samples"] = answer_side_by_side(model, tokenizer, rows.held_out_conversations)
         run.write_card(folder, record)
     if settings.merge_adapter:
         tell(merge_sentence(*merge_adapter(folder.path)))

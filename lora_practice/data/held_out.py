@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.data.prepare import prepare
+from lora_practice.data.prepare import PreparedData, prepare
 from lora_practice.data.tokenization import Example
 from lora_practice.sources import embedded
 from lora_practice.sources.find import Source
@@ -34,6 +34,15 @@ def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequ
     Raises:
         UserError: the run held no rows out, its record lacks a setting, or its data has changed since.
     """
+    return prepare_again(record, tokenizer, where).held_out
+
+
+def prepare_again(record: Mapping[str, Any], tokenizer: Any, where: str) -> PreparedData:
+    """The data of the run in the folder `where`, as it was prepared for that run.
+
+    Raises:
+        UserError: the run held no rows out, its record lacks a setting, or its data has changed since.
+    """
     settings, data = record.get("settings") or {}, record.get("data") or {}
     if not data.get("rows_held_out"):
         what = text("这次训练没有验证集", "this run held no rows out")
@@ -43,7 +52,7 @@ def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequ
     if prepared.facts["fingerprint"] != data.get("fingerprint"):
         what = text("数据和训练时不一样了，分不出验证集", "the data is not what it was: held-out rows cannot be told")
         raise UserError(what, str(data.get("name", "")), text("恢复训练时的数据", "bring the data back"))
-    return prepared.held_out
+    return prepared
 
 
 def _recorded(settings: Mapping[str, Any], where: str) -> RecordedDataSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
 
@@ -41,11 +41,15 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The examples of a run: `train`, and `held_out` for measuring only. `facts` go into run_record.json."""
+    """The examples of a run: `train`, and `held_out` for measuring only. `facts` go into run_record.json.
+
+    `held_out_conversations` are what `held_out` was made from.
+    """
 
     train: Examples
     held_out: Examples
     facts: dict[str, Any] = field(default_factory=dict)
+    held_out_conversations: Sequence[Conversation] = ()
 
 
 def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: DataSettings) -> PreparedData:
@@ -96,7 +100,7 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Dat
         "trained_tokens": train.trained_tokens,
         "fingerprint": train.fingerprint(),
     }
-    return PreparedData(train, held_out_examples, facts)
+    return PreparedData(train, held_out_examples, facts, held_out)
 
 
 def _embedded_counts(usable: int, distinct: int, most_repeated: int) -> str:

@@ -15,9 +15,17 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.terminal import columns
 from lora_practice.console.text import tell, text, visible
 from lora_practice.data import held_out
+from lora_practice.data.conversations import Conversation
 from lora_practice.inference import load as load_chat
 from lora_practice.inference.chat_model import ChatModel, without_adapter
-from lora_practice.inference.samples import SAMPLE_PROMPTS, SAMPLE_TOKENS, cut_note, print_answer, system_messages
+from lora_practice.inference.samples import (
+    SAMPLE_PROMPTS,
+    SAMPLE_TOKENS,
+    cut_note,
+    print_answer,
+    sample_questions,
+    system_messages,
+)
 from lora_practice.machine.device import Machine
 from lora_practice.model import loss as model_loss
 from lora_practice.storage.json_files import read_record
@@ -109,15 +117,22 @@ def in_turn(streams: Mapping[str, Iterator[str]]) -> Iterator[dict[str, str]]:
             yield texts
 
 
-def samples(folder: str, machine: Machine) -> list[dict[str, str]]:
-    """Answers of base and adapter to SAMPLE_PROMPTS, as `--run_inference` records them."""
+def samples(folder: str, machine: Machine) -> list[dict[str, Any]]:
+    """Answers of base and adapter to the questions of `sample_questions`, as `--run_inference` records them."""
     base, adapted = two_sides(folder, None, machine)
-    options: dict[str, Any] = {"quiet": True, "max_new_tokens": SAMPLE_TOKENS}
-    found = answers((base, adapted), SAMPLE_PROMPTS, **options)
-    return [
-        {"prompt": row["prompt"], "base": row["answers"][base.key], "adapter": row["answers"][adapted.key]}
-        for row in found
-    ]
+    record = read_record(Path(folder)) or {}
+    rows: Sequence[Conversation] = ()
+    if (record.get("data") or {}).get("rows_held_out"):
+        try:
+            rows = held_out.prepare_again(record, adapted.chat_model.tokenizer, folder).held_out_conversations
+        except UserError as error:
+            tell(text("不用验证集提问：", "no held-out questions are asked: ") + str(error))
+    found = []
+    for question in sample_questions(rows):
+        messages = [dict(message) for message in question.messages]
+        answered = [side.chat_model.answer(messages, max_new_tokens=SAMPLE_TOKENS) for side in (base, adapted)]
+        found.append(question.as_sample(*answered))
+    return found
 
 
 def losses(sides: Sequence[Side], folder: str, other: Optional[str]) -> dict[str, Any]:

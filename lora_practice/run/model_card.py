@@ -96,7 +96,8 @@ def _samples(record: dict[str, Any]) -> str:
     if not record.get("samples"):
         return ""
     parts = [
-        f"**{one['prompt']}**\n\n- base: {_quoted(one['base'])}\n- adapter: {_quoted(one['adapter'])}"
+        f"**{one['prompt']}**\n\n"
+        + "\n".join(f"- {name}: {_quoted(one[name])}" for name in ("reference", "base", "adapter") if name in one)
         for one in record["samples"]
     ]
     return "## Answers before and after\n\n" + "\n\n".join(parts)

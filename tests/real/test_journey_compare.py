@@ -21,8 +21,14 @@ CLI = ("-m", "lora_practice.cli")
 QUESTION = "My printer is not printing."
 
 
+def first_question(trained):
+    """A sample that asks one line and nothing before it."""
+    return next(one for one in trained.record["samples"] if "earlier" not in one and "\n" not in one["prompt"])
+
+
 def test_the_losses_are_those_that_the_run_measured_and_answers_differ(trained, tmp_path):
-    words = (*CLI, "compare", str(trained.folder), "--prompt", QUESTION, "--max-new-tokens", "12", "--json")
+    sample = first_question(trained)
+    words = (*CLI, "compare", str(trained.folder), "--prompt", sample["prompt"], "--max-new-tokens", "12", "--json")
     done = succeeded(run(tmp_path, *words, LORA_PRACTICE_LANG="zh"))  # the keys are the same in every language
     found = json.loads(done.stdout)
     held_out, recorded = found["held_out"], trained.record["held_out_loss"]
@@ -30,7 +36,6 @@ def test_the_losses_are_those_that_the_run_measured_and_answers_differ(trained, 
     assert held_out["loss"]["base"] == pytest.approx(recorded["before"], abs=2e-3)
     assert held_out["loss"]["fine-tuned"] == pytest.approx(recorded["after"], abs=2e-3)
     answers = found["answers"][0]["answers"]
-    sample = next(one for one in trained.record["samples"] if one["prompt"] == QUESTION)
     assert sample["base"].startswith(answers["base"].strip()[:20])
     assert sample["adapter"].startswith(answers["fine-tuned"].strip()[:20])
 
@@ -82,15 +87,16 @@ def test_both_columns_are_written_in_turn_and_say_what_each_says_alone(trained, 
 
 
 def test_a_piped_chat_answers_each_line_and_hears_the_base(trained, tmp_path):
-    lines = f"{QUESTION}\n/reset\n/adapter off\n{QUESTION}\n/save kept.jsonl\n"
+    sample = first_question(trained)
+    question = sample["prompt"]
+    lines = f"{question}\n/reset\n/adapter off\n{question}\n/save kept.jsonl\n"
     command = [sys.executable, *CLI, "chat", str(trained.folder), "--max-new-tokens", "12"]
     options: dict = {"input": lines, "capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path / "home"), **options)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "\x1b" not in done.stdout
     adapted, bare = (line.strip() for line in done.stdout.splitlines() if line.strip())
-    sample = next(one for one in trained.record["samples"] if one["prompt"] == QUESTION)
     assert sample["adapter"].strip().startswith(adapted[:20]) and sample["base"].strip().startswith(bare[:20])
-    assert json.loads((tmp_path / "kept.jsonl").read_text("utf-8"))["messages"][0]["content"] == QUESTION
+    assert json.loads((tmp_path / "kept.jsonl").read_text("utf-8"))["messages"][0]["content"] == question
 
 
 @pytest.mark.skipif(shutil.which("bash") is None or sys.platform == "win32", reason="no pseudo-terminals here")

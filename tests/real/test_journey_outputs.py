@@ -99,14 +99,17 @@ def test_the_first_line_tells_everything_and_the_last_the_exact_next_command(tra
     assert lines[-1].strip() == f"python {INFER} --model_dir out"
 
 
-def test_four_prompts_are_answered_by_base_and_adapter_side_by_side(trained):
-    samples = trained.record["samples"]
+def test_four_held_out_questions_are_answered_by_base_and_adapter_beside_their_references(trained):
+    samples, card = trained.record["samples"], (trained.folder / "README.md").read_text("utf-8")
     assert len(samples) == 4
     for one in samples:
         assert one["prompt"] in trained.done.stdout
         assert one["base"].strip()[:40] in trained.done.stdout and one["adapter"].strip()[:40] in trained.done.stdout
+        assert one["reference"].strip()[:40] in trained.done.stdout
+        assert f"- reference: {json.dumps(one['reference'], ensure_ascii=False)}" in card
     assert trained.done.stdout.count("  base: ") == trained.done.stdout.count("  adapter: ") == 4
-    assert [one["prompt"] for one in samples] == list(inference_samples.SAMPLE_PROMPTS)
+    assert trained.done.stdout.count("  reference: ") == len({one["reference"] for one in samples}) == 4
+    assert not {one["prompt"] for one in samples} & set(inference_samples.SAMPLE_PROMPTS)
 
 
 def test_the_loss_falls_on_rows_that_are_seen_again_and_chinese_is_spoken_to_a_chinese_reader(tmp_path):
