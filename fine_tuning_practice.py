@@ -116,8 +116,8 @@ class TrainSettings:
     )
     resume: bool = setting(
         False,
-        "从最新的完整检查点（checkpoint）继续训练",
-        "go on from the newest complete checkpoint",
+        "从最新的完整检查点（checkpoint）继续训练；没写的参数沿用原来的",
+        "go on from the newest complete checkpoint, with its run's settings where none are given",
         common=True,
     )
     trust_checkpoint: bool = setting(

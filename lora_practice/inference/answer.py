@@ -21,46 +21,46 @@ from lora_practice.sources.environment import prepare_environment
 
 @dataclass
 class InferenceSettings:
-    """How to answer. Each field: default, why (zh), why (en), limits."""
+    """All settings of an answer. Each field: default, why (zh), why (en), limits."""
 
     model_dir: str = setting(
         DEFAULT_OUTPUT_DIR,
-        "训练结果、存盘点、合并后的文件夹，或 Hub 名字",
+        "训练结果、检查点或合并后的文件夹，或 Hub 上的名字",
         "output, checkpoint or merged folder, or a Hub name",
     )
     prompt: Optional[list[str]] = setting(
         None,
-        "要问的话，可以写多次；不写就聊天，或从管道读，一行一问",
-        "what to ask, repeatable; without it a chat, or a pipe's lines",
+        "要问的问题，可以写多次；不写则进入聊天，或从管道读取，一行一问",
+        "what to ask, repeatable; without it a chat, or the lines of a pipe",
     )
     base_model: str = setting(
         "",
-        "底座和分词器的来源，文件夹里没有时用",
-        "where base and tokenizer come from if the folder lacks them",
+        "底座和分词器的来源：文件夹里没有写明时使用",
+        "where base and tokenizer come from if the folder does not say",
     )
     max_new_tokens: int = setting(
-        128, "回答最多多少 token", "tokens in an answer at most", minimum=1, maximum=1_000_000
+        128, "每个回答最多多少个 token", "most tokens in an answer", minimum=1, maximum=1_000_000
     )
     temperature: float = setting(
         0.0,
-        "0 每次取最可能的词；越大越随意",
-        "0 takes the likeliest word; higher is freer",
+        "0 总是取最可能的词；越大越随机",
+        "0 always takes the likeliest word; higher is more random",
         minimum=0,
         maximum=5,
     )
     top_p: float = setting(
         1.0,
-        "temperature 大于 0 时，只在累计概率这么多的词里选",
-        "with a temperature: choose within this probability",
+        "temperature 大于 0 时，只在累计概率达到这个值的词里选",
+        "with a temperature above 0: choose among words of this total probability",
         above=0,
         maximum=1,
     )
-    device: str = setting("auto", "在哪里算", "where to compute", choices=("auto", "cpu", "cuda"))
-    system: str = setting("", "系统提示；空的就用模板自带的", "system prompt; empty leaves the template's own")
+    device: str = setting("auto", "用什么设备计算", "where to compute", choices=("auto", "cpu", "cuda"))
+    system: str = setting("", "系统提示词；留空则用模板自带的", "system prompt; empty leaves the template's own")
     seed: int = setting(
         42,
-        "随机种子（temperature 大于 0 时有用）",
-        "random seed, for temperature above 0",
+        "随机种子：temperature 大于 0 时有用",
+        "random seed: matters with a temperature above 0",
         minimum=0,
         maximum=2**32 - 1,
     )
@@ -69,7 +69,7 @@ class InferenceSettings:
 @entry_point
 def main(argv: Optional[Sequence[str]] = None, prog: str = "inference.py") -> int:
     """Load a result once, then answer each prompt, or chat."""
-    what = text("和训练好的模型聊天", "talk to what was trained")
+    what = text("和训练好的模型聊天", "chat with the trained model")
     settings = parse(InferenceSettings, argv, prog, what)
     prompts = prompts_of(settings)
     prepare_environment()

@@ -53,7 +53,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "eval_loss" in logs:
-            held_out = text("留出损失", "held-out loss")
+            held_out = text("验证损失", "held-out loss")
             words = f"{held_out} {logs['eval_loss']:.3f}, {text('困惑度', 'perplexity')} {logs['eval_perplexity']:.2f}"
             self.bar.clear()
             tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {words}")
