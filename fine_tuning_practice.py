@@ -293,10 +293,10 @@ class TrainSettings:
         "where not even one row fits, max_length may be lowered",
     )
     logging_steps: int = setting(
-        0,
-        "每多少步记录一次 loss；0 为自动：不到 200 步时每步都记，否则每 10 步",
-        "steps between logged losses; 0: every step of a run below 200 steps, else every 10",
-        minimum=0,
+        10,
+        "每多少步记录一次 loss；不指定时，不到 200 步的训练每步都记",
+        "steps between logged losses; unless it is given, a run below 200 steps logs each of them",
+        minimum=1,
         maximum=10**8,
         section=("日志和检查点", "logs and checkpoints"),
     )

@@ -9,6 +9,7 @@ from transformers import PrinterCallback
 
 from lora_practice import compat, fast
 from lora_practice.console.errors import UserError
+from lora_practice.console.settings import named_by_user
 from lora_practice.console.text import tell, text
 from lora_practice.data.collator import Collator, packed_dataset
 from lora_practice.data.examples import Examples
@@ -29,7 +30,7 @@ from lora_practice.training.plan_text import short_of_disk
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
-LOGGED_EACH_BELOW, LOGGED_APART = 200, 10  # optimizer steps
+LOGGED_EACH_BELOW, LOGGED_APART = 200, 10  # optimizer steps; the second is the default of logging_steps
 
 
 def build_trainer(
@@ -67,15 +68,16 @@ def build_trainer(
     for place in missing:  # transformers has created the output folder, which `OutputFolder.begin` creates later
         place.rmdir()
     keep_trained_in_fp32(model)  # TRL makes them bf16 on a 4-bit base
-    show_progress(trainer, settings.logging_steps)
+    show_progress(trainer, settings)
     return trainer
 
 
-def show_progress(trainer: PracticeTrainer, logging_steps: int) -> None:
-    """Log each `logging_steps`-th loss and show the progress; 0 logs each step of a short run, whose curve needs it."""
-    short = steps_of(trainer) < LOGGED_EACH_BELOW
-    trainer.args.logging_steps = logging_steps or (1 if short else LOGGED_APART)
-    logs_per_line = LOGGED_APART if short and not logging_steps else 1
+def show_progress(trainer: PracticeTrainer, settings: TrainingSettings) -> None:
+    """Log the losses and show the progress: every step of a short run, unless the user chose `logging_steps`."""
+    chosen = "logging_steps" in named_by_user(settings, {"logging_steps": LOGGED_APART})
+    each = not chosen and steps_of(trainer) < LOGGED_EACH_BELOW
+    trainer.args.logging_steps = 1 if each else settings.logging_steps
+    logs_per_line = LOGGED_APART if each else 1
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen, logs_per_line))
 
@@ -89,7 +91,7 @@ def _training_arguments(settings: TrainingSettings, machine: Machine, folder: Ou
         num_train_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
-        logging_steps=settings.logging_steps or 1,  # 0 is decided when the number of steps is known
+        logging_steps=settings.logging_steps,  # see `show_progress`
         logging_first_step=True,
         save_strategy=settings.save_strategy,
         save_steps=settings.save_steps,

@@ -63,7 +63,9 @@ def test_a_short_run_logs_each_step_and_prints_a_line_for_ten_of_them(tmp_path: 
     from tiny_training import run, same, trainer_of, weights_of
 
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
-    automatic, each = (trainer_of(tmp_path / str(n), logging_steps=n, max_steps=24, save_strategy="no") for n in (0, 1))
+    automatic, each = (
+        trainer_of(tmp_path / str(n), logging_steps=n, max_steps=24, save_strategy="no") for n in (10, 1)
+    )
     notes = run(automatic)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/24", "10/24", "20/24", "24/24"]
@@ -79,7 +81,7 @@ def test_a_short_run_logs_each_step_and_prints_a_line_for_ten_of_them(tmp_path: 
 
 @pytest.mark.parametrize(
     ("asked", "changed", "used"),
-    [(0, {"max_steps": 199}, 1), (0, {"max_steps": 200}, 10), (0, {"num_train_epochs": 40}, 10), (7, {}, 7)],
+    [(10, {"max_steps": 199}, 1), (10, {"max_steps": 200}, 10), (10, {"num_train_epochs": 40}, 10), (7, {}, 7)],
 )
 def test_how_many_steps_apart_losses_are_logged(asked: int, changed: dict, used: int, tmp_path: Path) -> None:
     """A run of 12 rows, two a step: 6 steps an epoch."""

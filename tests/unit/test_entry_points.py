@@ -39,7 +39,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "skip_login": False,
     "embedded": False,
     "resume": False,
-    "logging_steps": 0,
+    "logging_steps": 10,
     "save_strategy": "epoch",
     "optim": "adamw_torch",
     "max_grad_norm": 0.3,
