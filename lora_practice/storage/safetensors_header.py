@@ -53,14 +53,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise ValueError(damaged) from error
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """`read_header` of every safetensors file at the top of a folder, in one dict."""
-    found: dict[str, TensorInfo] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found.update(read_header(file))
-    return found
-
-
 def stored_dtype(folder: Path) -> str:
     """torch's name of the dtype of a model's first stored tensor, such as "float16"; "float32" for any unusual one.
 

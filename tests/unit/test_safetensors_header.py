@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_practice.storage.safetensors_header import TensorInfo, read_header, read_headers, stored_dtype
+from lora_practice.storage.safetensors_header import TensorInfo, read_header, stored_dtype
 
 
 def write(file: Path, header: dict, values: bytes = b"", length: int = -1) -> Path:
@@ -24,14 +24,17 @@ A = {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}
 def test_names_dtypes_and_shapes(tmp_path: Path) -> None:
     write(tmp_path / "model-1.safetensors", {"__metadata__": {"format": "pt"}, "a": A}, bytes(12))
     write(tmp_path / "model-2.safetensors", {"b": {**A, "dtype": "F32", "shape": [3]}}, bytes(12))
-    assert read_headers(tmp_path) == {"a": TensorInfo("BF16", (2, 3)), "b": TensorInfo("F32", (3,))}
+    assert read_header(tmp_path / "model-1.safetensors") == {"a": TensorInfo("BF16", (2, 3))}
+    assert read_header(tmp_path / "model-2.safetensors") == {"b": TensorInfo("F32", (3,))}
     assert stored_dtype(tmp_path) == "bfloat16"
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("F64", "float64"), ("F32", "float32"), ("F16", "float16")])
 def test_the_library_writes_headers_that_are_read_here(tmp_path: Path, dtype: str, name: str) -> None:
     save_file({"a": np.zeros((2, 3), name)}, tmp_path / "model.safetensors")
-    assert read_headers(tmp_path) == {"a": TensorInfo(dtype, (2, 3))}
+    header = read_header(tmp_path / "model.safetensors")
+    assert header == {"a": TensorInfo(dtype, (2, 3))}
+    assert header["a"].start == (tmp_path / "model.safetensors").stat().st_size - 6 * np.dtype(name).itemsize
     assert stored_dtype(tmp_path) == name
 
 
