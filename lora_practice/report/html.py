@@ -57,7 +57,7 @@ def write_report(
         )
         raise UserError(what, str(folder), text("用训练的输出文件夹", "name the output folder of a run"))
     for name in (PAGE, PICTURE):
-        _check_ours(folder / name)
+        _check_written_by_report(folder / name)
     curve = judge_curve(logged_points(record, "loss"), held_out_points(record))
     record.update({"samples": samples} if samples else {}, curves=PICTURE)
     picture = curves_png(record)
@@ -65,7 +65,7 @@ def write_report(
     manifest.write_atomically(folder / PAGE, report_html(replace(verdict, record=record), curve, reasons, picture))
     in_card = record.get("status") == "finished" and is_runs_own_card(folder, record)
     if record != verdict.record and record.get("status") == "finished":
-        _keep(folder, record)
+        _update_record_and_card(folder, record)
     return folder / PAGE, "\n".join([curve.sentence, *_written(folder, in_card)])
 
 
@@ -135,8 +135,8 @@ def _size(module: Any, percent: Mapping[str, float]) -> float:
     return percent.get(module.module, 0.0) if percent else module.rms
 
 
-def _check_ours(file: Path) -> None:
-    """UserError if there is a file that no report wrote."""
+def _check_written_by_report(file: Path) -> None:
+    """UserError if the file exists and no report wrote it."""
     try:
         with open(file, "rb") as opened:
             ours = MARK.encode("ascii") in opened.read(4096)
@@ -150,8 +150,8 @@ def _check_ours(file: Path) -> None:
         )
 
 
-def _keep(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record anew, and README.md too where it is still the card that the run wrote: an edited one stays."""
+def _update_record_and_card(folder: Path, record: dict[str, Any]) -> None:
+    """Replace the record, and README.md too where it is still the card that the run wrote: an edited card stays."""
     card, written = folder / CARD, record.get("files") or {}
     if is_runs_own_card(folder, record):
         _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
