@@ -369,7 +369,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     from lora_practice.training import build, plan, plan_text, run  # torch, transformers, TRL and PEFT: seconds to load
 
     # 3. Prepare the data: conversations become token ids, and labels that train the answers only
-    machine = decide(read_facts(), settings.bf16, weights=stored_bytes(sources.model.path))
+    machine = decide(read_facts(measure=True), settings.bf16, weights=stored_bytes(sources.model.path))
     tokenizer = load_tokenizer(sources.model, settings.chat_template_path, "chat_template_path" in named)
     rows = prepare(sources.data, sources.subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)

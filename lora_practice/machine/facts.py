@@ -27,8 +27,8 @@ class Facts:
     `memory` is what can still be taken, `memory_total` what this process could ever have, `memory_limit` a container's
     limit or 0, `memory_ulimit` what is left below `ulimit -v` or 0. `instructions` is None where they cannot be read.
     `gpu` is the first NVIDIA card that torch or the driver names; `cuda` the CUDA version that torch was built with,
-    empty for a CPU build. `busy_cores` is how much of `cores` other programs use just now; `bf16_speed` the measured
-    speed of the CPU's bf16 matrix products over fp32, 0 where it was not measured.
+    empty for a CPU build. `busy_cores` is how much of `cores` other programs use just now; `bf16_speed` the speed of
+    the CPU's bf16 matrix products over fp32; both are 0 where they were not measured.
     """
 
     cores: int = 1
@@ -58,11 +58,12 @@ class Facts:
     bf16_speed: float = 0.0
 
 
-def read_facts(driver_too: bool = False) -> Facts:
-    """Read this machine's facts. Imports torch; apart from that it takes half a second, longer with a slow driver.
+def read_facts(driver_too: bool = False, measure: bool = False) -> Facts:
+    """Read this machine's facts. Imports torch.
 
     Args:
         driver_too: ask NVIDIA's driver even where torch sees a card.
+        measure: also measure `busy_cores` and `bf16_speed`, which takes half a second.
     """
     name, flags = _cpu_flags()
     known = _torch_facts()
@@ -72,7 +73,7 @@ def read_facts(driver_too: bool = False) -> Facts:
         known = {**_driver_facts(), **known}
     memory = memory_state()
     cpu_bf16 = bool(flags & {"avx512_bf16", "amx_bf16"})
-    if cpu_bf16 and known.get("torch") and not known.get("cuda_usable"):
+    if measure and cpu_bf16 and known.get("torch") and not known.get("cuda_usable"):
         known["bf16_speed"] = bf16_speed()
     return Facts(
         cores=usable_cores(),
@@ -83,7 +84,7 @@ def read_facts(driver_too: bool = False) -> Facts:
         memory_ulimit=memory.ulimit_left,
         cpu=name,
         cpu_bf16=cpu_bf16,
-        busy_cores=busy_cores(),
+        busy_cores=busy_cores() if measure else 0.0,
         card_on_bus=_card_on_bus(),
         card_hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
         wsl="microsoft" in read_system_file("/proc/sys/kernel/osrelease").lower(),

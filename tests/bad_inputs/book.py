@@ -102,7 +102,7 @@ def old_card(place: Place) -> None:
 
     card = {"gpu": "Tesla T4", "capability": (7, 5), "kernels": ("sm_75",), "gpu_memory": 16 << 30, "cuda_usable": True}
     facts = Facts(**card, torch="2.13.0", cuda="12.6", driver="550.54")
-    place.patch.setattr(fine_tuning_practice, "read_facts", lambda: facts)
+    place.patch.setattr(fine_tuning_practice, "read_facts", lambda **_: facts)
 
 
 def offline(place: Place) -> None:

@@ -15,7 +15,9 @@ from lora_practice.machine.speed import matmul_gflops
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    facts = machine_facts.read_facts(driver_too=True)
+    facts = machine_facts.read_facts(driver_too=True, measure=True)
+    assert 0 <= facts.busy_cores <= facts.cores
+    assert bool(facts.bf16_speed) == (facts.cpu_bf16 and not facts.cuda_usable)
     assert 1 <= facts.cores <= facts.board_cores
     assert 0 < facts.memory <= facts.memory_total
     assert facts.torch

@@ -51,7 +51,7 @@ class MachineReport:
 
 def examine_machine(plan: PlannedRun) -> MachineReport:
     """Read this machine's facts and surroundings, and diagnose them."""
-    facts = read_facts(driver_too=True)
+    facts = read_facts(driver_too=True, measure=True)
     around = read_surroundings(plan, facts)
     return MachineReport(decide(facts), around, diagnose(facts, around))
 
