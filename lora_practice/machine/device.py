@@ -74,7 +74,7 @@ def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int 
 
 
 def _bf16_advice(facts: Facts, asked_for: bool) -> str:
-    """What `--bf16` is worth on this CPU by the measured speed of its matrix products; "" where it hardly matters."""
+    """What `--bf16` is worth on this CPU by the measured speed of matmul; "" where it hardly matters."""
     speed = facts.bf16_speed
     if not facts.cpu_bf16:
         return ""
@@ -89,9 +89,9 @@ def _bf16_advice(facts: Facts, asked_for: bool) -> str:
 
 
 def bf16_speed_text(speed: float) -> str:
-    """The speed of bf16 matrix products over fp32, as a sentence that says which is faster."""
+    """The speed of matmul in bf16 over fp32, as a sentence that says which is faster."""
     zh = f"矩阵乘法用 bf16 的速度是 fp32 的 {speed:.1f} 倍（实测）"
-    en = f"matrix products in bf16 run at {speed:.1f} times the speed of fp32 (measured)"
+    en = f"matrix multiplication in bf16 runs at {speed:.1f} times the speed of fp32 (measured)"
     if speed < SAME_SPEED[0]:
         return text(f"{zh}：反而更慢", f"{en}: slower")
     return text(zh, en)

@@ -28,7 +28,7 @@ class Facts:
     limit or 0, `memory_ulimit` what is left below `ulimit -v` or 0. `instructions` is None where they cannot be read.
     `gpu` is the first NVIDIA card that torch or the driver names; `cuda` the CUDA version that torch was built with,
     empty for a CPU build. `busy_cores` is how much of `cores` other programs use just now; `bf16_speed` the speed of
-    the CPU's bf16 matrix products over fp32; both are 0 where they were not measured.
+    the CPU's matmul in bf16 over fp32; both are 0 where they were not measured.
     """
 
     cores: int = 1

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices, measured for a moment. Imports torch only when asked."""
+"""The speed of matrix multiplication (matmul) on this machine, measured for a moment. Imports torch only when asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 def matmul_gflops(device: str = "cpu", dtype: str = "float32", seconds: float = 0.1) -> float:
-    """Billions of operations per second in the matrix products of a small model."""
+    """Billions of operations per second in matrix multiplications of a small model's sizes."""
     import torch
 
     x, w = (torch.ones(shape, device=device).to(getattr(torch, dtype)) for shape in ((128, 576), (576, 1536)))
@@ -19,7 +19,7 @@ def matmul_gflops(device: str = "cpu", dtype: str = "float32", seconds: float = 
 
 
 def bf16_speed(device: str = "cpu") -> float:
-    """The speed of bf16 matrix products over that of fp32 ones; below 1 bf16 is slower.
+    """The speed of matmul in bf16 over fp32; below 1 bf16 is slower.
 
     Both are measured three times in turn and the best of each counts, so that another program's moment of work does
     not decide.

@@ -22,8 +22,8 @@ CPUINFO = "processor: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_bf16
 
 def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
     """Give the machine these files of /proc and /sys and no others, 8 cores, and 16 GB of which 8 are free."""
-    for room in (machine_facts, memory):
-        monkeypatch.setattr(room, "read_system_file", lambda path: {"/proc/cpuinfo": CPUINFO, **files}.get(path, ""))
+    for module in (machine_facts, memory):
+        monkeypatch.setattr(module, "read_system_file", lambda path: {"/proc/cpuinfo": CPUINFO, **files}.get(path, ""))
     monkeypatch.setattr(machine_facts.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GB, available=8 * GB))
 
