@@ -54,7 +54,7 @@ def add_lora(model: Any, settings: LoraSettings, base: Source) -> Any:
         raise UserError(
             text("这个模型的注意力隔不开拼在一行里的样本", "this model's attention cannot keep packed examples apart"),
             where="--packing",
-            fix="--no-packing",
+            fix="--no_packing",
         )
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     if settings.max_length > positions:

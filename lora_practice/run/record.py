@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_practice import __version__, compat
 from lora_practice.console.settings import as_flags, given_as_flags
-from lora_practice.console.text import text
+from lora_practice.console.text import counted, text
 from lora_practice.data.prepare import PreparedData
 from lora_practice.machine.device import Machine
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
@@ -65,11 +65,12 @@ def announcement(machine: Machine, base: Source, data: Source, rows: PreparedDat
     embedded = text("（内置）", " (embedded)")
     model = base.name.rpartition("/")[2] + (embedded if base.kind == "embedded" else "")
     source = data.name.rpartition("/")[2].partition("==")[0] + (embedded if data.kind == "embedded" else "")
+    count = counted(len(rows.train), "row")
     return text(
         f"{where}，{machine.precision}｜{model}｜{source} {len(rows.train)} 行 {rows.train.tokens} token"
         f"（训练其中 {rows.train.trained_tokens}）｜{steps} 步，{about(seconds)}",
-        f"{where}, {machine.precision} | {model} | {source}: {len(rows.train)} rows, {rows.train.tokens} tokens "
-        f"({rows.train.trained_tokens} trained) | {steps} steps, {about(seconds)}",
+        f"{where}, {machine.precision} | {model} | {source}: {count}, {rows.train.tokens} tokens "
+        f"({rows.train.trained_tokens} trained) | {counted(steps, 'step')}, {about(seconds)}",
     )
 
 
@@ -100,7 +101,7 @@ def farewell(folder: Path, record: dict[str, Any]) -> str:
     return text(
         f"完成：{record['steps']} 步，{took} 秒（估计 {expected}），loss {loss}，结果在 {folder}/\n"
         f"下一步，和模型聊聊：\n  {command}",
-        f"done: {record['steps']} steps in {took} s ({expected} expected), loss {loss}; "
+        f"done: {counted(record['steps'], 'step')} in {took} s ({expected} expected), loss {loss}; "
         f"the results are in {folder}/\nnext, talk to it:\n  {command}",
     )
 

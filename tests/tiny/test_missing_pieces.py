@@ -9,7 +9,7 @@ import pytest
 from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.export.hub.package import pack_folder
-from lora_practice.export.hub.redaction import base_names, private_roots
+from lora_practice.export.hub.redaction import base_names, private_paths
 from lora_practice.inference import load as load_chat
 
 
@@ -47,4 +47,4 @@ def test_a_tracker_that_is_not_installed_comes_with_its_pip_line(monkeypatch):
 def test_the_place_of_the_data_is_private_wherever_it_is(tmp_path):
     data = "/data/someone/chats.jsonl"
     folder = adapter_folder(tmp_path / "out", data={"path": data}, settings={"dataset_path": data, "seed": 1})
-    assert private_roots(folder, base_names(folder))[data] == "chats.jsonl"
+    assert private_paths(folder, base_names(folder))[data] == "chats.jsonl"
