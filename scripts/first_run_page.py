@@ -20,7 +20,7 @@ from lora_practice.inference.samples import SAMPLE_TOKENS
 from lora_practice.run.folder import read_record
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-WINDOW = "960,780"  # as much of the report as the picture shows
+WINDOW = "960,880"  # as much of the report as the picture shows
 CHINESE = """# 第一次完整训练
 
 [English](first-run.en.md)
