@@ -94,7 +94,7 @@ def test_what_pip_is_asked_to_install_is_there():
 def test_ci_begins_with_the_test_script():
     """.ci/run is what must pass; it runs the script that the README names, and the script takes pytest's arguments."""
     assert "./scripts/run_tests.sh" in (ROOT / ".ci" / "run").read_text("utf-8")
-    assert re.search(r'^exec .*pytest.* "\$@"$', (ROOT / "scripts" / "run_tests.sh").read_text("utf-8"), re.M)
+    assert re.search(r'^ *exec .*pytest.* "\$@"$', (ROOT / "scripts" / "run_tests.sh").read_text("utf-8"), re.M)
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
