@@ -59,8 +59,8 @@ def test_a_gradient_that_is_not_finite_in_bf16_is_computed_again_in_fp32_and_tra
     (event,) = events(trainer)
     assert (event["step"], event["kind"], event["regime"]["precision"]) == (2, "numbers", "fp32")
     # from step 3 on these are the steps of fp32, not bf16's
-    wide = trainer_of(tmp_path / "b", "fp32", fast=path, max_steps=2)
-    loss = run(wide)
+    in_fp32 = trainer_of(tmp_path / "b", "fp32", fast=path, max_steps=2)
+    loss = run(in_fp32)
     assert losses(result)[2] != losses(loss)[1]
 
 
@@ -79,13 +79,13 @@ def test_a_run_that_went_over_to_fp32_is_resumed_in_fp32_bit_for_bit(tmp_path: P
     assert again.compute_config.precision == "fp32"
 
 
-@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("upcast", [True, False])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_run_killed_after_its_last_checkpoint_is_measured_in_the_precision_that_it_ended_in(
-    tmp_path: Path, path: str, widened: bool
+    tmp_path: Path, path: str, upcast: bool
 ) -> None:
     trainer = trainer_of(tmp_path / "a", "bf16", fast=path)
-    if widened:
+    if upcast:
         Poison(trainer, 3, float("nan"))
     whole = training_run.train(trainer, rows(3), trainer.asked)
     record = json.loads((tmp_path / "a" / "run_record.json").read_text("utf-8"))
@@ -96,7 +96,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_measured_in_the_precision_tha
     assert held_out_loss(again, rows(3)) == held_out_loss(trainer, rows(3))
     assert resumed["held_out_loss"] == whole["held_out_loss"]
     assert same(weights_of(trainer), weights_of(again))
-    assert again.compute_config.precision == trainer.compute_config.precision == ("fp32" if widened else "bf16")
+    assert again.compute_config.precision == trainer.compute_config.precision == ("fp32" if upcast else "bf16")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -172,8 +172,8 @@ def test_activations_beyond_fp16_are_computed_again_in_fp32(tmp_path: Path) -> N
     trainer = trainer_of(tmp_path / "a", "fp16", change=enlarge, fast="on")
     half = run(trainer)
     assert events(trainer)[0]["step"] == 0 and trainer.compute_config.precision == "fp32"
-    wide = trainer_of(tmp_path / "b", "fp32", change=enlarge, fast="on")
-    assert losses(half) == pytest.approx(losses(run(wide)), rel=1e-5)
+    in_fp32 = trainer_of(tmp_path / "b", "fp32", change=enlarge, fast="on")
+    assert losses(half) == pytest.approx(losses(run(in_fp32)), rel=1e-5)
 
 
 def test_one_overflow_of_fp16s_scaled_gradients_costs_a_second_try_and_no_row(tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_fp16_with_loss_scaling_and_dropout_is_tried_beforehand_and_resumed_bit_
     again = half("a", resume=True)
     assert losses(run(again)) == losses(whole) and same(weights_of(again), weights_of(trainer))
     assert again.compute_config.precision == "fp16" and again.accelerator.scaler.get_scale() == 65536.0
-    wide = run(trainer_of(tmp_path / "b", fast="on", lora_dropout=0.3))
-    assert losses(whole) == pytest.approx(losses(wide), rel=1e-4)
+    in_fp32 = run(trainer_of(tmp_path / "b", fast="on", lora_dropout=0.3))
+    assert losses(whole) == pytest.approx(losses(in_fp32), rel=1e-4)
 
 
 class Full:
@@ -241,13 +241,13 @@ class Full:
         trainer.compute = computed
 
 
-@pytest.mark.parametrize(("path", "room", "batch"), [("on", 40, 1), ("off", 1, 4)])
+@pytest.mark.parametrize(("path", "limit", "batch"), [("on", 40, 1), ("off", 1, 4)])
 def test_out_of_memory_at_a_step_computes_it_again_in_portions_with_the_same_results(
-    tmp_path: Path, path: str, room: int, batch: int, capfd: Any
+    tmp_path: Path, path: str, limit: int, batch: int, capfd: Any
 ) -> None:
     shape = {"fast": path, "per_device_train_batch_size": batch}
     trainer = trainer_of(tmp_path / "a", **shape)
-    full = Full(trainer, room, from_step=2)
+    full = Full(trainer, limit, from_step=2)
     result = run(trainer)
     assert full.refused >= 1 and "step 2: out of memory; computed again" in capfd.readouterr().err
     assert {event["kind"] for event in events(trainer)} == {"memory"}
@@ -279,6 +279,6 @@ def test_a_dry_run_leaves_no_trace(tmp_path: Path, path: str, precision: str) ->
     assert torch.get_rng_state().equal(random)
     assert all(parameter.grad is None for parameter in tried.trainable)
     after = losses(run(tried))
-    untried = trainer_of(tmp_path / "b", precision, fast=path, lora_dropout=0.3)  # which seeds the generators anew
+    untried = trainer_of(tmp_path / "b", precision, fast=path, lora_dropout=0.3)  # which seeds the generators again
     assert after == losses(run(untried))
     assert same(weights_of(tried), weights_of(untried))

@@ -40,7 +40,7 @@ CHANGES: list[tuple[Damage, str]] = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, rows.jsonl, and out/ with a run that the door itself has made."""
+    """base/, rows.jsonl, and out/ with a run that the entry point itself has made."""
     place = tmp_path_factory.mktemp("trained")
     make_base(place / "base")
     (place / "rows.jsonl").write_text('{"prompt": "Hi", "completion": "Hello!"}\n', "utf-8")

@@ -60,10 +60,10 @@ class AtStart(TrainerCallback):
 
 @pytest.mark.parametrize("path", ["on", "off"])
 def test_before_the_first_step_on_a_16_bit_base_all_that_is_trained_is_fp32(tmp_path: Path, path: str) -> None:
-    def narrow(base: Any) -> None:
+    def to_bf16(base: Any) -> None:
         base.bfloat16()
 
-    trainer = trainer_of(tmp_path / "a", "bf16", change=narrow, fast=path, max_steps=1)
+    trainer = trainer_of(tmp_path / "a", "bf16", change=to_bf16, fast=path, max_steps=1)
     noted = AtStart(trainer)
     trainer.add_callback(noted)
     run(trainer)
