@@ -130,8 +130,11 @@ def samples(folder: str, machine: Machine) -> list[dict[str, Any]]:
     found = []
     for question in sample_questions(rows):
         messages = [dict(message) for message in question.messages]
-        answered = [side.chat_model.answer(messages, max_new_tokens=SAMPLE_TOKENS) for side in (base, adapted)]
-        found.append(question.as_sample(*answered))
+        from_base, from_adapter = (
+            side.chat_model.answer(messages, max_new_tokens=SAMPLE_TOKENS) for side in (base, adapted)
+        )
+        cut = [key for key, side in (("base", base), ("adapter", adapted)) if side.chat_model.cut_at]
+        found.append(question.as_sample(from_base, from_adapter, cut))
     return found
 
 

@@ -32,15 +32,17 @@ class SampleQuestion:
     messages: Sequence[Mapping[str, str]]
     reference: str = ""
 
-    def as_sample(self, base: str, adapter: str) -> dict[str, Any]:
+    def as_sample(self, base: str, adapter: str, cut: Sequence[str] = ()) -> dict[str, Any]:
         """An entry of "samples" in run_record.json: "prompt", "base", "adapter".
 
-        With a held-out row also its "reference" and, if the prompt is not its first message, the "earlier" ones.
+        With a held-out row also its "reference" and, if the prompt is not its first message, the "earlier" ones. `cut`
+        names the answers ("base", "adapter") that were cut off at SAMPLE_TOKENS.
         """
         *earlier, last = self.messages
         sample: dict[str, Any] = {"prompt": last["content"], "base": base, "adapter": adapter}
         sample.update({"reference": self.reference} if self.reference else {})
         sample.update({"earlier": [dict(message) for message in earlier]} if earlier else {})
+        sample.update({"cut": list(cut)} if cut else {})
         return sample
 
 
@@ -133,7 +135,8 @@ def answer_side_by_side(model: Any, tokenizer: Any, held_out: Sequence[Conversat
     samples = []
     for question, from_base in zip(questions, base_answers):
         from_adapter = _sample(adapted, question)
-        samples.append(question.as_sample(from_base[0], from_adapter[0]))
+        cut = [side for side, (_, note) in (("base", from_base), ("adapter", from_adapter)) if note]
+        samples.append(question.as_sample(from_base[0], from_adapter[0], cut))
         _print_sample(question, from_base, from_adapter)
     return samples
 

@@ -36,6 +36,7 @@ def test_held_out_rows_are_asked_for_their_longest_answer_with_what_stands_befor
     sample = question.as_sample("b", "a")
     assert (sample["prompt"], sample["reference"]) == ("How do I boil an egg?", "Eight minutes in hot water.")
     assert [turn["content"] for turn in sample["earlier"]] == ["Be kind", "Hi", "Hello!"]
+    assert "cut" not in sample and question.as_sample("b", "a", ["adapter"])["cut"] == ["adapter"]
 
 
 @pytest.mark.parametrize(("rows", "asked"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (90, [0, 22, 45, 67])])
@@ -52,13 +53,16 @@ def test_references_stand_beside_the_answers_on_the_terminal_in_the_record_and_o
     model, tokenizer = get_peft_model(make_model(), lora), make_tokenizer()
     held_out = [row("Hi", "Hello!", "And you?", "I am well, thank you."), row("Who?", "Me.")]
     samples = answer_side_by_side(model, tokenizer, held_out)
-    assert [list(one) for one in samples] == [
+    assert [[key for key in one if key != "cut"] for one in samples] == [
         ["prompt", "base", "adapter", "reference", "earlier"],
         ["prompt", "base", "adapter", "reference"],
     ]
     shown = capsys.readouterr().out
+    sides = [line for line in shown.splitlines() if line.startswith(("  base: ", "  adapter: "))]
+    noted = [line.split(":")[0].strip() for line in sides if line.endswith("(cut at 64 tokens)")]
+    assert [side for one in samples for side in one.get("cut", [])] == noted
     assert "prompt: And you? (after 2 messages)" in shown and "  reference: I am well, thank you.\n" in shown
     assert '- reference: "I am well, thank you."\n- base: ' in samples_on_the_card({"samples": samples})
     fixed = answer_side_by_side(model, tokenizer)
-    assert [list(one) for one in fixed] == [["prompt", "base", "adapter"]] * 4
+    assert [[key for key in one if key != "cut"] for one in fixed] == [["prompt", "base", "adapter"]] * 4
     assert "reference" not in capsys.readouterr().out
