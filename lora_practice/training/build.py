@@ -150,7 +150,8 @@ def announce(
     """The first lines of a run: device, precision, model, data, steps, expected time, memory and disk; and advice."""
     path = text("普通路径（TRL）", "plain path (TRL)")
     if trainer.engine is not None:
-        path = text(f"快速路径：{trainer.engine.ops.name}", f"fast path: {trainer.engine.ops.name}")
+        name = trainer.engine.ops.name
+        path = text(f"快速路径：{name.replace('compiled kernels', '编译好的内核')}", f"fast path: {name}")
     has_card = machine.facts.gpu or machine.facts.card_on_bus
     reason = machine.reason if has_card else ""  # that a machine without a card uses its CPU needs no reason
     # PiSSA and OLoRA need weights in fp32
