@@ -24,6 +24,7 @@ T = TypeVar("T")
 _GIVEN = "_given"
 _NO_VALUE: Any = object()  # what argparse stores for a flag whose value was left out
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+LONGEST_SHOWN = 200  # characters of a wrong value in a message
 
 
 def setting(
@@ -269,7 +270,8 @@ def _convert(raw: str, kind: Any, field: dataclasses.Field) -> Any:
 
 
 def _expected(field: dataclasses.Field, wanted: str, got: Any) -> str:
-    return text(f"--{field.name} 要的是{wanted}，得到 {got!r}", f"--{field.name} needs {wanted}, got {got!r}")
+    shown = repr(got) if len(repr(got)) <= LONGEST_SHOWN else repr(got)[:LONGEST_SHOWN] + "..."
+    return text(f"--{field.name} 要的是{wanted}，得到 {shown}", f"--{field.name} needs {wanted}, got {shown}")
 
 
 def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:

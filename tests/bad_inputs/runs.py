@@ -85,7 +85,11 @@ BAD_RUNS: list[Case] = [
     *BAD_RECORDS,
     ("other settings", edit(RECORD, settings={"lora_r": 7}), "lora_r: 7 -> 6"),
     ("a setting as text", edit(RECORD, settings={"max_length": "512"}), "max_length"),
-    ("a setting of lines", edit(RECORD, settings={"optim": "a\nError: all is well\x1b[2J" * 99}), "optim: a Error"),
+    (
+        "a setting of lines",
+        edit(RECORD, settings={"optim": "a\nError: all is well\x1b[2J" * 99}),
+        "got 'a\\nError: all",
+    ),
     ("a setting as an object", edit(RECORD, settings={"seed": {"a": [1]}}), "seed"),
     ("finished", edit(RECORD, status="finished", finished_at="2\nError: x", steps=["\x1b[2J"]), "a finished run"),
     ("manifest is no JSON", write(f"{CHECKPOINT}/{MANIFEST}", b"{"), "no whole checkpoint"),

@@ -9,7 +9,7 @@ from typing import Callable
 
 import pytest
 from bad_inputs import enter, refusal, snapshot
-from bad_inputs.folders import BAD_ADAPTERS, BAD_MODELS, MARKER, make_base, make_output
+from bad_inputs.folders import BAD_ADAPTERS, BAD_MODELS, MARKER
 from bad_inputs.runs import BAD_RECORDS, HOSTILE_PATTERNS
 
 from inference import main as infer
@@ -28,19 +28,9 @@ LOADING_TELLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def output(base: Path) -> Path:
-    return make_output(base.parent / "out", base)
-
-
 @pytest.fixture
-def copy(no_hub: None, output: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(output, tmp_path / "out"))
+def copy(no_hub: None, whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole / "out", tmp_path / "out"))
 
 
 def test_the_whole_folder_answers_and_merges(copy: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from bad_inputs import enter, put, refusal, snapshot
 from bad_inputs.files import BROKEN, UNUSABLE, Body
-from bad_inputs.folders import make_base
 from bad_inputs.rows import TABLE, A, U, chat
 from bad_inputs.settings import SEEN_LATER
 
@@ -20,11 +19,6 @@ from fine_tuning_practice import main as train
 
 ROWS = TABLE[::8]
 FILES = [case for i, case in enumerate([*BROKEN, *UNUSABLE]) if i % 6 == 0 or len(case[0]) > 255]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture

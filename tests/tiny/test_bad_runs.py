@@ -14,8 +14,6 @@ from bad_inputs.folders import (
     RECORD,
     edit,
     grow_tokenizer,
-    make_base,
-    make_output,
     tokenizer_with,
 )
 from bad_inputs.runs import BAD_RUNS, BAD_TARGETS, BAD_UPLOADS, CHECKPOINT, Damage, noted, stop
@@ -26,14 +24,6 @@ from lora_practice.cli import main as cli
 from lora_practice.run.folder import OutputFolder
 
 ROW = json.dumps({"prompt": "Hi", "completion": "Hello!"})
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, and a run on it."""
-    place = tmp_path_factory.mktemp("whole")
-    make_output(place / "out", make_base(place / "base"))
-    return place
 
 
 @pytest.fixture
@@ -51,6 +41,7 @@ def test_a_damaged_or_forged_run_is_not_resumed(
     damage(place / "out")
     before = snapshot(place)
     flags = ("--model_name", str(whole / "base"), "--dataset_path", "rows.jsonl", "--output_dir", "out", "--resume")
+    flags += ("--lora_r", "6")  # what the user names is compared with the record; the rest comes from there
     assert words in refusal(enter(train, capsys, *flags))
     assert snapshot(place) == before
 
@@ -81,9 +72,9 @@ def test_a_folder_that_must_not_be_sent_is_refused(
 
 @pytest.mark.parametrize("files", [[], {}, 3, {"README.md": [1]}, {"adapter_config.json": {"size": "x"}}, {"/": None}])
 def test_a_strange_manifest_does_not_stop_an_upload(files: object, place: Path, capsys: pytest.CaptureFixture) -> None:
-    """It goes along as the file that it is."""
+    """Where the checkpoint is to be sent, the manifest goes along as the file that it is."""
     noted(files)(place / "out")
-    said = enter(cli, capsys, "upload", "--local-dir", "out", "--dry-run")
+    said = enter(cli, capsys, "upload", "--local-dir", "out", "--dry-run", "--include", CHECKPOINT)
     assert said.code == 0 and f"{CHECKPOINT}/checkpoint.json" in said.out
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from bad_inputs import enter, refusal
 from bad_inputs.book import PROVOKED, Place
-from bad_inputs.folders import make_base, make_output
 from hub_server import HubServer
 
 from lora_practice.cli import main as cli
@@ -24,14 +23,6 @@ BOTH = list(zip(TITLES["en"], TITLES["zh"]))
 def pattern(title: str) -> str:
     """A title as it stands in a line: `…` is anything."""
     return ".*?".join(re.escape(part) for part in title.split("…"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, and out/ with a run on it."""
-    place = tmp_path_factory.mktemp("whole")
-    make_output(place / "out", make_base(place / "base"))
-    return place
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import enter, refusal
-from bad_inputs.folders import make_base
 from hub_server import HubServer
 
 from fine_tuning_practice import main as train
@@ -23,11 +22,6 @@ TOKEN = "hf_" + "kXr7" * 8 + "Qz"
 ODD = "no-pattern-knows-this-token"
 ROW = json.dumps({"prompt": f"my token is {TOKEN}", "completion": f"so it is {TOKEN}"}) + "\n"
 posix = pytest.mark.skipif(os.name == "nt", reason="rights of files are those of POSIX")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture
