@@ -48,7 +48,11 @@ def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings
     if then is None:  # an older record does not tell them
         then = [name for name, value in before.items() if name in defaults and value != defaults[name]]
     again = [name for name in then if name in before and name in defaults and name not in {*given, *ASKED_ONCE}]
-    return with_given(settings, given.union(again), **{name: before[name] for name in again})
+    try:
+        return with_given(settings, given.union(again), **{name: before[name] for name in again})
+    except UserError as error:
+        place = f"{vars(settings)['output_dir']}/run_record.json"
+        raise UserError(error.what, place, error.fix) from error
 
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
