@@ -32,8 +32,7 @@ python scripts/first_run_page.py {folder}
 
 内置模型，全部 {read} 段不重复的内置对话，其中 {held_out} 段作验证集，不参与训练：\
 {trained} 行、{tokens} token（训练其中 {trained_tokens} 个），{steps} 步，\
-{seconds} 秒，{speed} token/s，内存峰值 {memory} MB（{cpu}，{cores} 核，{precision}）。\
-时间取决于机器同时在忙什么：空闲时，同样的训练用了 140 秒，352 token/s。
+{seconds} 秒，{speed} token/s，内存峰值 {memory} MB（{cpu}，{cores} 核，{precision}）。
 
 ![这次训练的报告](images/first-run.png)
 
@@ -47,8 +46,8 @@ python scripts/first_run_page.py {folder}
 
 ## 前后的回答
 
-底座答得长、自说自话；微调后像数据里那样短短一句。135M 的模型只训练了几分钟：学到的是说话的样子，不是知识。\
-每个回答最多 {limit} 个 token，更长的在那里截断。
+问的是验证集里的四段对话，训练没有用到它们；“参考”是数据里原来的回答。微调后的回答更像数据里的：短，语气相近。\
+135M 的模型只训练了几分钟：学到的是说话的方式，不是知识，所以仍会答错。每个回答最多 {limit} 个 token，更长的在那里截断。
 
 {answers}
 """
@@ -63,8 +62,7 @@ python scripts/first_run_page.py {folder}
 
 The embedded model on all {read} distinct embedded conversations, {held_out} of them held out:
 {trained} rows, {tokens} tokens ({trained_tokens} trained), {steps} steps in {seconds} s, {speed} tokens/s, peak memory
-{memory} MB ({cpu}, {cores} cores, {precision}). Time depends on what else the machine is doing: with nothing else,
-the same training took 140 s, 352 tokens/s.
+{memory} MB ({cpu}, {cores} cores, {precision}).
 
 ![the report of this run](images/first-run.en.png)
 
@@ -78,8 +76,9 @@ Validation loss: {before} before, {after} after (nats per trained token).
 
 ## Answers before and after
 
-The base rambles; the adapter answers in one short line, as the data does. A 135M model that trained for minutes has
-learned a manner of speaking, not knowledge. An answer has {limit} tokens at most: a longer one is cut there.
+The questions are from four held-out conversations, which training never saw; the reference is the answer in the data.
+The adapter answers more like the data: briefly, in its tone. A 135M model that trained for minutes has learned a manner
+of speaking, not knowledge, and is still often wrong. An answer has {limit} tokens at most: a longer one is cut there.
 
 {answers}
 """
