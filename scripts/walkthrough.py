@@ -57,7 +57,8 @@ def output_of(commands: str, place: Path, language: str) -> str:
     """
     both: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     env = environment(place, language)
-    done = subprocess.run(["bash", "-ec", commands], cwd=place, env=env, text=True, encoding="utf-8", **both)
+    shell = shutil.which("bash") or "/bin/bash"
+    done = subprocess.run([shell, "-ec", commands], cwd=place, env=env, text=True, encoding="utf-8", **both)
     if done.returncode != EXIT_CODES.get(commands, 0):
         raise SystemExit(f"{commands}\n{done.stdout}")
     shown = done.stdout.replace(str(place), "~/lora-finetune-practice").replace(str(Path.home()), "~")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.data.prepare import PreparedData, prepare
 from lora_practice.data.tokenization import Example
 from lora_practice.sources import embedded
-from lora_practice.sources.find import Source
+from lora_practice.sources.find import SHIPPED, Source
 from lora_practice.storage.json_files import RECORD
 
 
@@ -48,11 +48,19 @@ def prepare_again(record: Mapping[str, Any], tokenizer: Any, where: str) -> Prep
         what = text("这次训练没有验证集", "this run held no rows out")
         fix = text("训练时加 --eval_subset_size 100", "train with --eval_subset_size 100")
         raise UserError(what, where, fix)
-    prepared = prepare(_source(data), data.get("subset"), tokenizer, _recorded(settings, where))
+    prepared = prepare(_source(data), _subset(settings, data), tokenizer, _recorded(settings, where))
     if prepared.facts["fingerprint"] != data.get("fingerprint"):
         what = text("数据和训练时不一样了，分不出验证集", "the data is not what it was: held-out rows cannot be told")
         raise UserError(what, str(data.get("name", "")), text("恢复训练时的数据", "bring the data back"))
     return prepared
+
+
+def _subset(settings: Mapping[str, Any], data: Mapping[str, Any]) -> Optional[str]:
+    """The Hub data set's configuration; of a record that is too old to tell, the default one with its own data set."""
+    if "subset" in data:
+        return data["subset"]
+    name = settings.get("dataset_name")
+    return name if name != SHIPPED["dataset_name"] or data.get("name") == SHIPPED["dataset_path"] else None
 
 
 def _recorded(settings: Mapping[str, Any], where: str) -> RecordedDataSettings:

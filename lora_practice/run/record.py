@@ -85,6 +85,7 @@ def how_to_resume(record: dict[str, Any]) -> str:
     """The last lines of an interrupted run: the step that was saved and the command that resumes it."""
     folder = record["settings"]["output_dir"]
     place = [] if folder == DEFAULT_OUTPUT_DIR else ["--output_dir", folder]
+    place += ["--skip_login"] if record["settings"].get("skip_login") else []
     command = _runnable(shlex.join([*_command("fine_tuning_practice.py", "train"), *place, "--resume"]))
     return text(
         f"已保存第 {record['steps']} 步的检查点。继续训练：\n  {command}",

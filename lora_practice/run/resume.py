@@ -45,7 +45,9 @@ def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings
     before, given = {**LATER, **(record.get("settings") or {})}, given_as_flags(settings)
     defaults = vars(type(settings)())
     then = record.get("given")
-    if then is None:  # an older record does not tell them
+    if not isinstance(then, list) or not all(
+        isinstance(name, str) for name in then
+    ):  # an older record does not tell them
         then = [name for name, value in before.items() if name in defaults and value != defaults[name]]
     again = [name for name in then if name in before and name in defaults and name not in {*given, *ASKED_ONCE}]
     try:

@@ -69,8 +69,8 @@ def let_waiting_threads_sleep() -> None:
 
     libgomp, which torch and the kernels share on Linux, reads it once, when torch is imported. By default its threads
     spin for milliseconds. Beside another busy program they burn the very time that the thread they wait for needs:
-    training takes two to nine times longer. A spin of about a microsecond keeps the speed of a quiet machine;
-    OMP_WAIT_POLICY=PASSIVE, no spin at all, costs it a tenth (`python -m bench.busy`, docs/performance.md).
+    training takes two to nine times longer. A short spin, some tens of microseconds, loses little on a quiet machine
+    (1 to 13 % in the runs measured) and most of the harm on a busy one (`python -m bench.busy`, docs/performance.md).
     """
     if not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -105,7 +105,8 @@ def find_sources(settings: SourceSettings, named: Set[str], resumed: Mapping[str
         if source.note:
             tell(source.note)
     # the default subset belongs to the default data set
-    subset = settings.dataset_name if "dataset_name" in named or "dataset_path" not in named else None
+    meant = data.kind == "hub" and ("dataset_name" in named or "dataset_path" not in named)
+    subset = settings.dataset_name if meant else None
     return RunSources(model, data, subset, fetched_mb(model, started) + fetched_mb(data, started))
 
 

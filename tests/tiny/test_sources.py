@@ -203,7 +203,7 @@ def test_the_defaults_of_a_run_are_stood_in_for_and_that_is_said(stand_in: Path,
 @pytest.mark.parametrize(
     ("named", "subset"),
     [
-        (set(), SHIPPED["dataset_name"]),
+        (set(), None),  # the embedded data has no configurations
         ({"dataset_path"}, None),  # the default subset belongs to the default data set
         ({"dataset_path", "dataset_name"}, SHIPPED["dataset_name"]),  # the same word, but meant
     ],
@@ -249,6 +249,10 @@ def test_held_out_rows_are_read_from_the_subset_that_the_run_trained_on(
     found = held_out.held_out_rows({"settings": asdict(settings), "data": noted}, tokenizer, "out")
     assert asked == [("someone/else", SHIPPED["dataset_name"])] * 2
     assert [row.input_ids for row in found] == [row.input_ids for row in trained.held_out]
+    # an older record does not tell: the default subset belongs to the default data set
+    old = {"dataset_name": SHIPPED["dataset_name"]}
+    assert held_out._subset(old, {"name": DATASET}) == SHIPPED["dataset_name"]
+    assert held_out._subset(old, {"name": "someone/else"}) is None
 
 
 LOAD = """
