@@ -83,8 +83,8 @@ BAD_RECORDS: list[Case] = [
 # of a run that is to be resumed
 BAD_RUNS: list[Case] = [
     *BAD_RECORDS,
-    ("given flags that are a number", edit(RECORD, given=5, settings={"lora_r": "x"}), "--lora_r"),
-    ("given flags that are objects", edit(RECORD, given=[{"a": 1}], settings={"lora_r": "x"}), "--lora_r"),
+    ("given flags that are a number", edit(RECORD, given=5, settings={"lora_r": "x"}), "lora_r: x -> 6"),
+    ("given flags that are objects", edit(RECORD, given=[{"a": 1}], settings={"lora_r": "x"}), "lora_r: x -> 6"),
     ("other settings", edit(RECORD, settings={"lora_r": 7}), "lora_r: 7 -> 6"),
     ("a setting as text", edit(RECORD, settings={"max_length": "512"}), "max_length"),
     (
