@@ -184,6 +184,9 @@ def merge(folder: Folder = DEFAULT_FOLDER, overwrite: OverwriteMerged = False) -
 )
 def inspect(folder: Folder = DEFAULT_FOLDER, json: Json = False) -> None:
     """Print what FOLDER holds and what it can be used for."""
+    from lora_practice.sources.environment import prepare_environment
+
+    prepare_environment()  # caches and language may stand in .env
     _check_trained(folder)
     from lora_practice.report.checks import check_folder
     from lora_practice.report.folder_text import verdict_as_json, verdict_lines
@@ -196,6 +199,9 @@ def inspect(folder: Folder = DEFAULT_FOLDER, json: Json = False) -> None:
 @command("一页看懂一次训练：写出 文件夹/report.html", "a run on one page: writes FOLDER/report.html")
 def report(folder: Folder = DEFAULT_FOLDER, answers: Answers = False) -> None:
     """Write FOLDER/report.html and FOLDER/curves.png."""
+    from lora_practice.sources.environment import prepare_environment
+
+    prepare_environment()  # caches and language may stand in .env
     _check_trained(folder)
     from fine_tuning_practice import TrainSettings
     from lora_practice.console.settings import reasons

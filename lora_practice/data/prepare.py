@@ -136,7 +136,7 @@ def hold_out(rows: Iterable[Conversation], count: int, seed: int) -> tuple[Itera
     return kept, [found[i] for i in sorted(drawn)]
 
 
-def _open(source: Source, config: Optional[str]) -> Iterable[Any]:
+def _open(source: Source, config: Optional[str]) -> Iterable[conversations.Outcome]:
     if source.kind == "hub":
         return conversations.read_dataset(load_hub_rows(source, config), source.name)
     assert source.path is not None
