@@ -61,7 +61,8 @@ def data_name(record: Mapping[str, Any]) -> str:
     data = record.get("data") or {}
     name = str(data.get("name") or "?").partition("==")[0]
     if data.get("kind") == "hub":
-        subset = (record.get("settings") or {}).get("dataset_name")
+        older = (record.get("settings") or {}).get("dataset_name")  # a record that does not tell the subset
+        subset = data.get("subset", older)
         return f"{name.rpartition('/')[2]}/{subset}" if subset else name.rpartition("/")[2]
     return PureWindowsPath(name).name if "\\" in name else PurePosixPath(name).name
 
