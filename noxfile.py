@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import nox
@@ -23,11 +24,14 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # also where CI is set
 
 # pyenv's python3.9 answers only where 3.9 is among the versions in use: let all be, the one that runs this first
-PYENV = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
-if PYENV.is_dir():
-    names = sorted(one.name for one in PYENV.iterdir())
+PYENV = (
+    os.environ.get("PYENV_ROOT") or Path(shutil.which("pyenv") or Path.home() / ".pyenv" / "bin" / "pyenv").parents[1]
+)
+VERSIONS = Path(PYENV) / "versions"
+if VERSIONS.is_dir():
+    names = sorted(one.name for one in VERSIONS.iterdir())
     os.environ["PYENV_VERSION"] = ":".join(sorted(names, key=lambda name: name != platform.python_version()))
-    os.environ["PYENV_ROOT"] = str(PYENV.parent)
+    os.environ["PYENV_ROOT"] = str(VERSIONS.parent)
 
 
 def install(session: nox.Session, stack: str, extras: str, *others: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,11 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 CGROUPS = "/sys/fs/cgroup"
-# of cgroup v2 and v1: hierarchy, files of limit and usage, and the key in memory.stat of cached files, which count as
-# used but are given up when memory is needed
+# of cgroup v2 and v1: hierarchy, files of limit and usage, and the keys in memory.stat of cached files (on two lists)
+# and of those that are mapped
 _FILES = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("", "memory.max", "memory.current", ("inactive_file", "active_file", "file_mapped")),
+    (
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file", "total_mapped_file"),
+    ),
 )
 
 
@@ -78,7 +82,7 @@ def group_folders(kind: str) -> Iterator[str]:
 
 def group_limits() -> Iterator[tuple[int, int]]:
     """(memory limit, what is left of it) in bytes for each control group around this process that has one."""
-    for kind, limit_name, used_name, cached_key in _FILES:
+    for kind, limit_name, used_name, keys in _FILES:
         for folder in group_folders(kind):
             limit, used = (
                 read_system_file(f"{folder}/{limit_name}").strip(),
@@ -86,8 +90,17 @@ def group_limits() -> Iterator[tuple[int, int]]:
             )
             if not (limit.isdigit() and used.isdigit()) or int(limit) >= 1 << 60:  # v1's "no limit": a huge number
                 continue
-            cached = re.search(rf"^{cached_key} (\d+)$", read_system_file(f"{folder}/memory.stat"), re.MULTILINE)
-            yield int(limit), int(limit) - int(used) + (int(cached.group(1)) if cached else 0)
+            yield int(limit), int(limit) - int(used) + _cached_files(read_system_file(f"{folder}/memory.stat"), *keys)
+
+
+def _cached_files(stat: str, inactive_key: str, active_key: str, mapped_key: str) -> int:
+    """Bytes of cached files, which count as used but are given up when memory is needed.
+
+    A file just downloaded or converted lies on the active list. Mapped ones (libraries) are needed again at once.
+    """
+    values = dict(line.split()[:2] for line in stat.splitlines() if len(line.split()) > 1)
+    inactive, active, mapped = (int(values.get(key, 0)) for key in (inactive_key, active_key, mapped_key))
+    return max(inactive, inactive + active - mapped)
 
 
 class PeakMemory:

@@ -56,6 +56,13 @@ def test_an_old_containers_cores(monkeypatch: pytest.MonkeyPatch, quota: str, co
         (f"{4 * GB}\n", f"{GB}\n", {}, (4 * GB, 3 * GB, 4 * GB)),
         # cached files give way
         (f"{4 * GB}", f"{4 * GB}", {"memory.stat": f"anon 1\ninactive_file {2 * GB}\n"}, (4 * GB, 2 * GB, 4 * GB)),
+        # those read twice too, as after a download, but not mapped libraries
+        (
+            f"{4 * GB}",
+            f"{4 * GB}",
+            {"memory.stat": f"inactive_file {GB}\nactive_file {3 * GB}\nfile_mapped {GB}\n"},
+            (4 * GB, 3 * GB, 4 * GB),
+        ),
         ("max", f"{GB}", {}, (16 * GB, 8 * GB, 0)),
         (f"{100 * GB}", "0", {}, (16 * GB, 8 * GB, 0)),
         (f"{GB}", f"{2 * GB}", {}, (GB, 0, GB)),
@@ -73,6 +80,9 @@ def test_an_old_containers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"limit_in_bytes": f"{2 * GB}", "usage_in_bytes": f"{GB}", "stat": f"total_inactive_file {GB // 2}\n"}
     pretend(monkeypatch, {f"{ROOT}/memory/memory.{name}": content for name, content in files.items()})
     assert memory.memory_state() == (2 * GB, 3 * GB // 2, 2 * GB, 0)
+    files["stat"] += f"total_active_file {GB // 4}\ntotal_mapped_file {GB // 8}\n"
+    pretend(monkeypatch, {f"{ROOT}/memory/memory.{name}": content for name, content in files.items()})
+    assert memory.memory_state() == (2 * GB, GB + GB // 2 + GB // 8, 2 * GB, 0)
     pretend(monkeypatch, {f"{ROOT}/memory/memory.limit_in_bytes": "9223372036854771712"})
     assert memory.memory_state() == (16 * GB, 8 * GB, 0, 0)
 
