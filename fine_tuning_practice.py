@@ -33,6 +33,7 @@ from lora_practice.run.record import farewell, how_to_resume, starting_record
 from lora_practice.run.resume import check_same_base, check_same_data, note_files, settings_as_begun
 from lora_practice.sources.environment import leave_launcher, prepare_environment
 from lora_practice.sources.find import SHIPPED, find_sources
+from lora_practice.training.settings import DEFAULT_LOGGING_STEPS
 
 
 @dataclass
@@ -293,7 +294,7 @@ class TrainSettings:
         "where not even one row fits, max_length may be lowered",
     )
     logging_steps: int = setting(
-        10,
+        DEFAULT_LOGGING_STEPS,
         "每多少步记录一次 loss；不指定时，不到 200 步的训练每步都记",
         "steps between logged losses; unless it is given, a run below 200 steps logs each of them",
         minimum=1,

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from trl import SFTConfig, SFTTrainer
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 24
-SEED, MAX_LENGTH, IGNORED = 42, 512, -100
+SEED, MAX_LENGTH, IGNORE_INDEX = 42, 512, -100
 OUTPUT = Path("outputs/minimal")
 CACHE = os.environ.get("LORA_PRACTICE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lora-practice"
 MODEL = Path(CACHE).expanduser() / "SmolLM2-135M-Instruct-q4_1-1"
@@ -49,7 +49,7 @@ def tokenize(messages: list[dict[str, str]]) -> dict[str, list[int]]:
     for text, trained in [*pieces, (whole[done:], False)]:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += tokens
-        labels += tokens if trained else [IGNORED] * len(tokens)
+        labels += tokens if trained else [IGNORE_INDEX] * len(tokens)
     return {"input_ids": ids[:MAX_LENGTH], "labels": labels[:MAX_LENGTH]}
 
 
@@ -83,7 +83,7 @@ arguments = SFTConfig(
     dataset_kwargs={"skip_prepare_dataset": True},  # the rows have their token ids and labels already
     remove_unused_columns=False,
 )
-collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)  # pads the rows of a batch to one length
+collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)  # pads the rows of a batch to one length
 trainer = SFTTrainer(model, arguments, data_collator=collator, train_dataset=dataset, processing_class=tokenizer)
 trainer.train()
 

@@ -20,7 +20,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.help import Section, default_note, help_page, shown_flag
 from lora_practice.console.text import text
 
-T = TypeVar("T")
+_Settings = TypeVar("_Settings")
 _GIVEN = "_given"
 _NO_VALUE: Any = object()  # what argparse stores for a flag whose value was left out
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -53,7 +53,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
+def parse(cls: type[_Settings], argv: Sequence[str] | None, prog: str, description: str) -> _Settings:
     """Read the flags of dataclass `cls`. All problems are gathered and raised once as a UserError."""
     parser = _build_parser(cls, prog, description)
     values, unknown = parser.parse_known_args(argv)
@@ -108,7 +108,7 @@ def given_as_flags(values: Any) -> frozenset[str]:
     return vars(values).get(_GIVEN, frozenset())
 
 
-def with_given(values: T, given: Set[str], **changed: Any) -> T:
+def with_given(values: _Settings, given: Set[str], **changed: Any) -> _Settings:
     """A copy with some values changed, in which the settings `given` count as given on the command line."""
     result = dataclasses.replace(values, **changed)  # type: ignore[type-var]
     validate(result)

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
+PAGE_COLUMNS = 80  # the width of a page of text; only a command or a path that does not fit is longer
 # one CJK character or a word, with the punctuation that must not begin (or end) a line
 _WORD = re.compile(r"(?:[（《]*[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[，。；：、）？！]*\s*|\s+")
 # a command up to the end of its clause, so that it is never copied in half

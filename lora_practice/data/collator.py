@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_practice.data.tokenization import IGNORED, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Example
 
 
 def pack_rows(examples: Iterable[Example], max_length: int) -> list[Example]:
@@ -33,7 +33,7 @@ def pack_rows(examples: Iterable[Example], max_length: int) -> list[Example]:
             rows.append(Example(ids, labels, tuple(lengths)))
             ids, labels, lengths = [], [], []
         ids = ids + example.input_ids
-        labels = [*labels, IGNORED, *example.labels[1:]]
+        labels = [*labels, IGNORE_INDEX, *example.labels[1:]]
         lengths.append(len(example.input_ids))
     if ids:
         rows.append(Example(ids, labels, tuple(lengths)))
@@ -58,7 +58,7 @@ class Collator:
         longest = max(len(row["input_ids"]) for row in rows)
         shape = (len(rows), longest)
         input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORED)
+        labels = torch.full(shape, IGNORE_INDEX)
         mask = torch.zeros(shape, dtype=torch.long)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])

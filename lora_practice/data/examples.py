@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_practice.data.tokenization import IGNORED, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Example
 
 
 class Examples(Sequence[Example]):
@@ -43,7 +43,7 @@ class Examples(Sequence[Example]):
         """Number of tokens that have a loss: labelled, and not the first of their row."""
         import numpy as np
 
-        labelled = np.frombuffer(self.labels, dtype=np.int32) != IGNORED
+        labelled = np.frombuffer(self.labels, dtype=np.int32) != IGNORE_INDEX
         firsts = labelled[np.frombuffer(self.starts, dtype=np.int32)[:-1]]
         return int(labelled.sum() - firsts.sum())
 

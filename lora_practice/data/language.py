@@ -19,9 +19,9 @@ from lora_practice.data.conversations import Conversation
 
 # kana, Han (with extension A and the compatibility block), Hangul syllables
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
-SAMPLED_ROWS, SAMPLED_CHARACTERS = 2000, 200  # rows looked at, and characters of each
+SAMPLED_ANSWERS, SAMPLED_CHARACTERS = 2000, 200  # answers looked at, and characters of each
 LEAST_SHARE = 0.1  # CJK characters among all of the answers
-MOST_TOKENS = 1.5  # per CJK character; above it most characters have no token of their own
+MOST_TOKENS_PER_CHARACTER = 1.5  # of CJK; above it most characters have no token of their own
 
 
 class AnswerLanguage:
@@ -32,9 +32,9 @@ class AnswerLanguage:
         self.cjk: list[str] = []
 
     def watch(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-        """Yield the same conversations; the first SAMPLED_ROWS are sampled."""
+        """Yield the same conversations; the first SAMPLED_ANSWERS are sampled."""
         for conversation in conversations:
-            if self.rows < SAMPLED_ROWS:
+            if self.rows < SAMPLED_ANSWERS:
                 self._sample(conversation)
             yield conversation
 
@@ -51,7 +51,7 @@ class AnswerLanguage:
         if not found or found < LEAST_SHARE * self.characters:
             return ""
         tokens = sum(map(len, token_ids_of(tokenizer, self.cjk)))
-        if tokens <= MOST_TOKENS * found:
+        if tokens <= MOST_TOKENS_PER_CHARACTER * found:
             return ""
         share, each = found / self.characters, tokens / found
         other_base = "--model_name Qwen/Qwen2.5-0.5B"

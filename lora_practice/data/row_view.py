@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lora_practice.data.tokenization import IGNORED, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Example
 
-MOST_TOKENS = 64  # in one piece: undecodable bytes would otherwise be gathered without end
+MOST_TOKENS_PER_PIECE = 64  # in one piece: undecodable bytes would otherwise be gathered without end
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def row_pieces(tokenizer: Any, example: Example) -> Iterator[Piece]:
         previous = start = 0  # ids[previous:start] is the piece before, ids[start:end] the next one
         for end in range(1, len(ids) + 1):
             decoded = _decode(tokenizer, ids[previous:end])
-            if decoded.endswith("\ufffd") and end < len(ids) and end - start < MOST_TOKENS:
+            if decoded.endswith("\ufffd") and end < len(ids) and end - start < MOST_TOKENS_PER_PIECE:
                 continue  # the bytes of a character are still incomplete
             before = _decode(tokenizer, ids[previous:start])
             yield Piece(decoded[len(before) :], trained, end - start)
@@ -47,7 +47,7 @@ def row_pieces(tokenizer: Any, example: Example) -> Iterator[Piece]:
 def _runs(example: Example) -> Iterator[tuple[list[int], bool]]:
     """(token ids, trained) of each longest stretch of tokens that are all trained or all not."""
     labelled = zip(example.input_ids, example.labels)
-    for trained, run in itertools.groupby(labelled, lambda pair: pair[1] != IGNORED):
+    for trained, run in itertools.groupby(labelled, lambda pair: pair[1] != IGNORE_INDEX):
         yield [token for token, _ in run], trained
 
 

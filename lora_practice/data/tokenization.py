@@ -18,7 +18,7 @@ from lora_practice.console.text import counted, text
 from lora_practice.data.chat_template import answer_tail, end_of_turn, render, token_ids_of
 from lora_practice.data.conversations import Conversation
 
-IGNORED = -100
+IGNORE_INDEX = -100  # the label of a token that is not trained: the `ignore_index` of cross-entropy in PyTorch
 ROWS_AT_ONCE = 512  # rows tokenised in one call: memory stays flat, the tokenizer's own threads are busy
 CHUNK_CHARACTERS = 4_000_000  # in one call; fewer rows when they are long
 CHARACTERS_PER_TOKEN = 64  # far above the usual 4: decides how much of a long text is tokenised at first
@@ -167,7 +167,7 @@ class Encoder:
     def _join(self, parts: list[tuple[list[int], bool]], origin: str) -> Optional[Example]:
         input_ids = [token for ids, _ in parts for token in ids]
         everything = not self.assistant_only
-        labels = [token if trained or everything else IGNORED for ids, trained in parts for token in ids]
+        labels = [token if trained or everything else IGNORE_INDEX for ids, trained in parts for token in ids]
         length = answered = 0  # tokens up to here, and up to the end of the last answer
         for ids, trained in parts:
             length += len(ids)
@@ -197,7 +197,7 @@ def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 
 def count_trained(labels: list[int]) -> int:
     """Number of tokens that have a loss; the first token of a row has none, since none precedes it."""
-    return sum(label != IGNORED for label in labels[1:])
+    return sum(label != IGNORE_INDEX for label in labels[1:])
 
 
 def _unstable_template(origin: str) -> UserError:

@@ -104,7 +104,7 @@ def write_adapter(folder: Path, config: dict[str, Any], target: Path) -> None:
     lora = adapter_config.read_adapter_config(folder)
     problem = adapter_problem(lora)
     if problem:
-        raise UserError(problem, str(folder / adapter_config.CONFIG))
+        raise UserError(problem, str(folder / adapter_config.ADAPTER_CONFIG))
     writer = gguf.GGUFWriter(target, config["model_type"])
     writer.add_type("adapter")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)

@@ -16,7 +16,7 @@ from lora_practice.console.text import text
 from lora_practice.inference.chat_model import stop_ids
 from lora_practice.inference.load import find_base, folder_source, tokenizer_for, with_adapter
 from lora_practice.model import adapter_files
-from lora_practice.model.adapter_config import CONFIG
+from lora_practice.model.adapter_config import ADAPTER_CONFIG
 from lora_practice.model.load import load_base
 from lora_practice.storage.disk import staging
 from lora_practice.storage.safetensors_header import stored_dtype
@@ -83,7 +83,7 @@ def merge_sentence(target: Path, difference: float) -> str:
 
 def check_has_adapter(folder: Path) -> None:
     """UserError if there is no adapter in `folder`."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(text("这里没有适配器", "no adapter here"), where=str(folder))
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, Optional
 import torch
 
 IdsAndLabels = tuple[Sequence[int], Sequence[int]]
-IGNORE_INDEX = -100  # label of a token that is not trained
+_IGNORE_INDEX = -100  # label of a token that is not trained; of its own, since this wing imports no other
 BLOCK_ROWS = 128  # query rows of one attention block
 MAX_PIECES = 8  # of one run, see `flat_runs`
 
@@ -138,7 +138,7 @@ class _Trie:
             self.positions.append(position)
         if len(self.ids) > first:
             self.runs.append(Run(path, first, len(self.ids)))
-        self.labels += [(row, label) for row, label in zip(rows, labels) if label != IGNORE_INDEX]
+        self.labels += [(row, label) for row, label in zip(rows, labels) if label != _IGNORE_INDEX]
 
     def plan(self) -> MicroBatchPlan:
         """The micro-batch of all examples added so far."""
@@ -159,7 +159,7 @@ class _Trie:
 
 def count_labels(examples: Sequence[IdsAndLabels]) -> int:
     """Number of trained tokens after the causal shift: the first label of an example has no row before it."""
-    return sum(sum(label != IGNORE_INDEX for label in labels[1:]) for _, labels in examples)
+    return sum(sum(label != _IGNORE_INDEX for label in labels[1:]) for _, labels in examples)
 
 
 def rows_and_targets(example: IdsAndLabels) -> tuple[list[int], list[int]]:
@@ -172,7 +172,7 @@ def rows_and_targets(example: IdsAndLabels) -> tuple[list[int], list[int]]:
     if len(ids) != len(labels):
         raise ValueError(f"input_ids has {len(ids)} tokens, labels has {len(labels)}")
     targets = labels[1:]
-    while targets and targets[-1] == IGNORE_INDEX:
+    while targets and targets[-1] == _IGNORE_INDEX:
         targets.pop()
     return ids[: len(targets)], targets
 

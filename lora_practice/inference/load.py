@@ -12,7 +12,7 @@ from lora_practice.console.text import tell, text
 from lora_practice.inference.chat_model import ChatModel, as_chat_model, decoder_of
 from lora_practice.machine.device import Machine, fits_in_fp32
 from lora_practice.model import adapter_config, adapter_files
-from lora_practice.model.adapter_config import ADAPTER_WEIGHTS, CONFIG
+from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes
 from lora_practice.run.folder import checkpoints
 from lora_practice.run.resume import another_base
@@ -40,7 +40,7 @@ def load_chat_model(
         UserError: no such folder, neither adapter nor model in it, or its base cannot be found.
     """
     folder = _local_folder(model_dir)
-    base = find_base(folder, base_model) if (folder / CONFIG).is_file() else None  # None: a whole model
+    base = find_base(folder, base_model) if (folder / ADAPTER_CONFIG).is_file() else None  # None: a whole model
     source = base or folder_source(folder)
     is_cpu = machine.device == "cpu"
     dtype = "stored" if is_cpu else machine.precision
@@ -122,8 +122,8 @@ def find_base(folder: Path, base_model: Optional[str] = None) -> Source:
 def _local_folder(model_dir: str) -> Path:
     folder = expand_home(model_dir)
     if folder.is_dir():
-        if not (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-            zh, en = f"里面没有训练好的模型（没有 {CONFIG}）", f"no trained model here (no {CONFIG})"
+        if not (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            zh, en = f"里面没有训练好的模型（没有 {ADAPTER_CONFIG}）", f"no trained model here (no {ADAPTER_CONFIG})"
             fix = text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py")
             if saved := checkpoints(folder):
                 fix = text(f"训练还没完成，可以先用 {saved[-1]}", f"the run is unfinished; try {saved[-1]}")

@@ -13,7 +13,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.storage.json_files import read_object
 
-CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the two files of an adapter
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the two files of an adapter
 LARGEST_RANK = 65_536
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights that change the base
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -30,11 +30,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         UserError: it cannot be read, is no LoRA adapter's, has impossible values, or names code to import.
     """
     try:
-        config = read_object(folder / CONFIG)
+        config = read_object(folder / ADAPTER_CONFIG)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            text(f"{CONFIG} 读不了：{reason}", f"{CONFIG} cannot be read: {reason}"), str(folder)
+            text(f"{ADAPTER_CONFIG} 读不了：{reason}", f"{ADAPTER_CONFIG} cannot be read: {reason}"), str(folder)
         ) from error
     kind, rank, alpha = config.get("peft_type"), config.get("r"), config.get("lora_alpha", 8)
     # PEFT imports what these two name
@@ -56,7 +56,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         problem = text(f"{not_names} 不是层名和数字的表", f"{not_names} is no table of layers and numbers")
     if problem:
         fix = text("这里只用训练脚本写出的 LoRA 适配器", "use a LoRA adapter such as the training script writes")
-        raise UserError(problem, str(folder / CONFIG), fix)
+        raise UserError(problem, str(folder / ADAPTER_CONFIG), fix)
     return config
 
 
@@ -86,7 +86,7 @@ def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
     named = read_adapter_config(folder).get("base_model_name_or_path")
     fix = text("用 --base_model 指定底座", "name the base with --base_model")
     if not isinstance(named, str) or not named:
-        raise UserError(text("适配器没有写明底座", "the adapter names no base"), str(folder / CONFIG), fix)
+        raise UserError(text("适配器没有写明底座", "the adapter names no base"), str(folder / ADAPTER_CONFIG), fix)
     known = [name for name in map(trained_on.get, ("name", "path", "hub_id")) if isinstance(name, str) and name]
     shown = repr(named if len(named) < 100 else named[:100] + "...")
     if known and last_part(named) not in map(last_part, known):
@@ -94,14 +94,14 @@ def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
             f"底座写的是 {shown}，记录里却是 {known[0][:100]!r}",
             f"the base is {shown} here and {known[0][:100]!r} in run_record.json",
         )
-        raise UserError(what, str(folder / CONFIG), fix)
+        raise UserError(what, str(folder / ADAPTER_CONFIG), fix)
     is_download = folder.parent.name == "snapshots"  # a folder of the Hub's cache
     trusted = last_part(named) == own or (named in known and not is_download)
     if not HUB_NAME.fullmatch(named) and not trusted:
         what = text(
             f"底座 {shown} 不是 Hub 上的名字，不去读它", f"its base {shown} is no name on the Hub: it is not read"
         )
-        raise UserError(what, str(folder / CONFIG), fix)
+        raise UserError(what, str(folder / ADAPTER_CONFIG), fix)
     return named
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.model import pissa
-from lora_practice.model.adapter_config import ADAPTER_WEIGHTS, CONFIG
+from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
@@ -22,9 +22,9 @@ def save(model: Any, tokenizer: Any, training_args: Any, folder: Path) -> None:
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     pissa.save_as_lora(model, folder)
     (folder / "README.md").unlink()  # PEFT's empty template; the model card is written when the run is finished
-    config = _read_json(folder / CONFIG)
+    config = _read_json(folder / ADAPTER_CONFIG)
     if isinstance(config.get("target_modules"), list):  # PEFT writes a set, in another order each time
-        _write_json(folder / CONFIG, {**config, "target_modules": sorted(config["target_modules"])})
+        _write_json(folder / ADAPTER_CONFIG, {**config, "target_modules": sorted(config["target_modules"])})
     save_tokenizer(tokenizer, folder)
     torch.save(training_args, folder / "training_args.bin")
     give_umask_rights(folder)
@@ -89,7 +89,7 @@ def check_modules(model: Any, config: dict[str, Any], folder: Path) -> None:
                 f"modules_to_save 里的 {wanted[:60]!r} 在底座里没有",
                 f"modules_to_save names {wanted[:60]!r}, which the base lacks",
             )
-            raise UserError(what, str(folder / CONFIG))
+            raise UserError(what, str(folder / ADAPTER_CONFIG))
 
 
 def _check_rank(config: dict[str, Any], folder: Path) -> None:
@@ -106,7 +106,7 @@ def _check_rank(config: dict[str, Any], folder: Path) -> None:
         what = text(
             f"秩 r 写的是 {wanted}，权重的秩却是 {max(ranks)}", f"r is {wanted}, but its weights have rank {max(ranks)}"
         )
-        raise UserError(what, str(folder / CONFIG))
+        raise UserError(what, str(folder / ADAPTER_CONFIG))
 
 
 def misfit(model: Any, folder: Path) -> str:

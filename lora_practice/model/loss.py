@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lora_practice.data.tokenization import IGNORED, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Example
 
 
 def mean_loss(model: Any, rows: Sequence[Example]) -> float:
@@ -20,8 +20,10 @@ def mean_loss(model: Any, rows: Sequence[Example]) -> float:
             ids = torch.tensor([row.input_ids], device=model.device)
             labels = torch.tensor(row.labels[1:])
             logits = model(input_ids=ids).logits[0, :-1].float().cpu()
-            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
-            count += int((labels != IGNORED).sum())
+            total += float(
+                torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            )
+            count += int((labels != IGNORE_INDEX).sum())
     return total / count
 
 

@@ -13,7 +13,7 @@ from typing import Optional
 from lora_practice.report.adapter_stats import NUMPY_TYPES, as_float
 from lora_practice.storage.safetensors_header import read_header
 
-SAMPLED_ROWS = 256  # of a matrix, evenly spaced: its root mean square within about a percent
+SAMPLED_MATRIX_ROWS = 256  # of a matrix, evenly spaced: its root mean square within about a percent
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class BaseMatrix:
 
     @property
     def rms(self) -> Optional[float]:
-        """Root mean square of its entries, estimated from SAMPLED_ROWS; None for a type that is no float."""
+        """Root mean square of its entries, estimated from SAMPLED_MATRIX_ROWS; None for a type that is no float."""
         import numpy as np
 
         if self.dtype not in NUMPY_TYPES:
             return None
         whole = np.memmap(self.file, NUMPY_TYPES[self.dtype], "r", self.offset, self.shape)
-        sample = np.asarray(whole[:: -(-self.shape[0] // SAMPLED_ROWS)])
+        sample = np.asarray(whole[:: -(-self.shape[0] // SAMPLED_MATRIX_ROWS)])
         values = as_float(sample, self.dtype).astype("f8")
         return float(np.sqrt((values**2).mean()))
 

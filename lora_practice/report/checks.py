@@ -19,7 +19,7 @@ from lora_practice.run.resume import another_base
 from lora_practice.sources import embedded
 from lora_practice.sources.find import Source
 from lora_practice.storage import manifest, signature
-from lora_practice.storage.json_files import read_record
+from lora_practice.storage.json_files import RECORD, read_record
 
 USES = ("inference", "sharing", "resuming")
 
@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> FolderVerdict:
     adapter: Optional[AdapterStats] = None
     refused: list[str] = []
     try:
-        if any(entry.name in (adapter_config.CONFIG, adapter_config.ADAPTER_WEIGHTS) for entry in entries):
+        if any(entry.name in (adapter_config.ADAPTER_CONFIG, adapter_config.ADAPTER_WEIGHTS) for entry in entries):
             config = adapter_config.read_adapter_config(folder)
             adapter = adapter_stats.measure_adapter(folder, config)
             findings += adapter.faults
@@ -82,7 +82,7 @@ def check_folder(folder: Path) -> FolderVerdict:
     other = another_base(record, Source("folder", str(base), base)) if base else ""
     findings += misfits + [other] * bool(other) + _nothing_learnt(record, adapter)
     names = {entry.name for entry in entries}
-    if adapter_config.CONFIG in names and _has_model_weights(names):
+    if adapter_config.ADAPTER_CONFIG in names and _has_model_weights(names):
         zh = "适配器和合并的权重在同一个文件夹里：transformers 5 会把适配器加两遍"
         findings.append(text(zh, "adapter and merged weights lie together: transformers 5 adds the adapter twice"))
     blocking = [*refused, *(adapter.faults if adapter is not None else ()), *misfits]  # each of them stops `chat`
@@ -199,7 +199,7 @@ def _missing(config: Mapping[str, Any], entries: Sequence[FolderEntry]) -> list[
     """The files without which a folder cannot answer, and that are not there whole."""
     whole = {entry.name for entry in entries if not entry.fault}
     merged = not config and "config.json" in whole
-    wanted = ["config.json"] if merged else [adapter_config.CONFIG, adapter_config.ADAPTER_WEIGHTS]
+    wanted = ["config.json"] if merged else [adapter_config.ADAPTER_CONFIG, adapter_config.ADAPTER_WEIGHTS]
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json", *wanted) if name not in whole]
     if merged and not _has_model_weights(whole):
         missing.append("model.safetensors")
@@ -244,7 +244,7 @@ def _sharing_use(
 def _resuming_use(folder: Path, record: Mapping[str, Any]) -> Use:
     """Whether --resume would go on from here."""
     if not record:
-        return Use(False, text("没有 run_record.json", "there is no run_record.json"))
+        return Use(False, text(f"没有 {RECORD}", f"there is no {RECORD}"))
     if record.get("status") == "finished":
         return Use(False, text("这次训练已经完成", "the run is finished"), needed=False)
     whole = _whole_checkpoints(folder)

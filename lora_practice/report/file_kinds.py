@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Optional
 
 from lora_practice.console.text import text
-from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
+from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lora_practice.run.folder import CHECKPOINT_MANIFEST
+from lora_practice.storage.json_files import RECORD
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ FILE_KINDS = (
         _ALWAYS,
     ),
     FileKind(
-        ("adapter_config.json",),
+        (ADAPTER_CONFIG,),
         "秩、alpha、目标模块、底座是哪个",
         "rank, alpha, target modules, which base",
         "加载适配器",
@@ -108,7 +110,7 @@ FILE_KINDS = (
         "old and other tools",
     ),
     FileKind(
-        ("run_record.json",),
+        (RECORD,),
         "参数、版本、机器、loss",
         "settings, versions, machine, losses",
         "重现、比较、找底座",
@@ -165,7 +167,7 @@ FILE_KINDS = (
         ("resuming",),
     ),
     FileKind(
-        ("checkpoint.json",),
+        (CHECKPOINT_MANIFEST,),
         "这个检查点的清单，最后写",
         "the checkpoint's manifest, written last",
         "检查它是否完整",

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_practice.console.terminal import aligned, columns, wrap
+from lora_practice.console.terminal import PAGE_COLUMNS, aligned, columns, wrap
 from lora_practice.console.text import text, visible
 from lora_practice.report.adapter_stats import AdapterStats, ModuleStats, finite_or_none
 from lora_practice.report.checks import USES, FolderVerdict, Use
 from lora_practice.report.files import FolderEntry
 
-WIDTH = 80  # terminal columns of a line; only a command or a path that does not fit is longer
 BAR = 20  # characters of the longest bar
 USE_NAMES = {
     "inference": ("推理", "inference"),
@@ -23,7 +22,7 @@ USE_NAMES = {
 
 
 def verdict_lines(verdict: FolderVerdict) -> Iterator[str]:
-    """The whole verdict for a person, in lines of WIDTH columns that end at words."""
+    """The whole verdict for a person, at most PAGE_COLUMNS wide, in lines that end at words."""
     yield from _hanging("", _about(verdict))
     yield from _base(verdict)
     for finding in verdict.findings:
@@ -84,8 +83,8 @@ def describe_entry(entry: FolderEntry) -> str:
 
 
 def _hanging(head: str, words: str) -> Iterator[str]:
-    """`head` and the words in lines of WIDTH columns; the lines after the first are indented by the head's width."""
-    first, *rest = wrap(words, WIDTH - columns(head))
+    """`head` and the words in lines of PAGE_COLUMNS; after the first they are indented by the head's width."""
+    first, *rest = wrap(words, PAGE_COLUMNS - columns(head))
     yield head + first
     for line in rest:
         yield " " * columns(head) + line

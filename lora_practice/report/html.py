@@ -27,8 +27,9 @@ from lora_practice.report.loss_curve import CurveVerdict, judge_curve
 from lora_practice.report.picture import MARK, curves_png
 from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
-from lora_practice.run.folder import CARD, PROOF, RECORD, is_runs_own_card
+from lora_practice.run.folder import CARD, PROOF, is_runs_own_card
 from lora_practice.storage import manifest
+from lora_practice.storage.json_files import RECORD
 
 PAGE, PICTURE = "report.html", "curves.png"
 
@@ -52,9 +53,7 @@ def write_report(
     verdict = check_folder(folder)
     record = dict(verdict.record)
     if not record.get("losses") or not (folder / RECORD).is_file():
-        what = text(
-            "这里没有训练记录（run_record.json 里没有 loss）", "no run is recorded here (no losses in run_record.json)"
-        )
+        what = text(f"这里没有训练记录（{RECORD} 里没有 loss）", f"no run is recorded here (no losses in {RECORD})")
         raise UserError(what, str(folder), text("用训练的输出文件夹", "name the output folder of a run"))
     for name in (PAGE, PICTURE):
         _check_written_by_report(folder / name)

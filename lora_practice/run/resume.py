@@ -12,6 +12,7 @@ from lora_practice.console.settings import given_as_flags, with_given
 from lora_practice.console.text import text
 from lora_practice.sources.find import BASE_FILES, Source
 from lora_practice.storage import manifest
+from lora_practice.storage.json_files import RECORD
 
 Settings = TypeVar("Settings")
 HASHED_BYTES = 1 << 29  # of a file of weights, so that its hash takes half a second at most
@@ -53,7 +54,7 @@ def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings
     try:
         return with_given(settings, given.union(again), **{name: before[name] for name in again})
     except UserError as error:
-        place = f"{vars(settings)['output_dir']}/run_record.json"
+        place = f"{vars(settings)['output_dir']}/{RECORD}"
         raise UserError(error.what, place, error.fix) from error
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
-from lora_practice.run.folder import RECORD, checkpoints, step_of
+from lora_practice.run.folder import checkpoints, step_of
 from lora_practice.sources import embedded
 from lora_practice.storage.disk import check_free_disk
+from lora_practice.storage.json_files import RECORD
 
 STEPS, SAVE_STEPS = 8, 2
 TRAINING = (

@@ -27,10 +27,10 @@ from lora_practice.training.events import MaxLengthLowered
 from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, MemoryDemand, bytes_per_token
 from lora_practice.training.plan import Estimate
 from lora_practice.training.plan_text import short_of_disk
-from lora_practice.training.settings import TrainingSettings
+from lora_practice.training.settings import DEFAULT_LOGGING_STEPS, TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
-LOGGED_EACH_BELOW, LOGGED_APART = 200, 10  # optimizer steps; the second is the default of logging_steps
+LOGGED_EACH_BELOW = 200  # optimizer steps: a shorter run logs the loss of each of them
 
 
 def build_trainer(
@@ -74,10 +74,10 @@ def build_trainer(
 
 def show_progress(trainer: PracticeTrainer, settings: TrainingSettings) -> None:
     """Log the losses and show the progress: every step of a short run, unless the user chose `logging_steps`."""
-    chosen = "logging_steps" in named_by_user(settings, {"logging_steps": LOGGED_APART})
+    chosen = "logging_steps" in named_by_user(settings, {"logging_steps": DEFAULT_LOGGING_STEPS})
     each = not chosen and steps_of(trainer) < LOGGED_EACH_BELOW
     trainer.args.logging_steps = 1 if each else settings.logging_steps
-    logs_per_line = LOGGED_APART if each else 1
+    logs_per_line = DEFAULT_LOGGING_STEPS if each else 1
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(lambda: trainer.tokens_seen, logs_per_line))
 

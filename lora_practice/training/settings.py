@@ -6,6 +6,8 @@ from typing import Optional, Protocol
 
 from lora_practice.model.settings import LoraSettings
 
+DEFAULT_LOGGING_STEPS = 10  # optimizer steps
+
 
 class TrainingSettings(LoraSettings, Protocol):
     """Fields of TrainSettings."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora_practice.data.conversations import Conversation
-from lora_practice.data.tokenization import IGNORED, Encoder
+from lora_practice.data.tokenization import IGNORE_INDEX, Encoder
 
 WORDS = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0\4\6\x13\x14\x16\x1d", max_codepoint=0x1FFFF),
@@ -35,9 +35,9 @@ def test_decoding_what_is_trained_gives_the_answers_and_their_end_mark(tokenizer
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     (made,) = Encoder(tokenizer, 10**6).encode([Conversation(tuple(messages), "a.jsonl:1")])
     runs = []
-    for before, token, label in zip([IGNORED, *made.labels], made.input_ids, made.labels):
-        if label != IGNORED:
+    for before, token, label in zip([IGNORE_INDEX, *made.labels], made.input_ids, made.labels):
+        if label != IGNORE_INDEX:
             assert label == token
-            runs += [[]] if before == IGNORED else []
+            runs += [[]] if before == IGNORE_INDEX else []
             runs[-1].append(token)
     assert [tokenizer.decode(run) for run in runs] == [answered + "<|im_end|>" for _, answered in turns]

@@ -13,7 +13,7 @@ from tiny import make_model
 
 from lora_practice.console.errors import UserError
 from lora_practice.data.collator import Collator, pack_rows
-from lora_practice.data.tokenization import IGNORED, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Example
 from lora_practice.model.lora import add_lora
 from lora_practice.sources.find import Source
 
@@ -21,7 +21,7 @@ PAD = 2
 
 
 def example(*tokens: int, prompt: int = 1) -> Example:
-    return Example(list(tokens), [IGNORED] * prompt + list(tokens[prompt:]))
+    return Example(list(tokens), [IGNORE_INDEX] * prompt + list(tokens[prompt:]))
 
 
 def row(one: Example) -> dict[str, Any]:
@@ -34,7 +34,10 @@ A, B, C = example(11, 12, 13, prompt=2), example(21, 22, 23, 24, 25), example(31
 def test_padding() -> None:
     batch = Collator(PAD)([row(A), row(B)])
     assert batch["input_ids"].tolist() == [[11, 12, 13, PAD, PAD], [21, 22, 23, 24, 25]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 13, IGNORED, IGNORED], [IGNORED, 22, 23, 24, 25]]
+    assert batch["labels"].tolist() == [
+        [IGNORE_INDEX, IGNORE_INDEX, 13, IGNORE_INDEX, IGNORE_INDEX],
+        [IGNORE_INDEX, 22, 23, 24, 25],
+    ]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == batch["attention_mask"].dtype == torch.int64
     assert "position_ids" not in batch
@@ -51,7 +54,7 @@ def test_packing_fills_rows_in_order() -> None:
 def test_the_first_token_of_a_part_is_no_label() -> None:
     everything = [Example(one.input_ids, list(one.input_ids)) for one in (A, C)]
     (packed,) = pack_rows(everything, max_length=8)
-    assert packed.labels == [IGNORED, 12, 13, IGNORED, 32]
+    assert packed.labels == [IGNORE_INDEX, 12, 13, IGNORE_INDEX, 32]
 
 
 @given(st.lists(st.integers(1, 16), max_size=30), st.integers(16, 40))
@@ -105,4 +108,4 @@ def test_a_model_sees_packed_and_padded_rows_as_if_each_stood_alone() -> None:
         alone = model(input_ids=torch.tensor([A.input_ids])).logits[0]
         torch.testing.assert_close(together[1, :3], alone, atol=1e-5, rtol=1e-4)
     assert torch.isfinite(together).all()
-    assert labels[1, 3:].eq(IGNORED).all()
+    assert labels[1, 3:].eq(IGNORE_INDEX).all()

@@ -19,7 +19,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.data.bad_row import BadRow
 from lora_practice.data.collator import Collator, pack_rows
 from lora_practice.data.conversations import Conversation, read_file
-from lora_practice.data.tokenization import IGNORED, Encoder, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Encoder, Example
 
 STABLE = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 MANY = settings(STABLE, max_examples=100)
@@ -74,10 +74,10 @@ def chat(turns: list[tuple[str, str]], system: str = "") -> Conversation:
 def learned(tokenizer: Any, one: Example) -> list[str]:
     """What is trained, run by run, as text."""
     runs: list[list[int]] = []
-    for before, token, label in zip([IGNORED, *one.labels], one.input_ids, one.labels):
-        if label != IGNORED:
+    for before, token, label in zip([IGNORE_INDEX, *one.labels], one.input_ids, one.labels):
+        if label != IGNORE_INDEX:
             assert label == token
-            if before == IGNORED:
+            if before == IGNORE_INDEX:
                 runs.append([])
             runs[-1].append(token)
     return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
@@ -138,7 +138,7 @@ def test_cutting_keeps_the_beginning_and_trains_on_nothing_else(
     encoder = Encoder(tokenizer, limit)
     made = list(encoder.encode([chat(turns, system)]))
     ids, labels = whole.input_ids[:limit], whole.labels[:limit]
-    if any(label != IGNORED for label in labels[1:]):
+    if any(label != IGNORE_INDEX for label in labels[1:]):
         assert [(one.input_ids, one.labels) for one in made] == [(ids, labels)]
     else:
         assert made == [] and encoder.lost.counts["nothing"] == 1
@@ -147,7 +147,7 @@ def test_cutting_keeps_the_beginning_and_trains_on_nothing_else(
 
 
 ROW = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12).map(
-    lambda drawn: Example([token for token, _ in drawn], [token if kept else IGNORED for token, kept in drawn])
+    lambda drawn: Example([token for token, _ in drawn], [token if kept else IGNORE_INDEX for token, kept in drawn])
 )
 
 
@@ -159,15 +159,17 @@ def test_each_example_keeps_its_labels_in_a_batch_whatever_stands_beside_it(
     given_rows = pack_rows(rows, limit) if packed else rows
     fields = [{"input_ids": r.input_ids, "labels": r.labels, "lengths": list(r.lengths)} for r in given_rows]
     batch = Collator(pad_token_id=3)(fields)
-    firsts = [[IGNORED, *row.labels[1:]] if packed else row.labels for row in rows]
+    firsts = [[IGNORE_INDEX, *row.labels[1:]] if packed else row.labels for row in rows]
     assert [(ids, labels) for ids, labels in batch["parts"]] == [(r.input_ids, f) for r, f in zip(rows, firsts)]
     for number, row in enumerate(given_rows):
         length = len(row.input_ids)
         assert length <= limit
         assert batch["input_ids"][number, :length].tolist() == row.input_ids
         assert batch["labels"][number, :length].tolist() == row.labels
-        assert (batch["labels"][number, length:] == IGNORED).all()
-    assert int((batch["labels"] != IGNORED).sum()) == sum(label != IGNORED for labels in firsts for label in labels)
+        assert (batch["labels"][number, length:] == IGNORE_INDEX).all()
+    assert int((batch["labels"] != IGNORE_INDEX).sum()) == sum(
+        label != IGNORE_INDEX for labels in firsts for label in labels
+    )
 
 
 TOKENIZERS = {

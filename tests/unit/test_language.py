@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_practice.data.conversations import Conversation, from_row
 from lora_practice.data.held_out import RecordedDataSettings
-from lora_practice.data.language import SAMPLED_ROWS, AnswerLanguage
+from lora_practice.data.language import SAMPLED_ANSWERS, AnswerLanguage
 from lora_practice.data.prepare import prepare
 from lora_practice.sources.find import Source
 
@@ -64,10 +64,10 @@ def test_only_the_answers_count_and_few_characters_do_not(english: PreTrainedTok
 
 
 def test_plain_text_counts_and_a_long_file_is_sampled(english: PreTrainedTokenizerFast) -> None:
-    rows = [Conversation((), "a:1", CHINESE)] * (SAMPLED_ROWS + 5)
+    rows = [Conversation((), "a:1", CHINESE)] * (SAMPLED_ANSWERS + 5)
     watched = AnswerLanguage()
     assert len(list(watched.watch(rows))) == len(rows)
-    assert watched.warning(english) and watched.rows == SAMPLED_ROWS
+    assert watched.warning(english) and watched.rows == SAMPLED_ANSWERS
 
 
 def test_a_run_says_so_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ from lora_practice.data.bad_row import BadRow
 from lora_practice.data.conversations import read_file
 from lora_practice.data.row_view import preview, row_pieces
 from lora_practice.data.survey import LISTED, histogram, survey_file
-from lora_practice.data.tokenization import IGNORED, Encoder, Example
+from lora_practice.data.tokenization import IGNORE_INDEX, Encoder, Example
 
 
 @pytest.fixture(scope="module")
@@ -109,5 +109,5 @@ def test_pieces_are_whole_characters_that_join_to_the_row_the_model_sees(tokeniz
     assert trained == "我很好 😀 fine\nthere<|im_end|>"
     assert f"〔{trained}〕" in preview(tokenizer, example)
     first_byte = tokenizer("鑫", add_special_tokens=False)["input_ids"][:1]
-    broken = Example(first_byte * 100, [IGNORED] * 100)
+    broken = Example(first_byte * 100, [IGNORE_INDEX] * 100)
     assert "".join(one.text for one in row_pieces(tokenizer, broken)) == preview(tokenizer, broken)

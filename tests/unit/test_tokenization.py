@@ -13,7 +13,7 @@ from tiny import CHATML, LLAMA3, MISTRAL, QWEN3, make_tokenizer
 from lora_practice.console.errors import UserError
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.row_view import preview
-from lora_practice.data.tokenization import IGNORED, Encoder, Example, count_trained, end_of_turn
+from lora_practice.data.tokenization import IGNORE_INDEX, Encoder, Example, count_trained, end_of_turn
 
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),
@@ -47,17 +47,17 @@ def encode(conversation: Conversation, kind: str = "chatml", max_length: int = 1
     encoder = Encoder(tokenizer_of(kind), max_length)
     (example,) = encoder.encode([conversation])
     assert len(example.input_ids) == len(example.labels)
-    assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels))
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels))
     return example, encoder
 
 
 def trained_runs(example: Example, kind: str) -> list[str]:
     """Each unbroken run of labelled tokens, decoded."""
     runs: list[list[int]] = []
-    previous = IGNORED
+    previous = IGNORE_INDEX
     for label in example.labels:
-        if label != IGNORED:
-            if previous == IGNORED:
+        if label != IGNORE_INDEX:
+            if previous == IGNORE_INDEX:
                 runs.append([])
             runs[-1].append(label)
         previous = label
@@ -134,7 +134,7 @@ def test_training_sees_what_inference_gives(turns: list[str]) -> None:
     prompt = tokenizer.apply_chat_template(conversation.as_dicts()[:1], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert example.input_ids[: len(ids)] == ids
-    assert set(example.labels[: len(ids)]) == {IGNORED}
+    assert set(example.labels[: len(ids)]) == {IGNORE_INDEX}
 
 
 def test_a_question_left_open_is_read_but_not_learned() -> None:
@@ -186,7 +186,7 @@ def test_many_rows_keep_their_order() -> None:
 
 
 def test_the_first_token_has_no_loss() -> None:
-    assert count_trained([5, 6, IGNORED]) == 1
+    assert count_trained([5, 6, IGNORE_INDEX]) == 1
     assert count_trained([]) == 0
 
 

@@ -43,6 +43,12 @@ def ours(path: Path) -> set[str]:
     return {name.partition(".")[2] for name in imports(path) if name.startswith("lora_practice.")} - {""}
 
 
+def assigned(node: ast.stmt) -> list[str]:
+    """The names that an assignment gives a value, of `A, B = 1, 2` both; none of any other statement."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+
+
 def test_the_listing_names_every_wing() -> None:
     inside = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert set(WINGS) == inside - {"__init__", "__pycache__"}
@@ -106,8 +112,10 @@ def test_a_public_name_is_defined_in_one_module() -> None:
     homes = defaultdict(set)
     for path, tree in TREES.items():
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                homes[node.name].add(module(path))
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else assigned(node)
+            for name in names:
+                if not name.startswith("_"):
+                    homes[name].add(module(path))
     commands = homes.pop("main")  # each entry point has one
     assert {name: where for name, where in homes.items() if len(where - {"cli"}) > 1} == {} and "cli" in commands
 

@@ -15,7 +15,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text, without_tokens
 from lora_practice.sources.environment import TOKEN_PAGE
 
-T = TypeVar("T")
+_Result = TypeVar("_Result")
 NETWORK_TRIES = 5
 LONGEST_WAIT = 30.0  # seconds
 
@@ -60,10 +60,10 @@ class HubClient:
     def call(
         self,
         step: str,
-        request: Callable[[], T],
+        request: Callable[[], _Result],
         tries: int = NETWORK_TRIES,
         before_retry: Callable[[], None] | None = None,
-    ) -> T:
+    ) -> _Result:
         """The result of `request()`, repeated at most `tries` times with growing pauses.
 
         Repeated are broken connections and the statuses 429 and 5xx.

@@ -18,7 +18,7 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.export.hub.redaction import BaseNames, base_names, private_paths, rewrite_text, update_manifest
 from lora_practice.export.hub.secret_scan import TEXT_SUFFIXES, scan_file
-from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
+from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_practice.run.folder import CHECKPOINT_MANIFEST
 from lora_practice.storage.json_files import read_record
 
@@ -198,11 +198,11 @@ def _check_folder(folder: Path) -> None:
         raise UserError(text("没有这个文件夹", "no such folder"), str(folder), fix)
     if not any(folder.iterdir()):
         raise UserError(text("文件夹是空的", "the folder is empty"), str(folder), fix)
-    if (folder / "adapter_config.json").is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
         zh, en = f"缺少 {ADAPTER_WEIGHTS}，适配器不完整", f"{ADAPTER_WEIGHTS} is missing"
         raise UserError(text(zh, en), str(folder), text("重新训练，或找回它", "train again, or bring it back"))
-    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
-        zh, en = "里面没有 adapter_config.json 或 config.json", "no adapter_config.json or config.json in it"
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        zh, en = f"里面没有 {ADAPTER_CONFIG} 或 config.json", f"no {ADAPTER_CONFIG} or config.json in it"
         raise UserError(text(zh, en), str(folder), fix)
 
 

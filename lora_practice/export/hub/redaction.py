@@ -15,6 +15,8 @@ from typing import Any
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
+from lora_practice.model.adapter_config import ADAPTER_CONFIG
+from lora_practice.run.folder import CARD
 from lora_practice.storage.json_files import RECORD, parse_object, read_object, read_record
 
 # "base_model: X", "- X" below it, or the tag "- base_model:adapter:X"
@@ -39,7 +41,7 @@ def base_names(folder: Path) -> BaseNames:
         UserError: a config is not JSON.
     """
     model = (read_record(folder) or {}).get("model") or {}
-    named = _read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = _read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     named = named or _read_object(folder / "config.json").get("_name_or_path")
     hub_id = model.get("hub_id")
     spellings = {name for name in (named, model.get("path")) if isinstance(name, str) and name}
@@ -85,15 +87,15 @@ def rewrite_text(name: str, data: bytes, base: BaseNames, paths: dict[str, str])
     try:
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if short != "README.md":
+        if short != CARD:
             return data
         raise UserError(text("不是 UTF-8", "is not UTF-8"), name, text("另存为 UTF-8", "save it as UTF-8")) from error
     before = content
     if short == RECORD:
         content = _without_paths(content, name)
-    elif short == "adapter_config.json" and base.local:
+    elif short == ADAPTER_CONFIG and base.local:
         content = _with_public_base(content, name, base)
-    elif short == "README.md" and base.local:
+    elif short == CARD and base.local:
         content = _with_public_card(content, base)
     for path, public in paths.items():
         if path in content:

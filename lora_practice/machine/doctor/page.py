@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_practice.console.errors import EXIT_USER_ERROR
-from lora_practice.console.terminal import columns, wrap
+from lora_practice.console.terminal import PAGE_COLUMNS, columns, wrap
 from lora_practice.console.text import counted, text, visible
 from lora_practice.machine.device import Machine, decide
 from lora_practice.machine.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigabytes
@@ -18,7 +18,7 @@ from lora_practice.machine.doctor.surroundings import Hub, Need, Place, PlannedR
 from lora_practice.machine.facts import Facts, read_facts
 from lora_practice.machine.gpu_problems import sm_name
 
-WIDTH, LABEL = 80, 12
+LABEL_COLUMNS = 12  # at the left of the page
 Row = tuple[str, str]
 
 
@@ -79,19 +79,20 @@ def report_as_json(report: MachineReport) -> dict[str, Any]:
 
 
 def machine_page(report: MachineReport) -> str:
-    """The page: what is here, the findings, the conclusion last. At most 80 columns but for commands and paths."""
+    """The page: what is here, the findings, the conclusion last. Within PAGE_COLUMNS but for commands and paths."""
     facts, around, lines = report.machine.facts, report.around, []
     for label, words in (*_machine(facts, around), *_disks(around), *_network(around)):
-        first, *more = wrap(words, WIDTH - LABEL)
-        lines += [label + " " * (LABEL - columns(label)) + first, *(" " * LABEL + line for line in more)]
+        first, *more = wrap(words, PAGE_COLUMNS - LABEL_COLUMNS)
+        lines.append(label + " " * (LABEL_COLUMNS - columns(label)) + first)
+        lines += [" " * LABEL_COLUMNS + line for line in more]
     if report.findings:
         lines += ["", text("注意事项", "What to know")]
     for finding in report.findings:
         mark = "-" if finding.level == NOTE else "!"
-        first, *more = wrap(finding.what, WIDTH - 4)
+        first, *more = wrap(finding.what, PAGE_COLUMNS - 4)
         lines += [f"  {mark} {first}", *(f"    {line}" for line in more)]
         if finding.cure:
-            lines += [f"    {line}" for line in wrap(f"{text('→', '->')} {finding.cure}", WIDTH - 4)]
+            lines += [f"    {line}" for line in wrap(f"{text('→', '->')} {finding.cure}", PAGE_COLUMNS - 4)]
     return "\n".join([*lines, "", *_conclusion(report)])
 
 
@@ -194,6 +195,6 @@ def _conclusion(report: MachineReport) -> list[str]:
     cures = [one.cure for one in findings if one.cure]
     # the card's fix stands among the findings already
     advice = [line for line in machine.advice.splitlines() if not any(cure in line for cure in cures)]
-    lines = [line for words in (sentence, *advice) for line in wrap(words, WIDTH)]
+    lines = [line for words in (sentence, *advice) for line in wrap(words, PAGE_COLUMNS)]
     there = text("已经有训练好的结果，", "a run is finished already; ") if report.around.finished else ""
     return [*lines, there + text("下一步：", "next:"), f"  {report.next_command}"]
