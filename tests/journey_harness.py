@@ -1,4 +1,4 @@
-"""The doors, run as a user runs them: in their own process, in an empty folder, with an empty home."""
+"""The entry points, run as a user runs them: in their own process, in an empty folder, with an empty home."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def run(
 
 
 def train(place: Path, *flags: str, **variables: Any) -> subprocess.CompletedProcess:
-    """Door 1 in `place`; `variables` may hold what `run` takes."""
+    """fine_tuning_practice.py in `place`; `variables` may hold what `run` takes."""
     return run(place, TRAIN, *flags, **variables)
 
 
 def infer(place: Path, *flags: str, **variables: Any) -> subprocess.CompletedProcess:
-    """Door 2 in `place`."""
+    """inference.py in `place`."""
     return run(place, INFER, *flags, **variables)
 
 
@@ -100,7 +100,7 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> str:
 
 
 class Running:
-    """A door that is still running; its words are read as they come."""
+    """An entry point that is still running; its words are read as they come."""
 
     def __init__(self, place: Path, *command: str, **variables: Optional[str]) -> None:
         env = environment(place / "home", **variables)

@@ -12,7 +12,7 @@ from random import Random
 
 from journey_harness import ROOT, environment, run
 
-DOOR = str(ROOT / "tests" / "killed_entry_point.py")
+KILLED_TRAIN = str(ROOT / "tests" / "killed_entry_point.py")
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ def random_kill(random: Random, kind: int, seconds: float) -> Kill:
 
 
 def run_into(kill: Kill, place: Path, out: str, *flags: str) -> tuple[bool, str]:
-    """Door 1 in its own process; whether the kill came before the end, and what was said."""
-    done = run(place, DOOR, *_moment(kill, place / out), "--output_dir", out, *flags)
+    """The entry point in its own process; whether the kill came before the end, and what was said."""
+    done = run(place, KILLED_TRAIN, *_moment(kill, place / out), "--output_dir", out, *flags)
     assert done.returncode in (0, -signal.SIGKILL), (done.returncode, done.stderr)
     return done.returncode != 0, done.stderr
 
 
 class Server:
-    """Door 1 again and again in forks of one process, which has loaded the libraries once: cheap enough for many."""
+    """The entry point again and again in forks of one process, which has loaded the libraries once: cheap."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
         pipes: dict = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = environment(place / "home")
-        self.process = subprocess.Popen([sys.executable, DOOR, "serve"], cwd=place, env=env, **pipes)
+        self.process = subprocess.Popen([sys.executable, KILLED_TRAIN, "serve"], cwd=place, env=env, **pipes)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def run_into(self, kill: Kill, out: str, *flags: str) -> tuple[bool, str]:

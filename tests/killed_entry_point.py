@@ -1,4 +1,4 @@
-"""Door 1 in a process that is killed with signal 9 at one of its own changes on the disk.
+"""fine_tuning_practice.py in a process that is killed with signal 9 at one of its own changes on the disk.
 
     python tests/killed_entry_point.py EVENT PART N MILLISECONDS OUT [flags of the entry point]
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
-DOOR = str(Path(__file__).resolve().parents[1] / "fine_tuning_practice.py")
+TRAIN = str(Path(__file__).resolve().parents[1] / "fine_tuning_practice.py")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -59,12 +59,12 @@ class Killer:
         subprocess.Popen(["sh", "-c", f"sleep {self.milliseconds / 1000}; kill -9 {os.getpid()}"])
 
 
-def open_door(moment: list[str], flags: list[str]) -> None:
-    """Door 1 in this process, which does not come back alive from that moment."""
+def run_until(moment: list[str], flags: list[str]) -> None:
+    """The entry point in this process, which does not come back alive from that moment."""
     event, part, n, milliseconds, out = moment
     sys.addaudithook(Killer(event, part, int(n), int(milliseconds), Path(out).absolute()))
-    sys.argv = [DOOR, *flags]
-    runpy.run_path(DOOR, run_name="__main__")
+    sys.argv = [TRAIN, *flags]
+    runpy.run_path(TRAIN, run_name="__main__")
 
 
 def wait(pid: int, seconds: float) -> int:
@@ -82,7 +82,7 @@ def wait(pid: int, seconds: float) -> int:
 
 def serve() -> None:
     """One forked process after another, until stdin ends."""
-    sys.path.insert(0, str(Path(DOOR).parent))
+    sys.path.insert(0, str(Path(TRAIN).parent))
     from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
@@ -102,7 +102,7 @@ def serve() -> None:
                 os.dup2(file.fileno(), 2)
             code = 1
             try:
-                open_door(moment, flags)
+                run_until(moment, flags)
             except SystemExit as end:
                 code = int(end.code or 0)
             except BaseException:
@@ -113,4 +113,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else open_door(sys.argv[1:6], sys.argv[6:])
+    serve() if sys.argv[1:] == ["serve"] else run_until(sys.argv[1:6], sys.argv[6:])

@@ -1,4 +1,4 @@
-"""The corpus of bad inputs, and how a door is opened on one of them inside this process."""
+"""The corpus of bad inputs, and how an entry point is run on one of them inside this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 
 @dataclass(frozen=True)
 class Said:
-    """What a door ended with: its exit code, and what it printed."""
+    """What an entry point ended with: its exit code, and what it printed."""
 
     code: Any
     out: str
@@ -30,11 +30,11 @@ def put(path: Path, body: Union[bytes, Callable[[Path], None]]) -> None:
         body(path)
 
 
-def enter(door: Callable[..., None], capsys: pytest.CaptureFixture, *argv: str) -> Said:
-    """Open a door with these words; any other exception than its exit fails the test."""
+def enter(main: Callable[..., None], capsys: pytest.CaptureFixture, *argv: str) -> Said:
+    """Run an entry point with these words; any other exception than its exit fails the test."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        door(list(argv))
+        main(list(argv))
     out, err = capsys.readouterr()
     return Said(ended.value.code, out, err)
 

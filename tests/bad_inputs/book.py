@@ -1,4 +1,4 @@
-"""How each error of docs/errors.en.md is provoked, by its title there: what is prepared, and the words of a door."""
+"""How each error of docs/errors.en.md is provoked, by its title there: what is prepared, and the command line."""
 
 from __future__ import annotations
 

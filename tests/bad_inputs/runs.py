@@ -56,7 +56,7 @@ def without_digests(folder: Path) -> None:
     noted({name: {"size": one["size"], "mtime_ns": one["mtime_ns"]} for name, one in files.items()})(folder)
 
 
-# (what is done, a part of the English complaint) of each door that reads the record: resume, infer, merge, upload
+# (what is done, a part of the English complaint) of each reader of the record: resume, infer, merge, upload
 BAD_RECORDS: list[Case] = [
     ("no JSON", write(RECORD, b"{"), "not valid JSON"),
     ("empty", write(RECORD, b""), "not valid JSON"),

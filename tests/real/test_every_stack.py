@@ -1,4 +1,4 @@
-"""What must work with any allowed versions: every room opens; a run is killed, resumed, merged, and answers."""
+"""What must work with any allowed versions: every module imports; a run is killed, resumed, merged, and answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import lora_practice
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-ROOMS = [one.name for one in pkgutil.walk_packages(lora_practice.__path__, "lora_practice.")]
+MODULES = [one.name for one in pkgutil.walk_packages(lora_practice.__path__, "lora_practice.")]
 SAVING = (*SMALL, "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4", "--output_dir", "out")
 ASKED = ("--prompt", "My printer is not printing.", "--max-new-tokens", "8")
 
@@ -27,9 +27,9 @@ def losses(folder: Path) -> list[float]:
     return [one["loss"] for one in record["losses"]]
 
 
-def test_every_room_opens():
-    assert len(ROOMS) > 40
-    for name in (*ROOMS, "fine_tuning_practice", "inference"):
+def test_every_module_imports():
+    assert len(MODULES) > 40
+    for name in (*MODULES, "fine_tuning_practice", "inference"):
         importlib.import_module(name)
 
 

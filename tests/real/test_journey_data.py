@@ -81,7 +81,7 @@ def test_the_real_model_has_a_finite_loss_on_each_shape(tmp_path, tokenizer, emb
             assert math.isfinite(float(model(**batch).loss)), shape
 
 
-def test_a_gbk_csv_trains_through_the_door_and_its_encoding_is_said(tmp_path):
+def test_a_gbk_csv_trains_through_the_entry_point_and_its_encoding_is_said(tmp_path):
     write(tmp_path, "alpaca", "csv:gbk")
     done = succeeded(train(tmp_path, *FEW, "--dataset_path", "rows.csv"))
     assert "rows.csv is encoded in GBK (gb18030)" in done.stderr

@@ -68,7 +68,7 @@ def opened(folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
 
 
 def report(folder: Path, language: str = "en") -> subprocess.CompletedProcess:
-    """The verb, as a user runs it."""
+    """The command, as a user runs it."""
     words = ("-m", "lora_practice.cli", "report", str(folder))
     return succeeded(run(folder.parent, *words, LORA_PRACTICE_LANG=language))
 

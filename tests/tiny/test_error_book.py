@@ -1,4 +1,4 @@
-"""docs/errors.md and docs/errors.en.md: each error in them is provoked through its door, in both languages."""
+"""docs/errors.md and docs/errors.en.md: each error in them is provoked through its entry point, in both languages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_both_books_have_the_same_entries_in_the_same_order_and_each_is_provoked
 
 
 @pytest.mark.parametrize("titles", BOTH, ids=[en for en, _ in BOTH])
-def test_the_error_in_the_book_is_what_the_door_says(titles: Any, place: Place, capsys: pytest.CaptureFixture) -> None:
+def test_the_error_in_the_book_is_what_the_entry_point_says(
+    titles: Any, place: Place, capsys: pytest.CaptureFixture
+) -> None:
     prepare, words = PROVOKED[titles[0]]
     prepare(place)
     for language, title in zip(("en", "zh"), titles):

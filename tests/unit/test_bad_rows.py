@@ -11,7 +11,7 @@ from bad_inputs import enter, put, refusal
 from bad_inputs.files import BROKEN, UNUSABLE, Body, long_line
 from bad_inputs.rows import TABLE, A, U, chat
 from bad_inputs.settings import BAD_SETTINGS, SEEN_LATER
-from count_bad_inputs import PAGES, with_counts
+from count_bad_inputs import COUNTS, PAGES, with_counts
 
 from fine_tuning_practice import main as train
 from lora_practice.console.errors import UserError
@@ -30,6 +30,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
     return tmp_path
+
+
+def test_the_corpus_holds_450_kinds_or_more() -> None:
+    assert COUNTS[-1][1] == "all" and COUNTS[-1][2] == sum(count for *_, count in COUNTS[:-1]) >= 450
 
 
 @pytest.mark.parametrize("language", PAGES)

@@ -124,7 +124,7 @@ def test_every_page_fits_80_columns_but_for_commands(language: str, monkeypatch:
 )
 def test_the_verdict_comes_last(facts: Facts, more: dict[str, Any], last: str) -> None:
     about = around(**more)
-    passport = MachineReport(decide(facts), about, diagnose(facts, about))
-    verdict = machine_page(passport).rpartition("\n\n")[2].replace("\n", " ")
+    report = MachineReport(decide(facts), about, diagnose(facts, about))
+    verdict = machine_page(report).rpartition("\n\n")[2].replace("\n", " ")
     assert all(words in verdict for words in last.split("|")), verdict
-    assert verdict.endswith(last.rpartition("|")[2]) or not passport.can_train
+    assert verdict.endswith(last.rpartition("|")[2]) or not report.can_train

@@ -1,4 +1,4 @@
-"""The doors answer at once, in the user's language, and a mistake costs one line and exit code 2."""
+"""The entry points answer at once, in the user's language, and a mistake costs one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class Done:
     err: str
 
 
-def run(folder: Path, door: tuple[str, ...], *flags: str, lang: str = "en", **variables: str) -> Done:
-    """Run a door in an empty folder, as a user does."""
+def run(folder: Path, entry: tuple[str, ...], *flags: str, lang: str = "en", **variables: str) -> Done:
+    """Run an entry point in an empty folder, as a user does."""
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
     env = {**kept, "PYTHONPATH": str(ROOT), "LORA_PRACTICE_LANG": lang, "PYTHONUTF8": "1", "HOME": str(folder)}
     env = {**env, "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONDONTWRITEBYTECODE": "1", **variables}
-    first = [str(ROOT / door[0])] if door[0].endswith(".py") else list(door)
+    first = [str(ROOT / entry[0])] if entry[0].endswith(".py") else list(entry)
     command = [sys.executable, *first, *flags]
     options: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, **options)
@@ -90,10 +90,10 @@ def run(folder: Path, door: tuple[str, ...], *flags: str, lang: str = "en", **va
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("door", [TRAIN, INFER, UPLOAD, CLI])
+@pytest.mark.parametrize("entry", [TRAIN, INFER, UPLOAD, CLI])
 @pytest.mark.parametrize(("lang", "word"), [("zh", "选项"), ("en", "options")])
-def test_help_answers_without_the_libraries(door: tuple[str, ...], lang: str, word: str, tmp_path: Path) -> None:
-    done = run(tmp_path, door, "--help", lang=lang, PYTHONPROFILEIMPORTTIME="1")
+def test_help_answers_without_the_libraries(entry: tuple[str, ...], lang: str, word: str, tmp_path: Path) -> None:
+    done = run(tmp_path, entry, "--help", lang=lang, PYTHONPROFILEIMPORTTIME="1")
     assert done.code == 0
     assert word in done.out
     assert all(columns(line) <= 80 for line in done.out.splitlines())
@@ -156,11 +156,11 @@ def test_every_upload_flag_of_the_contract(tmp_path: Path) -> None:
         assert f"--{flag}" in shown
 
 
-@pytest.mark.parametrize("door", [TRAIN, INFER, UPLOAD, (*CLI, "train"), (*CLI, "infer"), (*CLI, "upload")])
-def test_a_wrong_flag_costs_one_line(door: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", [TRAIN, INFER, UPLOAD, (*CLI, "train"), (*CLI, "infer"), (*CLI, "upload")])
+def test_a_wrong_flag_costs_one_line(entry: tuple[str, ...], tmp_path: Path) -> None:
     flags = {"train": "--lora-rnk=3", "infer": "--max-new-token=3", "upload": "--repo_idd=x"}
-    verb = door[-1] if door[:2] == CLI else {TRAIN: "train", INFER: "infer", UPLOAD: "upload"}[door]
-    done = run(tmp_path, door, flags[verb])
+    command = entry[-1] if entry[:2] == CLI else {TRAIN: "train", INFER: "infer", UPLOAD: "upload"}[entry]
+    done = run(tmp_path, entry, flags[command])
     assert done.code == 2
     assert done.out == ""
     (line,) = done.err.splitlines()
@@ -182,7 +182,7 @@ def test_wrong_values_gather_into_one_line_and_write_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("door", "flags", "word"),
+    ("entry", "flags", "word"),
     [
         (CLI, ("tain",), "no such command: tain"),
         ((*CLI, "check-data"), (), "FILE is missing -> lora-practice check-data --help"),
@@ -197,24 +197,24 @@ def test_wrong_values_gather_into_one_line_and_write_nothing(tmp_path: Path) -> 
         (TRAIN, ("--dataset_path=own.jsonl", "--embedded", "--json"), "--json goes with --plan -> --plan --json"),
     ],
 )
-def test_other_mistakes_end_early(door: tuple[str, ...], flags: tuple[str, ...], word: str, tmp_path: Path) -> None:
+def test_other_mistakes_end_early(entry: tuple[str, ...], flags: tuple[str, ...], word: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"  # nothing may be fetched before the mistake is found
     (tmp_path / "own.jsonl").write_text("{}")
-    done = run(tmp_path, door, *flags, LORA_PRACTICE_CACHE=str(cache), PIP_NO_INDEX="1")
+    done = run(tmp_path, entry, *flags, LORA_PRACTICE_CACHE=str(cache), PIP_NO_INDEX="1")
     assert done.code == 2
     assert word in done.out + done.err
     assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux only")
-def test_a_door_that_hangs_is_not_taken_for_one_that_was_killed() -> None:
-    for seconds, expected in ((0.1, ready_python.LATE), (60, -9)):
-        pid = os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 1; kill -9 $$"], {"PATH": os.environ["PATH"]})
+def test_a_process_that_hangs_is_not_taken_for_one_that_was_killed() -> None:
+    for command, seconds, expected in (("exec sleep 600", 0.1, ready_python.LATE), ("kill -9 $$", 600, -9)):
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", command], {"PATH": os.environ["PATH"]})
         assert ready_python.wait(pid, seconds) == expected
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_ctrl_c_while_a_door_closes_shows_no_traceback(tmp_path):
+def test_ctrl_c_while_an_entry_point_ends_shows_no_traceback(tmp_path):
     """torch's own leaving takes a moment."""
     (tmp_path / "one.py").write_text(
         "import atexit, os, signal\n"

@@ -10,7 +10,7 @@ import pytest
 from lora_practice.console.terminal import StreamPrinter, columns, fit_to_terminal
 
 STORY = "I'm sorry for your loss. I'm here to help you with any printer issues you're experiencing, if any.\n\n" * 3
-MIXED = "留出的数据从不参与训练：它变差而训练还在变好，就是过拟合（overfitting）。看 lora-practice report 的曲线，" * 3
+MIXED = "验证集从不参与训练：它变差而训练还在变好，就是过拟合（overfitting）。看 lora-practice report 的曲线，" * 3
 
 
 class Screen(io.StringIO):
