@@ -124,7 +124,7 @@ def offline_wanted() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers within 4 seconds, DNS included. If not, the process goes offline."""
+    """Whether the Hub answers within REACH_SECONDS, DNS included. If not, the process goes offline."""
     if offline_wanted():
         return False
     if not hub_endpoint().lower().startswith(("http://", "https://")):  # file:// would be answered by this disk

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,37 @@ from refusals import refusal_of
 
 from lora_practice.sources import environment
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSED = "http://127.0.0.1:9"
 pytestmark = pytest.mark.usefixtures("no_hub")
 
 
 # Is the Hub there?
+
+
+@pytest.fixture
+def deaf_hub() -> Iterator[str]:
+    """URL of a server that begins an answer that takes 20 seconds: a byte now and then, so that no read times out."""
+    closing = threading.Event()
+
+    def begin_answers(server: socket.socket) -> None:
+        try:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                for _ in range(100):  # an end, so that a test that waits for it fails instead of hanging
+                    connection.sendall(b".")
+                    if closing.wait(0.2):
+                        break
+        except OSError:  # the client, or this test, is gone
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = threading.Thread(target=begin_answers, args=(server,), daemon=True)
+        answering.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        closing.set()
+    answering.join(10)
 
 
 def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +84,17 @@ def test_a_hub_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert not environment.hub_is_reachable()
+
+
+def test_a_deaf_hub_costs_as_long_as_the_pages_say(deaf_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", deaf_hub)
+    started = time.monotonic()
+    assert not environment.hub_is_reachable()
+    assert time.monotonic() - started < environment.REACH_SECONDS + 1 <= 5
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    for page in ("README.md", "README.en.md", "docs/training.md", "docs/training.en.md"):
+        told = re.findall(r"(\d+) 秒内连不上|answer within (\d+) seconds", (ROOT / page).read_text("utf-8"))
+        assert told and {float(zh or en) for zh, en in told} == {environment.REACH_SECONDS}, page
 
 
 @pytest.mark.parametrize("word", ["1", "true", "ON", "yes"])
