@@ -17,12 +17,12 @@ from typing import Optional
 
 from lora_practice import compat
 from lora_practice.console.errors import UserError, entry_point
-from lora_practice.console.settings import given_as_flags, named_by_user, parse, setting, with_given
+from lora_practice.console.settings import given_by_user, parse, setting, with_given
 from lora_practice.console.text import tell, text
 from lora_practice.data.prepare import prepare
 from lora_practice.export.merge import merge_adapter, merge_sentence
 from lora_practice.inference.samples import answer_side_by_side
-from lora_practice.machine.device import decide
+from lora_practice.machine.device import choose_device
 from lora_practice.machine.facts import read_facts
 from lora_practice.model.load import check_vocabulary, load_base, load_tokenizer, stored_bytes, weights_dtype
 from lora_practice.model.lora import add_lora, check_lora_settings
@@ -30,8 +30,8 @@ from lora_practice.model.pissa import LORA_INITS
 from lora_practice.model.quantization import four_bit
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder, record_in
 from lora_practice.run.record import farewell, how_to_resume, starting_record
-from lora_practice.run.resume import check_same_base, check_same_data, note_files, settings_as_begun
-from lora_practice.sources.environment import leave_launcher, prepare_environment
+from lora_practice.run.resume import check_same_base, check_same_data, settings_as_begun, with_file_digests
+from lora_practice.sources.environment import ensure_single_process, prepare_environment
 from lora_practice.sources.find import SHIPPED, find_sources
 from lora_practice.training.settings import DEFAULT_LOGGING_STEPS
 
@@ -340,7 +340,7 @@ class TrainSettings:
 
 def claim_folder(settings: TrainSettings) -> tuple[TrainSettings, OutputFolder]:
     """The settings of the run and its folder, once both are known to be right; nothing is written yet."""
-    leave_launcher()
+    ensure_single_process()
     if settings.resume:
         settings = settings_as_begun(settings, record_in(settings.output_dir))
     check_lora_settings(settings)
@@ -353,55 +353,55 @@ def claim_folder(settings: TrainSettings) -> tuple[TrainSettings, OutputFolder]:
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice.py") -> int:
-    """The story of a run, chapter by chapter; what one chapter makes, the next ones use."""
-    what = text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA")
-    settings = parse(TrainSettings, argv, prog, what)
+    """The story of a run, chapter by chapter; what one chapter makes, the next ones use. Returns the exit code."""
+    description = text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA")
+    settings = parse(TrainSettings, argv, prog, description)
 
-    # 1. Claim the output folder; a resumed run takes its settings from the record there, where none are given
+    # 1. Claim the output folder; a resumed run takes the settings that are not given from its record there
     prepare_environment()
     settings, folder = claim_folder(settings)
 
     # 2. Find the base model and the data: a folder, a file, the Hub, or the embedded ones
-    named = named_by_user(settings, SHIPPED)
-    found = find_sources(settings, named, folder.resumed)
-    sources = replace(found, model=note_files(found.model))
+    given = given_by_user(settings, SHIPPED)  # these are used as they are; only defaults may be replaced
+    sources = find_sources(settings, given, folder.resumed)
+    sources = replace(sources, model=with_file_digests(sources.model))
     check_same_base(folder.resumed, sources.model)
     compat.check_stack()
     from lora_practice.training import build, plan, plan_text, run  # torch, transformers, TRL and PEFT: seconds to load
 
-    # 3. Prepare the data: conversations become token ids, and labels that train the answers only
-    machine = decide(read_facts(measure=True), settings.bf16, weights=stored_bytes(sources.model.path))
-    tokenizer = load_tokenizer(sources.model, settings.chat_template_path, "chat_template_path" in named)
+    # 3. Choose device and precision; prepare the data: token ids, and labels that train the answers only
+    machine = choose_device(read_facts(measure=True), settings.bf16, weights=stored_bytes(sources.model.path))
+    tokenizer = load_tokenizer(sources.model, settings.chat_template_path, "chat_template_path" in given)
     rows = prepare(sources.data, sources.subset, tokenizer, settings)
     check_same_data(folder.resumed, rows.facts)
 
-    # 4. Build the model: the frozen base with LoRA beside its linear layers, and the fast engine where it serves
-    quantised = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
-    base = load_base(sources.model, weights_dtype(machine, sources.model, settings.fast), **quantised)
+    # 4. Build the model: the frozen base with LoRA beside its linear layers, and the fast engine if it supports them
+    quantization = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
+    base = load_base(sources.model, weights_dtype(machine, sources.model, settings.fast), **quantization)
     model = add_lora(base, settings, sources.model)
     check_vocabulary(model, tokenizer, sources.model.name)
     engine = build.build_engine(model, settings, machine)
 
-    # 5. Fit the longest rows into memory: fewer at once, and only if that is allowed a smaller max_length
+    # 5. Fit a step into memory: fewer rows at once; where not even one row fits, --allow_shorter cuts the rows shorter
     trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
-    while shorter := build.fit_memory(trainer, settings.allow_shorter and not settings.resume):
-        settings = with_given(settings, given_as_flags(settings) | {"max_length"}, max_length=shorter)
+    while (fitting_length := build.fit_memory(trainer, settings)) < settings.max_length:
+        settings = with_given(settings, max_length=fitting_length)  # recorded as given, so that --resume keeps it
         rows = prepare(sources.data, sources.subset, tokenizer, settings)
         trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
 
     # 6. Try two steps and tell what the run will take; then train, unless only the plan was asked for
-    steps, fetched = build.steps_of(trainer), sources.downloaded_mb
-    expected = plan.estimate(trainer, sources.model, steps, settings, rows.held_out, fetched)
-    tell(build.announce(machine, sources.model, sources.data, rows, trainer, expected))
+    steps = build.steps_of(trainer)
+    estimate = plan.estimate(trainer, sources.model, steps, settings, rows.held_out, sources.downloaded_mb)
+    tell(build.announce(machine, sources.model, sources.data, rows, trainer, estimate))
     if settings.plan:
-        return plan_text.show_plan(expected, trainer, settings, machine)
-    record = {**starting_record(settings, machine, sources, rows), "estimate": expected.record()}
+        return plan_text.show_plan(estimate, trainer, settings, machine)
+    record = {**starting_record(settings, machine, sources, rows), "estimate": estimate.record()}
     folder.begin(record)
     record.update(run.train(trainer, rows.held_out, settings))
     if record["interrupted"]:
         folder.write_record({**record, "status": "interrupted"})
         tell(how_to_resume(record))
-        return 130
+        return 130  # the exit code of Ctrl-C
 
     # 7. Write the results: adapter, tokenizer, model card, and the record last; then what was asked for besides
     run.finish(trainer, record)

@@ -85,10 +85,10 @@ def parse() -> argparse.Namespace:
 
 def default_device() -> str:
     """The device that a training run would choose: "cuda" or "cpu"."""
-    from lora_practice.machine.device import decide
+    from lora_practice.machine.device import choose_device
     from lora_practice.machine.facts import read_facts
 
-    return decide(read_facts()).device
+    return choose_device(read_facts()).device
 
 
 def generation(name: str, how: str, options: argparse.Namespace) -> dict:

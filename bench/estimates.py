@@ -21,7 +21,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "packed rows": ("--packing", "--max_steps", "4"),
     "batches of 4": ("--per_device_train_batch_size", "4", "--max_steps", "8"),
     "rank 32": ("--lora_r", "32"),
-    "labels on all tokens": ("--no-assistant_only_loss",),
+    "labels on all tokens": ("--no_assistant_only_loss",),
     "40 chats measured twice": ("--eval_subset_size", "40", "--eval_steps", "12"),
     "plain path": ("--fast", "off", "--max_steps", "6"),
 }

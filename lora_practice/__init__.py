@@ -1,7 +1,7 @@
 """LoRA fine-tuning for a laptop CPU or an old card. Start at fine_tuning_practice.py; it tells the story in order.
 
-The wings, from low to high. A file imports only wings above its own line here, and within a wing there are no cycles
-(tests/unit/test_wings.py):
+Its wings (subpackages, and two single files), from low to high. A file imports only wings above its own line here, and
+within a wing there are no cycles (tests/unit/test_wings.py):
 
     console     what a person reads and types: messages in two languages, user errors, settings -> flags, help
     compat      the only file that asks TRL, transformers and PEFT for their signatures

@@ -221,10 +221,10 @@ def _machine() -> Any:
     from lora_practice.sources.environment import prepare_environment
 
     prepare_environment()
-    from lora_practice.machine.device import decide
+    from lora_practice.machine.device import choose_device
     from lora_practice.machine.facts import read_facts
 
-    return decide(read_facts())
+    return choose_device(read_facts())
 
 
 @command(

@@ -1,7 +1,7 @@
 """Flags, help and checks from any dataclass. Loads no torch, so `--help` answers at once.
 
 A field is written `lora_r: int = setting(6, "为什么", "why", minimum=1)`; the two sentences become the help
-text, the README table and the report. `parse` turns `--lora_r 8`, `--lora-r 8` or `--lora_r=8` into the
+text, the table in docs/settings.md and the report. `parse` turns `--lora_r 8`, `--lora-r 8` or `--lora_r=8` into the
 dataclass; booleans are `--merge_adapter` / `--no_merge_adapter`. Underscores are what is shown everywhere.
 """
 
@@ -97,8 +97,8 @@ def validate(values: Any) -> None:
         raise UserError("; ".join(issues))
 
 
-def named_by_user(values: Any, shipped: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the settings that the user chose: given as a flag, or with an edited default, no longer as `shipped`."""
+def given_by_user(values: Any, shipped: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the settings that the user gave: as a flag, or as a default that is edited, no longer as `shipped`."""
     edited = {name for name, default in shipped.items() if getattr(values, name) != default}
     return frozenset(given_as_flags(values) | edited)
 
@@ -108,11 +108,15 @@ def given_as_flags(values: Any) -> frozenset[str]:
     return vars(values).get(_GIVEN, frozenset())
 
 
-def with_given(values: _Settings, given: Set[str], **changed: Any) -> _Settings:
-    """A copy with some values changed, in which the settings `given` count as given on the command line."""
+def with_given(values: _Settings, **changed: Any) -> _Settings:
+    """A copy with some values changed, which from then on count as given on the command line, as the others there do.
+
+    Raises:
+        UserError: a value that its setting cannot have.
+    """
     result = dataclasses.replace(values, **changed)  # type: ignore[type-var]
     validate(result)
-    vars(result)[_GIVEN] = frozenset(given)
+    vars(result)[_GIVEN] = given_as_flags(values).union(changed)
     return result
 
 
@@ -122,14 +126,14 @@ def as_flags(values: Any, names: Set[str]) -> list[str]:
     for field in _fields(type(values)):
         value = getattr(values, field.name)
         if field.name in names and isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{field.name}")
+            words.append(f"--{'' if value else 'no_'}{field.name}")
         elif field.name in names and value is not None:
             words += [f"--{field.name}", str(value)]
     return words
 
 
 def markdown_table(cls: Any) -> str:
-    """The README's table of settings, made from the same strings as --help."""
+    """The table in docs/settings.md, made from the same strings as --help."""
     head = text("| 参数 | 默认值 | 为什么 |", "| setting | default | why |")
     rows = [f"| `{f.name}` | `{_shown_default(f)}` | {_why(f)} |" for f in _fields(cls)]
     rows = [row.replace("``", text("无", "none")) for row in rows]

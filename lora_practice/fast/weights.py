@@ -151,7 +151,7 @@ class ModelReader:
         """Output head (V, K) in the compute dtype; the model's own tensor if it has that dtype already."""
         head = self.causal.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None:
-            raise NotServed("the output head is wrapped, quantised or has a bias")
+            raise NotServed("the output head is wrapped, quantized or has a bias")
         return head.weight.detach().to(self.dtype)
 
     def layer(self, module: Any, index: int) -> Layer:
@@ -233,7 +233,7 @@ def _base_linear(module: Any) -> torch.nn.Linear:
     """The frozen linear inside a PEFT linear, or the module itself."""
     base = module.base_layer if hasattr(module, "base_layer") else module
     if type(base) is not torch.nn.Linear:
-        raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantised?)")
+        raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantized?)")
     return base
 
 

@@ -13,7 +13,7 @@ from lora_practice.console.text import text
 from lora_practice.inference import chat
 from lora_practice.inference.load import load_chat_model
 from lora_practice.inference.samples import piped, print_answer, system_messages
-from lora_practice.machine.device import decide
+from lora_practice.machine.device import choose_device
 from lora_practice.machine.facts import read_facts
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 from lora_practice.sources.environment import prepare_environment
@@ -76,7 +76,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "inference.py") -> in
     from transformers import set_seed
 
     set_seed(settings.seed)
-    machine = decide(read_facts(), device=settings.device)
+    machine = choose_device(read_facts(), device=settings.device)
     chat_model = load_chat_model(settings.model_dir, machine, settings.base_model or None, keep_base=not prompts)
     options = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p")}
     if not prompts:

@@ -29,7 +29,7 @@ class Machine:
     advice: str = ""
 
 
-def decide(facts: Facts, bf16: bool = False, device: str = "auto", weights: int = 0) -> Machine:
+def choose_device(facts: Facts, bf16: bool = False, device: str = "auto", weights: int = 0) -> Machine:
     """Choose device and precision: CUDA if its card can be used, else CPU with fp32; never MPS.
 
     A card trains in fp16, or in fp32 where its fp16 is slow or known for NaN and the model fits. bf16 is used only

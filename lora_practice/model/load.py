@@ -51,17 +51,17 @@ def load_tokenizer(base: Source, template: str = "", template_is_meant: bool = F
     return tokenizer
 
 
-def load_base(base: Source, dtype: str, **quantised: Any) -> Any:
+def load_base(base: Source, dtype: str, **quantization: Any) -> Any:
     """The base model in `dtype` ("fp32", "fp16", "bf16", or "stored": as its files have it), from safetensors only.
 
-    `quantised`: keyword arguments of `quantization.four_bit`, for a base in 4 bits.
+    `quantization`: keyword arguments of `quantization.four_bit`, for a base in 4 bits.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     wanted = "auto" if dtype == "stored" else torch_dtype(dtype)  # "auto" is transformers' own word
-    options = {"dtype": wanted, "use_safetensors": True, "local_files_only": True, **quantised}
+    options = {"dtype": wanted, "use_safetensors": True, "local_files_only": True, **quantization}
     thing = text("模型", "model")
     model, found = _from_folder(AutoModelForCausalLM, base.path, thing, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])

@@ -1,4 +1,4 @@
-"""QLoRA: a base whose linear layers are quantised to 4 bits, through bitsandbytes."""
+"""QLoRA: a base whose linear layers are quantized to 4 bits, through bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_practice.console.text import text
 def four_bit(device: str, precision: str) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained` that load the linear layers in 4 bits.
 
-    NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+    NF4 with double quantization, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
         UserError: bitsandbytes cannot compute on this machine, which is tried with a small layer.

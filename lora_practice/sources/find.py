@@ -42,7 +42,7 @@ class Source:
         hub_id: its name on the Hub, if it has one.
         revision: the commit of a Hub model.
         note: why it replaces the default; empty if it does not.
-        files: size and digest of a model's files, by which `run.resume` recognises it; filled in by `note_files`.
+        files: size and digest of a model's files, by which `run.resume` recognises it; see `with_file_digests` there.
     """
 
     kind: str
@@ -80,13 +80,13 @@ class RunSources:
     downloaded_mb: float  # fetched just now; a Hub data set is fetched later and does not count
 
 
-def find_sources(settings: SourceSettings, named: Set[str], resumed: Mapping[str, Any]) -> RunSources:
+def find_sources(settings: SourceSettings, given: Set[str], resumed: Mapping[str, Any]) -> RunSources:
     """Find the base model and the data of a run on this disk, and say where a default was replaced.
 
     A resumed run goes on with the kind of model and data that it began with, whether or not the Hub answers now.
 
     Args:
-        named: the settings that the user chose; the others are our defaults, which the embedded ones may replace.
+        given: the settings that the user chose; the others are our defaults, which the embedded ones may replace.
         resumed: the record of the run that is resumed, {} for a new one.
 
     Raises:
@@ -94,8 +94,8 @@ def find_sources(settings: SourceSettings, named: Set[str], resumed: Mapping[str
     """
     started = time.time()
     began = {thing: (resumed.get(thing) or {}).get("kind") for thing in ("model", "data")}
-    default_data = not named & {"dataset_path", "dataset_name"} and began["data"] != "hub"
-    default_model = "model_name" not in named and began["model"] != "hub"
+    default_data = not given & {"dataset_path", "dataset_name"} and began["data"] != "hub"
+    default_model = "model_name" not in given and began["model"] != "hub"
     embedded_model = settings.embedded or began["model"] == "embedded"
     data = find_dataset(settings.dataset_path, default_data, settings.embedded or began["data"] == "embedded")
     check_login(settings.skip_login or (embedded_model and data.kind != "hub"))
@@ -105,7 +105,7 @@ def find_sources(settings: SourceSettings, named: Set[str], resumed: Mapping[str
         if source.note:
             tell(source.note)
     # the default subset belongs to the default data set
-    meant = data.kind == "hub" and ("dataset_name" in named or "dataset_path" not in named)
+    meant = data.kind == "hub" and ("dataset_name" in given or "dataset_path" not in given)
     subset = settings.dataset_name if meant else None
     return RunSources(model, data, subset, fetched_mb(model, started) + fetched_mb(data, started))
 

@@ -25,7 +25,7 @@ LAYER_NAMES = {
 CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
-def dequantise(gguf_file: Path, folder: Path) -> None:
+def dequantize(gguf_file: Path, folder: Path) -> None:
     """Write config, fp16 `model.safetensors` and tokenizer of `gguf_file` into `folder`."""
     import gguf
     import numpy as np

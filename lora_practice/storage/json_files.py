@@ -96,7 +96,8 @@ def _wrong_field(record: dict[str, Any]) -> str:
     events = record.get("events")
     for one in events if isinstance(events, list) else []:
         event = one if isinstance(one, dict) else {}
-        wanted += [("events.step", event.get("step", ""), int), ("events.regime", event.get("regime", ""), dict)]
+        wanted.append(("events.step", event.get("step", ""), int))
+        wanted.append(("events.compute_config", event.get("compute_config", event.get("regime", "")), dict))
     for name, value, kind in wanted:
         if value is not None and not isinstance(value, kind):
             return text(f"{name} 的类型不对", f"{name} is of the wrong kind")

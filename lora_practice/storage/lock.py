@@ -136,7 +136,7 @@ def free_name_beside(path: Path) -> Path:
 def move_aside(path: Path, known: Optional[tuple[int, int]]) -> Path:
     """Rename an earlier run while it is locked; returns its new path.
 
-    The renamed folder is deleted later, so it must be the run that was found before: `known` is its `identity`.
+    The renamed folder is deleted later, so it must be the run that was found before: `known` is its `folder_identity`.
 
     Raises:
         FolderInUse, FolderReplaced: another run was quicker, or the folder holds no run.

@@ -9,7 +9,7 @@ from transformers import PrinterCallback
 
 from lora_practice import compat, fast
 from lora_practice.console.errors import UserError
-from lora_practice.console.settings import named_by_user
+from lora_practice.console.settings import given_by_user
 from lora_practice.console.text import tell, text
 from lora_practice.data.collator import Collator, packed_dataset
 from lora_practice.data.examples import Examples
@@ -74,7 +74,7 @@ def build_trainer(
 
 def show_progress(trainer: PracticeTrainer, settings: TrainingSettings) -> None:
     """Log the losses and show the progress: every step of a short run, unless the user chose `logging_steps`."""
-    chosen = "logging_steps" in named_by_user(settings, {"logging_steps": DEFAULT_LOGGING_STEPS})
+    chosen = "logging_steps" in given_by_user(settings, {"logging_steps": DEFAULT_LOGGING_STEPS})
     each = not chosen and steps_of(trainer) < LOGGED_EACH_BELOW
     trainer.args.logging_steps = 1 if each else settings.logging_steps
     logs_per_line = DEFAULT_LOGGING_STEPS if each else 1
@@ -173,20 +173,21 @@ def steps_of(trainer: PracticeTrainer) -> int:
     return math.ceil(steps_per_epoch * trainer.args.num_train_epochs)
 
 
-def fit_memory(trainer: PracticeTrainer, may_shorten: bool = False) -> int:
+def fit_memory(trainer: PracticeTrainer, settings: TrainingSettings) -> int:
     """Choose a compute config whose steps fit into memory.
 
     Returns:
-        0; with `may_shorten`, where not even one row fits, the `max_length` to prepare the data with again.
+        The `max_length` that fits: the one of the `settings`, or a lower one, where not even one row fits and
+        `allow_shorter` is set; then the data must be prepared again. A resumed run keeps its `max_length`.
 
     Raises:
-        UserError: not even one row fits.
+        UserError: not even one row fits, and `max_length` may not be lowered.
     """
     try:
         trainer.recovery.fit_memory(bytes_per_token(trainer.model.config, trainer.compute_config.precision))
     except DoesNotFit as error:
-        if not (may_shorten and error.max_length):
+        if not settings.allow_shorter or settings.resume or not error.max_length:
             raise messages.row_does_not_fit(error) from error
         trainer.report(MaxLengthLowered(trainer.compute_config, error.max_length))
         return error.max_length
-    return 0
+    return settings.max_length

@@ -21,7 +21,7 @@ HEADROOM = 1.25  # a dry run misses short-lived allocations between two looks, a
 class ComputeConfig:
     """How a step is computed: at most `rows` at once on the plain path, at most `tokens` on the fast path.
 
-    run_record.json holds these fields under its own name for them, "regime".
+    run_record.json holds these fields as "compute_config" of an event; before, the name was "regime".
     """
 
     precision: str

@@ -33,5 +33,7 @@ class TrainingSettings(LoraSettings, Protocol):
     save_steps: int
     save_total_limit: Optional[int]
     report_to: str
+    allow_shorter: bool
+    resume: bool
     merge_adapter: bool
     json: bool

@@ -71,7 +71,7 @@ class PracticeTrainer(SFTTrainer):
         super().__init__(**trl)
         # what is in force already: transformers enables checkpointing by its own arguments
         self.compute_config = replace(compute_config, checkpointing=bool(self.args.gradient_checkpointing))
-        wanted = _as_before(compute_config, folder.events[-1]["regime"]) if folder.events else compute_config
+        wanted = _as_before(compute_config, folder.last_compute_config())
         self.recovery = Recovery(self, demand, wanted.precision)  # which upcasts with the first step
         self.use_compute_config(replace(wanted, precision=compute_config.precision))
 

@@ -15,7 +15,7 @@ from bad_inputs.folders import edit, tensors
 from journey_harness import environment, refused, run, succeeded
 
 from lora_practice.inference import compare
-from lora_practice.machine.device import Facts, decide
+from lora_practice.machine.device import Facts, choose_device
 
 CLI = ("-m", "lora_practice.cli")
 QUESTION = "My printer is not printing."
@@ -66,7 +66,7 @@ def test_both_columns_are_written_in_turn_and_say_what_each_says_alone(trained, 
     tensors(lambda found: {name: value * (3 if "lora_B" in name else 1) for name, value in found.items()})(copied)
     edit("run_record.json", files={})(copied)
     for other in (None, str(copied)):
-        sides = compare.two_sides(str(trained.folder), other, decide(Facts(memory=8 << 30)))
+        sides = compare.two_sides(str(trained.folder), other, choose_device(Facts(memory=8 << 30)))
         chat_models = {side.key: side.chat_model for side in sides}
         assert all(one.decoder is not None for one in chat_models.values())
         if path == "transformers":

@@ -17,9 +17,9 @@ import torch
 from journey_harness import INFER, environment, infer, refused, succeeded
 
 from lora_practice.inference import load as load_chat
-from lora_practice.machine.device import Facts, decide
+from lora_practice.machine.device import Facts, choose_device
 
-CPU = decide(Facts())
+CPU = choose_device(Facts())
 SHORT = ("--max-new-tokens", "12")
 QUESTION = "My printer is not printing."
 

@@ -140,12 +140,12 @@ def test_two_thousand_rows_and_the_defaults_make_checkpoint_250(lora, tokenizer,
     from fine_tuning_practice import TrainSettings
     from lora_practice.data.examples import Examples
     from lora_practice.data.tokenization import Example
-    from lora_practice.machine.device import Facts, decide
+    from lora_practice.machine.device import Facts, choose_device
     from lora_practice.run.folder import OutputFolder
     from lora_practice.training.build import build_trainer, steps_of
 
     rows = Examples(Example(*embedded_examples[i % 8]) for i in range(2000))
-    machine, folder = decide(Facts(memory=8 << 30)), OutputFolder(tmp_path / "out")
+    machine, folder = choose_device(Facts(memory=8 << 30)), OutputFolder(tmp_path / "out")
     trainer = build_trainer(lora, None, tokenizer, rows, TrainSettings(), machine, folder)
     assert steps_of(trainer) == 250
     trainer.create_optimizer_and_scheduler(num_training_steps=250)

@@ -14,7 +14,7 @@ from journey_harness import succeeded, train
 
 from lora_practice.export import gguf, llama_cpp, merge, parity
 from lora_practice.inference import load as load_chat
-from lora_practice.machine.device import Facts, decide
+from lora_practice.machine.device import Facts, choose_device
 from lora_practice.model.load import load_base
 from lora_practice.report.checks import check_folder
 from lora_practice.sources.find import Source
@@ -57,7 +57,7 @@ def test_a_variant_says_its_path_and_merges_and_answers_as_pefts_own_model(varia
     assert verdict.findings == [] and verdict.uses["inference"].possible
     assert {one.rank for one in verdict.adapter.modules} == {VARIANTS[name][2]}
     assert len({one.target for one in verdict.adapter.modules}) == (2 if "some layers" in name else 7)
-    chat_model = load_chat.load_chat_model(str(folder), decide(Facts(memory=8 << 30)))
+    chat_model = load_chat.load_chat_model(str(folder), choose_device(Facts(memory=8 << 30)))
     assert (chat_model.decoder is None) == (name == "dora")
     assert chat_model.answer(ASK, max_new_tokens=8)
     base = load_base(Source("folder", str(embedded_model), embedded_model), "fp32")

@@ -15,14 +15,14 @@ from lora_practice.inference import chat as chat_module
 from lora_practice.inference import load as load_chat
 from lora_practice.inference.chat import Chat, guide
 from lora_practice.inference.chat_model import ChatModel
-from lora_practice.machine.device import Facts, decide
+from lora_practice.machine.device import Facts, choose_device
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     place = tmp_path_factory.mktemp("chat")
     return load_chat.load_chat_model(
-        str(make_output(place / "out", make_base(place / "base"))), decide(Facts()), keep_base=True
+        str(make_output(place / "out", make_base(place / "base"))), choose_device(Facts()), keep_base=True
     )
 
 

@@ -14,7 +14,7 @@ from described import around
 from fresh_process import in_a_process
 from hub_server import FINE_READ_TOKEN, FINE_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
 
-from lora_practice.machine.device import decide
+from lora_practice.machine.device import choose_device
 from lora_practice.machine.doctor import surroundings
 from lora_practice.machine.doctor.page import MachineReport, machine_page, report_as_json
 from lora_practice.machine.doctor.surroundings import (
@@ -53,9 +53,9 @@ def test_the_hub_is_asked_for_sizes_and_for_the_tokens_scope(
     assert (data.here, data.megabytes) == (False, 0.05)
     everything = read_surroundings(dataclasses.replace(PLAN, dataset_name=""), d.LAPTOP).wanted[1]
     assert everything.megabytes == pytest.approx(2.75)
-    assert "to be fetched, 0.3 MB" in machine_page(MachineReport(decide(d.LAPTOP), found, []))
+    assert "to be fetched, 0.3 MB" in machine_page(MachineReport(choose_device(d.LAPTOP), found, []))
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    report = MachineReport(decide(d.LAPTOP), read_surroundings(PLAN, d.LAPTOP), [])
+    report = MachineReport(choose_device(d.LAPTOP), read_surroundings(PLAN, d.LAPTOP), [])
     assert report.around.hub.token == "refused"
     assert "hf_of_nobody" not in machine_page(report) + json.dumps(report_as_json(report))
 
@@ -107,7 +107,7 @@ def test_after_a_finished_run_the_next_thing_is_to_talk(tmp_path: Path) -> None:
     for status, finished in (("running", False), ("finished", True), (7, False)):
         (tmp_path / "run_record.json").write_text(json.dumps({"status": status}), "utf-8")
         assert read_surroundings(plan, d.LAPTOP).finished is finished
-    report = MachineReport(decide(d.LAPTOP), around(finished=True), [])
+    report = MachineReport(choose_device(d.LAPTOP), around(finished=True), [])
     assert report.next_command == "lora-practice chat output"
     assert machine_page(report).endswith("a run is finished already; next:\n  lora-practice chat output")
 

@@ -57,7 +57,7 @@ def test_a_gradient_that_is_not_finite_in_bf16_is_computed_again_in_fp32_and_tra
     assert result["steps"] == 6 and len(losses(result)) == 6
     assert all(loss > 1 for loss in losses(result))
     (event,) = events(trainer)
-    assert (event["step"], event["kind"], event["regime"]["precision"]) == (2, "numbers", "fp32")
+    assert (event["step"], event["kind"], event["compute_config"]["precision"]) == (2, "numbers", "fp32")
     # from step 3 on these are the steps of fp32, not bf16's
     in_fp32 = trainer_of(tmp_path / "b", "fp32", fast=path, max_steps=2)
     loss = run(in_fp32)

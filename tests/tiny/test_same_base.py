@@ -16,7 +16,7 @@ from fine_tuning_practice import main as train
 from inference import main as infer
 from lora_practice.cli import main as cli
 from lora_practice.report.checks import check_folder
-from lora_practice.run.resume import check_same_base, note_files
+from lora_practice.run.resume import check_same_base, with_file_digests
 from lora_practice.sources.find import Source, cached_as_before
 from lora_practice.storage import manifest
 
@@ -89,16 +89,16 @@ def test_a_run_goes_on_over_its_own_base_only_and_names_the_file_that_changed(
 def test_the_same_base_in_other_files_is_the_same(place: Path) -> None:
     """Copied, its times are others; what is in the files decides."""
     record = json.loads((place / "out" / RECORD).read_text("utf-8"))
-    base = note_files(Source("folder", "base", place / "base"))
+    base = with_file_digests(Source("folder", "base", place / "base"))
     check_same_base(record, base)
     assert set(record["model"]["files"]) == {"config.json", "model.safetensors"}
     assert record["model"]["files"]["model.safetensors"]["sha256"] == manifest.sha256(base.path / "model.safetensors")
     (base.path / "README.md").write_text("# new words", "utf-8")
-    check_same_base(record, note_files(base))
+    check_same_base(record, with_file_digests(base))
     del record["model"]["files"]  # of a version that did not note them
     edit("config.json", rope_theta=1.0)(base.path)
-    check_same_base(record, note_files(base))
-    check_same_base({}, note_files(base))
+    check_same_base(record, with_file_digests(base))
+    check_same_base({}, with_file_digests(base))
 
 
 @pytest.mark.parametrize("files", [{"config.json": {}}, {"config.json": {"size": []}}, {"../x": {"sha256": [1]}}])

@@ -201,16 +201,16 @@ def test_the_defaults_of_a_run_are_stood_in_for_and_that_is_said(stand_in: Path,
 
 
 @pytest.mark.parametrize(
-    ("named", "subset"),
+    ("given", "subset"),
     [
         (set(), None),  # the embedded data has no configurations
         ({"dataset_path"}, None),  # the default subset belongs to the default data set
         ({"dataset_path", "dataset_name"}, SHIPPED["dataset_name"]),  # the same word, but meant
     ],
 )
-def test_the_subset_of_a_data_set(stand_in: Path, named: set[str], subset: str | None) -> None:
-    found = find_sources(wanted(embedded=True, dataset_path="someone/else" if named else DATASET), named, {})
-    assert found.subset == subset and found.data.kind == ("hub" if named else "embedded")
+def test_the_subset_of_a_data_set(stand_in: Path, given: set[str], subset: str | None) -> None:
+    found = find_sources(wanted(embedded=True, dataset_path="someone/else" if given else DATASET), given, {})
+    assert found.subset == subset and found.data.kind == ("hub" if given else "embedded")
 
 
 def test_a_resumed_run_goes_on_with_what_it_began_with(hub: HubServer, tiny_model: Path, stand_in: Path) -> None:

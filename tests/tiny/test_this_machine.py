@@ -10,7 +10,7 @@ import torch
 
 from lora_practice import compat
 from lora_practice.machine import facts as machine_facts
-from lora_practice.machine.device import decide, peak_memory
+from lora_practice.machine.device import choose_device, peak_memory
 from lora_practice.machine.speed import matmul_gflops
 
 
@@ -21,7 +21,7 @@ def test_this_machine_can_be_looked_at() -> None:
     assert 1 <= facts.cores <= facts.board_cores
     assert 0 < facts.memory <= facts.memory_total
     assert facts.torch
-    assert decide(facts).device in ("cpu", "cuda")
+    assert choose_device(facts).device in ("cpu", "cuda")
     assert peak_memory() > 10_000_000
     assert matmul_gflops() > 0.1
 

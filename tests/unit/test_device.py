@@ -1,4 +1,4 @@
-"""Device and precision for machines that are only described: `decide` is a pure function of the facts."""
+"""Device and precision for machines that are only described: `choose_device` is a pure function of the facts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_practice.console.errors import UserError
-from lora_practice.machine.device import decide
+from lora_practice.machine.device import choose_device
 from lora_practice.machine.facts import Facts
 from lora_practice.machine.gpu_problems import gpu_problem
 from lora_practice.machine.gpus import runs_on
@@ -80,7 +80,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("facts", "asked", "device", "precision", "word"), TABLE)
 def test_decisions(facts: Facts, asked: dict[str, Any], device: str, precision: str, word: str) -> None:
-    chosen = decide(facts, **asked)
+    chosen = choose_device(facts, **asked)
     assert (chosen.device, chosen.precision) == (device, precision)
     assert word in f"{chosen.reason} {chosen.advice}"
     assert "\n" not in chosen.reason
@@ -88,7 +88,7 @@ def test_decisions(facts: Facts, asked: dict[str, Any], device: str, precision: 
 
 @pytest.mark.parametrize("asked", [{"device": "cpu"}, {"device": "cpu", "bf16": True}])
 def test_a_good_card_does_not_change_what_the_cpu_is_asked_for(asked: dict[str, Any]) -> None:
-    chosen = decide(dataclasses.replace(d.RTX_3060, cpu_bf16=True), **asked)
+    chosen = choose_device(dataclasses.replace(d.RTX_3060, cpu_bf16=True), **asked)
     assert (chosen.device, chosen.reason) == ("cpu", "CPU as asked")
 
 
@@ -107,7 +107,7 @@ def test_a_good_card_does_not_change_what_the_cpu_is_asked_for(asked: dict[str, 
 )
 def test_refusals(facts: Facts, asked: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError) as caught:
-        decide(facts, **asked)
+        choose_device(facts, **asked)
     assert word in str(caught.value)
     assert caught.value.fix
 
@@ -162,10 +162,10 @@ def test_a_card_that_runs_has_no_trouble() -> None:
 
 def test_the_fallback_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
-    chosen = decide(d.GTX_1060_NEW_TORCH)
+    chosen = choose_device(d.GTX_1060_NEW_TORCH)
     assert "改用 CPU" in chosen.reason
     assert "要用显卡：pip install" in chosen.advice
-    assert "慢 64 倍，用 fp32" in decide(d.GTX_1060).reason
+    assert "慢 64 倍，用 fp32" in choose_device(d.GTX_1060).reason
 
 
 @given(st.tuples(st.integers(3, 13), st.integers(0, 9)), st.tuples(st.integers(3, 13), st.integers(0, 9)))
@@ -194,13 +194,15 @@ def test_an_odd_name_of_a_kernel_is_no_kernel(name: str) -> None:
     ],
 )
 def test_bf16_is_advised_only_where_it_was_measured_to_be_faster(speed: float, asked: bool, advice: str) -> None:
-    said = decide(dataclasses.replace(d.BF16_CPU, bf16_speed=speed), bf16=asked).advice
+    said = choose_device(dataclasses.replace(d.BF16_CPU, bf16_speed=speed), bf16=asked).advice
     assert advice in said and bool(advice) == bool(said)
 
 
 def test_other_programs_are_mentioned_from_half_a_core_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decide(dataclasses.replace(d.LAPTOP, busy_cores=0.4)).advice == ""
+    assert choose_device(dataclasses.replace(d.LAPTOP, busy_cores=0.4)).advice == ""
     busy = dataclasses.replace(d.LAPTOP, cores=2, busy_cores=1.0)
-    assert decide(busy).advice == "other programs keep 1.0 of 2 cores busy: training may take twice as long or more"
+    assert (
+        choose_device(busy).advice == "other programs keep 1.0 of 2 cores busy: training may take twice as long or more"
+    )
     monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
-    assert "其他程序正占用 1.0 核（可用 2 核）" in decide(busy).advice
+    assert "其他程序正占用 1.0 核（可用 2 核）" in choose_device(busy).advice

@@ -10,7 +10,7 @@ import pytest
 from described import around
 
 from lora_practice.console.terminal import columns
-from lora_practice.machine.device import decide
+from lora_practice.machine.device import choose_device
 from lora_practice.machine.doctor.diagnosis import MEND, NOTE, STOP, diagnose
 from lora_practice.machine.doctor.page import MachineReport, machine_page
 from lora_practice.machine.doctor.surroundings import (
@@ -102,7 +102,7 @@ def test_every_page_fits_80_columns_but_for_commands(language: str, monkeypatch:
     for facts in described():
         for more in ({}, {"hub": UNREACHED, "wanted": ABSENT, "compiler": None}, {"versions": {"torch": None}}):
             about = around(**more)
-            lines = machine_page(MachineReport(decide(facts), about, diagnose(facts, about))).splitlines()
+            lines = machine_page(MachineReport(choose_device(facts), about, diagnose(facts, about))).splitlines()
             assert [line for line in lines if columns(line) > 80 and "pip install" not in line] == []
 
 
@@ -124,7 +124,7 @@ def test_every_page_fits_80_columns_but_for_commands(language: str, monkeypatch:
 )
 def test_the_verdict_comes_last(facts: Facts, more: dict[str, Any], last: str) -> None:
     about = around(**more)
-    report = MachineReport(decide(facts), about, diagnose(facts, about))
+    report = MachineReport(choose_device(facts), about, diagnose(facts, about))
     verdict = machine_page(report).rpartition("\n\n")[2].replace("\n", " ")
     assert all(words in verdict for words in last.split("|")), verdict
     assert verdict.endswith(last.rpartition("|")[2]) or not report.can_train

@@ -160,10 +160,10 @@ def test_what_a_launcher_set_for_accelerate_does_not_change_the_run(
     said = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no", "LOCAL_RANK": "0"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    environment.leave_launcher()
+    environment.ensure_single_process()
     assert not set(said) & set(os.environ)
     assert capsys.readouterr().err == "not followed here: ACCELERATE_MIXED_PRECISION=bf16\n"
-    environment.leave_launcher()
+    environment.ensure_single_process()
     assert capsys.readouterr().err == ""
 
 

@@ -16,7 +16,7 @@ import pytest
 from refusals import refusal_of
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.settings import given_as_flags, named_by_user, parse
+from lora_practice.console.settings import given_as_flags, given_by_user, parse
 from lora_practice.run import folder as run_folder
 from lora_practice.run.folder import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints
 from lora_practice.run.resume import FREE_ON_RESUME, check_same_settings, settings_as_begun
@@ -265,11 +265,11 @@ def test_a_default_that_was_edited_since_is_a_difference() -> None:
 
 
 def test_an_older_record_that_does_not_tell_the_flags_is_resumed_without_them() -> None:
-    old = written(begun("--lora_r", "8", "--no-assistant_only_loss"))
+    old = written(begun("--lora_r", "8", "--no_assistant_only_loss"))
     del old["given"], old["settings"]["use_dora"]
     again = settings_as_begun(begun("--resume"), old)
     assert (again.lora_r, again.assistant_only_loss, again.use_dora) == (8, False, False)
-    assert not named_by_user(again, SHIPPED) & set(SHIPPED)
+    assert not given_by_user(again, SHIPPED) & set(SHIPPED)
 
 
 @pytest.mark.parametrize("value", ["eight", -1, None, [8]])
@@ -440,6 +440,23 @@ def test_a_run_whose_folder_another_run_has_by_now_writes_nothing_into_it(
             with pytest.raises(UserError, match=LOST if ended else "another run is writing to this folder"):
                 write()
         assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["compute_config", "regime"])
+def test_the_compute_config_of_the_last_event_is_read_under_its_new_name_and_its_old_one(
+    tmp_path: Path, name: str
+) -> None:
+    folder = start(tmp_path / "run")
+    assert folder.last_compute_config() == {}
+    folder.note("memory", 0, "less", {"precision": "bf16"})
+    folder.note("numbers", 0, "on in fp32", {"precision": "fp32"})
+    record = (folder.path / RECORD).read_text("utf-8")
+    assert record.count('"compute_config"') == 2 and "regime" not in record
+    (folder.path / RECORD).write_text(record.replace('"compute_config"', f'"{name}"'), "utf-8")
+    assert claim(folder.path, resume=True).last_compute_config() == {"precision": "fp32"}
+    (folder.path / RECORD).write_text(record.replace('"compute_config"', '"something"'), "utf-8")
+    with pytest.raises(UserError, match=r"events\.compute_config is of the wrong kind"):
+        claim(folder.path, resume=True)
 
 
 def test_a_folder_that_is_made_anew_is_held_like_the_one_before(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.settings import (
     as_flags,
     given_as_flags,
+    given_by_user,
     markdown_table,
-    named_by_user,
     parse,
     setting,
     validate,
@@ -201,15 +201,15 @@ def test_a_whole_number_is_a_fine_fraction() -> None:
 
 def test_what_the_user_meant() -> None:
     """The same words as the default, given as a flag, are meant; so is an edited default."""
-    assert named_by_user(read(cls=TrainSettings), SHIPPED) == set()
-    assert named_by_user(read("--model-name", SHIPPED["model_name"], cls=TrainSettings), SHIPPED) == {"model_name"}
-    assert named_by_user(dataclasses.replace(TrainSettings(), model_name="me/mine"), SHIPPED) == {"model_name"}
+    assert given_by_user(read(cls=TrainSettings), SHIPPED) == set()
+    assert given_by_user(read("--model-name", SHIPPED["model_name"], cls=TrainSettings), SHIPPED) == {"model_name"}
+    assert given_by_user(dataclasses.replace(TrainSettings(), model_name="me/mine"), SHIPPED) == {"model_name"}
 
 
 def test_settings_as_flags_give_the_same_settings() -> None:
     words = (
         "--packing",
-        "--no-assistant_only_loss",
+        "--no_assistant_only_loss",
         "--max_steps",
         "3",
         "--save_total_limit",

@@ -60,7 +60,7 @@ def read_for_decoding(model: Any, use_16_bits: bool, stored: dict[int, torch.Ten
     if not isinstance(embedding, torch.nn.Embedding) or embedding.weight.device.type != "cpu":
         raise NotServed("the embedding is wrapped, or not on the CPU")
     if type(head) is not torch.nn.Linear or head.bias is not None:
-        raise NotServed("the output head is wrapped, quantised or has a bias")
+        raise NotServed("the output head is wrapped, quantized or has a bias")
     reader = _DecodeReader(causal, use_16_bits, stored)
     layers: list[Any] = [reader.layer(layer, index) for index, layer in enumerate(causal.model.layers)]
     hidden = causal.config.hidden_size
@@ -93,7 +93,7 @@ class _DecodeReader(ModelReader):
         """One linear of transformers or PEFT."""
         base = getattr(module, "base_layer", module)
         if type(base) is not torch.nn.Linear:
-            raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantised?)")
+            raise NotServed(f"{type(base).__name__} instead of torch.nn.Linear (quantized?)")
         bias = None if base.bias is None else base.bias.detach().float()
         return Linear(self.store(base.weight), bias, *_lora_pair(module))
 

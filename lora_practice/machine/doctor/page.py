@@ -12,7 +12,7 @@ from typing import Any
 from lora_practice.console.errors import EXIT_USER_ERROR
 from lora_practice.console.terminal import PAGE_COLUMNS, columns, wrap
 from lora_practice.console.text import counted, text, visible
-from lora_practice.machine.device import Machine, decide
+from lora_practice.machine.device import Machine, choose_device
 from lora_practice.machine.doctor.diagnosis import NOTE, STOP, Finding, diagnose, gigabytes
 from lora_practice.machine.doctor.surroundings import Hub, Need, Place, PlannedRun, Surroundings, read_surroundings
 from lora_practice.machine.facts import Facts, read_facts
@@ -53,7 +53,7 @@ def examine_machine(plan: PlannedRun) -> MachineReport:
     """Read this machine's facts and surroundings, and diagnose them."""
     facts = read_facts(driver_too=True, measure=True)
     around = read_surroundings(plan, facts)
-    return MachineReport(decide(facts), around, diagnose(facts, around))
+    return MachineReport(choose_device(facts), around, diagnose(facts, around))
 
 
 def print_machine_page(plan: PlannedRun, as_json: bool) -> int:
