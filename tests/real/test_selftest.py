@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,20 @@ from bad_inputs import enter
 
 from lora_practice.cli import main as cli
 from lora_practice.console.errors import UserError
+from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 from lora_practice.run import selftest
 from lora_practice.run.folder import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# found by each Python that the selftest starts, and seen by it before anything else
+FORGETFUL = """
+import sys
+if "--resume" in sys.argv:
+    import torch
+    torch.optim.Optimizer.load_state_dict = lambda self, state: None
+"""
 
 
 def test_the_proof_passes_leaves_nothing_behind_and_would_see_one_other_bit(
@@ -50,6 +61,22 @@ def test_the_proof_passes_leaves_nothing_behind_and_would_see_one_other_bit(
     assert [line[:3] for line in said] == ["1/3", "2/3", "3/3"] and "with step" in said[2]
     assert seen == {**{name: [name] for name in selftest.COMPARED_FILES}, RECORD: ["losses"]}
     assert not list((tmp_path / "tmp").glob("lora-practice-*"))  # torch leaves an empty folder of its own
+
+
+def test_a_resume_that_forgets_the_optimizer_does_not_pass(
+    tmp_path: Path, embedded_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three real trainings again; the one that resumes keeps the moments of a new AdamW."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "sitecustomize.py").write_text(FORGETFUL, "utf-8")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    done = enter(cli, capsys, "selftest", "resume")
+    assert done.code == 1 and done.out.startswith("不通过：不一样的有 ")
+    named = done.out.strip().partition(" ")[2].split(", ")
+    assert named == [ADAPTER_WEIGHTS, f"checkpoint-{selftest.STEPS}/optimizer.pt", "losses"]  # not the rate, nor RNG
+    assert not list((tmp_path / "tmp").glob("lora-practice-*"))
 
 
 def test_a_training_that_fails_shows_its_words_and_the_cure_is_the_selftests_own(tmp_path, capsys) -> None:
