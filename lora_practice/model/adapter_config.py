@@ -77,8 +77,8 @@ def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
     """The name or path of the adapter's base. `trained_on`: "model" in its run_record.json.
 
     A path is accepted only if the record of a run on this machine names it too, since a folder from elsewhere must not
-    choose what is read here. A path that ends in `own`, the embedded model's folder, stands for that model, which is
-    found in the present cache.
+    choose what is read here, and never one on another machine (//host/...). A path that ends in `own`, the embedded
+    model's folder, stands for that model, which is found in the present cache.
 
     Raises:
         UserError: the adapter names no base, another base than the record, or a path that is not accepted.
@@ -96,7 +96,8 @@ def base_name(folder: Path, trained_on: dict[str, Any], own: str) -> str:
         )
         raise UserError(what, str(folder / ADAPTER_CONFIG), fix)
     is_download = folder.parent.name == "snapshots"  # a folder of the Hub's cache
-    trusted = last_part(named) == own or (named in known and not is_download)
+    is_remote = named.replace("\\", "/").startswith("//")
+    trusted = last_part(named) == own or (named in known and not is_download and not is_remote)
     if not HUB_NAME.fullmatch(named) and not trusted:
         what = text(
             f"底座 {shown} 不是 Hub 上的名字，不去读它", f"its base {shown} is no name on the Hub: it is not read"

@@ -86,7 +86,7 @@ class OutputFolder:
             )
         if not path.exists() or not any(entry for entry in path.iterdir() if entry not in disk.leftovers(path, RECORD)):
             if resume:
-                raise UserError(text("这里没有可以继续的训练", "there is no run to resume here"), where=str(path))
+                raise _nothing_to_resume_error(path)
             return cls(path)
         if record is None:
             raise UserError(
@@ -294,6 +294,18 @@ def _lock_errors() -> Iterator[None]:
             where=str(error.folder),
             fix=text("看看里面是什么，或换一个 --output_dir", "look at what it holds, or choose another --output_dir"),
         ) from error
+
+
+def _nothing_to_resume_error(path: Path) -> UserError:
+    """The error for --resume where nothing is."""
+    return UserError(
+        text("这里没有可以继续的训练", "there is no run to resume here"),
+        where=str(path),
+        fix=text(
+            "训练在别的文件夹，就用 --output_dir 指定；还没训练过，就去掉 --resume",
+            "if the run is in another folder, name it with --output_dir; to start one, leave out --resume",
+        ),
+    )
 
 
 def _finished_error(path: Path, record: dict[str, Any]) -> UserError:

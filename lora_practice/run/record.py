@@ -18,6 +18,7 @@ from lora_practice.console.text import counted, text
 from lora_practice.data.prepare import PreparedData
 from lora_practice.machine.device import Machine
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
+from lora_practice.run.resume import sign_outward
 from lora_practice.sources.find import RunSources, Source
 
 if TYPE_CHECKING:
@@ -29,13 +30,15 @@ def starting_record(
 ) -> dict[str, Any]:
     """The record before the first step. `settings`: TrainSettings."""
     given = given_as_flags(settings)
+    values = dataclasses.asdict(settings)
     flags = as_flags(settings, given - {"resume", "overwrite", "trust_checkpoint"})
     return {
         "made_by": f"lora-finetune-practice {__version__}",
         "started_at": time.strftime("%Y-%m-%d %H:%M"),
         "command": shlex.join([*_command("fine_tuning_practice.py", "train"), *flags]),
-        "settings": dataclasses.asdict(settings),
+        "settings": values,
         "given": sorted(given),  # the others had their defaults
+        "mark": sign_outward(values),
         "model": sources.model.record(),
         "data": {**sources.data.record(), "subset": sources.subset, **rows.facts},
         "machine": {

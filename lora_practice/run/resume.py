@@ -11,13 +11,15 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.settings import given_as_flags, with_given
 from lora_practice.console.text import text
 from lora_practice.sources.find import BASE_FILES, Source
-from lora_practice.storage import manifest
+from lora_practice.storage import manifest, signature
 from lora_practice.storage.json_files import RECORD
 
 Settings = TypeVar("Settings")
 HASHED_BYTES = 1 << 29  # of a file of weights, so that its hash takes half a second at most
 
 ASKED_ONCE = ("output_dir", "overwrite", "resume", "trust_checkpoint", "plan", "json", "skip_login")  # what to do
+# Settings that name what lies outside the folder: models, data, templates, and who gets the curves.
+OUTWARD = ("model_name", "chat_template_path", "dataset_path", "dataset_name", "report_to")
 # Settings that may change when a run is resumed; every other one affects the result.
 FREE_ON_RESUME = (
     *ASKED_ONCE,
@@ -38,10 +40,12 @@ LATER = {
 def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings:
     """Settings of a run that is resumed: those given now, and for the rest those that its `record` has.
 
-    A default that was edited in the source since then counts as given; `check_same_settings` will name it.
+    A default that was edited in the source since then counts as given; `check_same_settings` will name it. What
+    OUTWARD names is taken only from a record that this user wrote on this machine, or with --trust_checkpoint.
 
     Raises:
-        UserError: the record holds a value that the setting cannot have.
+        UserError: the record holds a value that the setting cannot have, or a stranger's record names what lies
+            outside its folder.
     """
     before, given = {**LATER, **(record.get("settings") or {})}, given_as_flags(settings)
     defaults = vars(type(settings)())
@@ -51,11 +55,44 @@ def settings_as_begun(settings: Settings, record: Mapping[str, Any]) -> Settings
     ):  # an older record does not tell them
         then = [name for name, value in before.items() if name in defaults and value != defaults[name]]
     again = [name for name in then if name in before and name in defaults and name not in {*given, *ASKED_ONCE}]
+    _check_outward(vars(settings), before, again, record)
     try:
         return with_given(settings, **{name: before[name] for name in again})
     except UserError as error:
         place = f"{vars(settings)['output_dir']}/{RECORD}"
         raise UserError(error.what, place, error.fix) from error
+
+
+def sign_outward(settings: Mapping[str, Any]) -> str:
+    """The "mark" of a record: this user's signature over those of its `settings` that are OUTWARD."""
+    return signature.sign_values(_outward(settings))
+
+
+def _outward(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings.get(name) for name in OUTWARD}
+
+
+def _check_outward(now: Mapping[str, Any], before: Mapping[str, Any], again: list[str], record: Any) -> None:
+    """UserError if the settings `again`, taken from a record that is not the user's own, lead out of its folder.
+
+    Args:
+        now: the settings without the record's; `before`: the settings in the record.
+    """
+    found = [name for name in again if name in OUTWARD and before[name] != now.get(name)]
+    if not found or now["trust_checkpoint"] or signature.signed_here(_outward(before), record.get("mark")):
+        return
+    named = ", ".join(f"--{name} {str(before[name])[:80]}" for name in found)
+    raise UserError(
+        text(
+            f"这份训练记录不是你在这台机器上写的，其中指向外部的参数没有采用：{named}",
+            f"not written by you on this machine, so what leads out of the folder is not taken from it: {named}",
+        ),
+        where=f"{now['output_dir']}/{RECORD}",
+        fix=text(
+            "核对后自己写上这些参数；如果信任它的来源，也可以加 --trust_checkpoint",
+            "look at them and give them again, or add --trust_checkpoint if you trust where it comes from",
+        ),
+    )
 
 
 def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:

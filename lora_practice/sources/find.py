@@ -114,14 +114,15 @@ def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
     """The base model of an earlier run from the Hub's cache; the Hub, which may have newer files, is not asked.
 
     Returns None if the run of this `record` had another model than `name`, or its files are gone. A record may be a
-    stranger's, so no folder outside the cache is used.
+    stranger's, so no folder outside this model's part of the cache is used.
     """
     from huggingface_hub import constants
 
     model = record.get("model") or {}
     kept = Path(str(model.get("path")))
     ours = model.get("kind") == "hub" and model.get("name") == name
-    ours = ours and Path(constants.HF_HUB_CACHE).resolve() in kept.resolve().parents
+    in_cache = Path(constants.HF_HUB_CACHE).resolve() / f"models--{name.replace('/', '--')}"
+    ours = ours and _is_hub_id(name) and in_cache in kept.resolve().parents
     if not ours or not all(any(kept.glob(pattern)) for pattern in BASE_FILES):
         return None
     return Source("hub", name, kept, name, model.get("revision"))

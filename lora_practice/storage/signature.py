@@ -1,9 +1,10 @@
-"""Signatures of checkpoints, which only this user on this machine can make.
+"""Signatures of checkpoints and of records, which only this user on this machine can make.
 
 Optimizer and scheduler state are pickles. torch reads them with `weights_only=True` (transformers always asks for it),
 which limits what a pickle may do but has had holes (CVE-2025-32434). So a checkpoint that this user did not write on
 this machine is not read unless the user says so. The signature is an HMAC-SHA256 over the manifest (path and SHA-256 of
 every file), with a key of 32 random bytes in the user's configuration folder. In the manifest it is called "mark".
+A record of a run has a "mark", too: over those of its settings that name what lies outside its folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -53,7 +55,7 @@ def check_signature(checkpoint: Path, name: str, trusted: bool) -> None:
     unnamed = sorted({p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} - named)
     if unnamed:
         what = text(f"里面有不是训练写出的文件：{unnamed[0]}", f"it holds a file that no training wrote: {unnamed[0]}")
-    elif key and hmac.compare_digest(_signature(key, content["files"]).encode(), str(content.get("mark", "")).encode()):
+    elif key and _same(_signature(key, content["files"]), content.get("mark")):
         return
     else:
         what = text(
@@ -62,6 +64,28 @@ def check_signature(checkpoint: Path, name: str, trusted: bool) -> None:
         )
     fix = text("如果信任它的来源，加 --trust_checkpoint", "if you trust where it comes from, add --trust_checkpoint")
     raise UserError(what, str(checkpoint), fix)
+
+
+def sign_values(values: Mapping[str, Any]) -> str:
+    """Signature over values that JSON can hold; "" where no key can be stored."""
+    key = _own_key()
+    return _signature_of_values(key, values) if key else ""
+
+
+def signed_here(values: Mapping[str, Any], mark: Any) -> bool:
+    """Whether `mark` is this user's signature over `values`, made by `sign_values` on this machine."""
+    key = _existing_key()
+    return key is not None and _same(_signature_of_values(key, values), mark)
+
+
+def _same(signature: str, mark: Any) -> bool:
+    """Whether a stranger's `mark`, of any type, is the signature."""
+    return isinstance(mark, str) and hmac.compare_digest(signature.encode(), mark.encode("utf-8", "surrogatepass"))
+
+
+def _signature_of_values(key: bytes, values: Mapping[str, Any]) -> str:
+    content = "record 1\n" + json.dumps(values, sort_keys=True)
+    return hmac.new(key, content.encode(), hashlib.sha256).hexdigest()
 
 
 def _signature(key: bytes, files: dict[str, Any]) -> str:

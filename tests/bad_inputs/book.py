@@ -119,6 +119,7 @@ def no_weights(place: Place) -> None:
 
 
 RESUME = ("train", "--model_name", "base", "--dataset_path", "rows.jsonl", "--output_dir", "out", "--resume")
+STOPPED = ("train", "--output_dir", "out")
 TRUSTED = (*RESUME, "--trust_checkpoint")
 DRIFTING = (
     "{% for m in messages %}{{ messages | length }}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -157,6 +158,10 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "the base model is not what this run began with": (out(stop, edit(RECORD, model=BASE_BEFORE)), TRUSTED),
     "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), TRUSTED),
     "not saved by you on this machine": (out(stop), RESUME),
+    "not written by you on this machine": (
+        out(stop, edit(RECORD, settings={"dataset_path": "theirs.jsonl"})),
+        (*STOPPED, "--resume"),
+    ),
     "no whole checkpoint is left to resume from": (out(stop, remove(f"checkpoint-1/{ADAPTER}")), RESUME),
     "the record of the run cannot be read": (out(write(RECORD, b"{")), ASK),
     "not enough disk: about … MB needed, … MB free": (full_disk, ("merge", "out")),

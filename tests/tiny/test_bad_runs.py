@@ -17,10 +17,12 @@ from bad_inputs.folders import (
     tokenizer_with,
 )
 from bad_inputs.runs import BAD_RUNS, BAD_TARGETS, BAD_UPLOADS, CHECKPOINT, Damage, noted, stop
+from refusals import refusal_of
 
 from fine_tuning_practice import main as train
 from inference import main as infer
 from lora_practice.cli import main as cli
+from lora_practice.model.adapter_config import base_name
 from lora_practice.run.folder import OutputFolder
 
 ROW = json.dumps({"prompt": "Hi", "completion": "Hello!"})
@@ -159,6 +161,14 @@ def test_a_base_outside_is_not_read_without_a_word(
     shutil.copytree(whole / "out", tmp_path / "out")
     said = enter(infer, capsys, "--model-dir", "out", "--prompt", "Hi", "--max-new-tokens", "1")
     assert said.code == 0 and f"base: {whole / 'base'}" in said.err
+
+
+@pytest.mark.parametrize("named", ["//host/share/base", "\\\\host\\share\\base"])
+def test_a_base_on_another_machine_is_not_read(whole: Path, tmp_path: Path, named: str) -> None:
+    """Windows would give the user's login to whichever machine a folder from elsewhere names."""
+    out = Path(shutil.copytree(whole / "out", tmp_path / "out"))
+    edit("adapter_config.json", base_model_name_or_path=named)(out)
+    assert "it is not read -> name the base" in refusal_of(base_name, out, {"name": named, "path": named}, own="x")
 
 
 def test_a_record_cannot_climb_out_of_the_hubs_cache(

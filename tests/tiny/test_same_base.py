@@ -152,6 +152,7 @@ def test_a_resumed_run_goes_on_with_the_very_files_of_the_hubs_cache(
     assert cached_as_before({"model": model}, "me/tiny") == Source("hub", "me/tiny", kept, "me/tiny", "abc")
     assert cached_as_before({"model": model}, "me/other") is None
     assert cached_as_before({"model": {**model, "kind": "folder"}}, "me/tiny") is None
+    assert cached_as_before({"model": {**model, "name": "me/other"}}, "me/other") is None  # another's files
     assert cached_as_before({"model": {**model, "path": str(tmp_path / "gone")}}, "me/tiny") is None
     remove("model.safetensors")(kept)
     assert cached_as_before({"model": model}, "me/tiny") is None

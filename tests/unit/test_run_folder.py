@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -18,9 +19,10 @@ from refusals import refusal_of
 from lora_practice.console.errors import UserError
 from lora_practice.console.settings import given_as_flags, given_by_user, parse
 from lora_practice.run import folder as run_folder
-from lora_practice.run.folder import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints
-from lora_practice.run.resume import FREE_ON_RESUME, check_same_settings, settings_as_begun
-from lora_practice.sources.find import SHIPPED
+from lora_practice.run.folder import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints, record_in
+from lora_practice.run.record import starting_record
+from lora_practice.run.resume import FREE_ON_RESUME, OUTWARD, check_same_settings, settings_as_begun, sign_outward
+from lora_practice.sources.find import SHIPPED, RunSources, Source
 from lora_practice.storage import disk, manifest
 from lora_practice.storage import lock as storage_lock
 
@@ -155,7 +157,8 @@ def test_an_unfinished_run_offers_resume(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    assert "there is no run to resume here" in refusal(tmp_path / "run", resume=True)
+    told = refusal(tmp_path / "run", resume=True)
+    assert "there is no run to resume here" in told and "--output_dir" in told and "leave out --resume" in told
 
 
 def test_resume_before_the_first_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -242,7 +245,8 @@ def begun(*flags: str, edited: Optional[dict[str, Any]] = None) -> Any:
 
 def written(settings: Any) -> dict[str, Any]:
     """What the record of a run with these settings holds of them, as it is read again."""
-    found = {"settings": dataclasses.asdict(settings), "given": sorted(given_as_flags(settings))}
+    values = dataclasses.asdict(settings)
+    found = {"settings": values, "given": sorted(given_as_flags(settings)), "mark": sign_outward(values)}
     return json.loads(json.dumps(found))
 
 
@@ -277,6 +281,54 @@ def test_a_record_with_a_value_that_cannot_be_is_one_line(value: Any) -> None:
     record = {**written(begun("--lora_r", "8")), "settings": {"lora_r": value}}
     with pytest.raises(UserError, match="--lora_r"):
         settings_as_begun(begun("--resume"), record)
+
+
+ELSEWHERE = ("--model_name", "x/model", "--chat_template_path", "x/template", "--dataset_path", "/rows.jsonl")
+ELSEWHERE += ("--dataset_name", "x", "--report_to", "wandb")
+
+
+@pytest.mark.parametrize("mark", [None, "", "0" * 64, "\ud800", 7, "the record was altered", "the key is another"])
+def test_what_a_strangers_record_names_outside_its_folder_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: Any
+) -> None:
+    record = written(begun("--lora_r", "8", *ELSEWHERE))
+    if mark == "the record was altered":
+        record["settings"]["dataset_path"] = "/etc/passwd"
+    elif mark == "the key is another":
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    else:
+        record["mark"] = mark
+    told = refusal_of(settings_as_begun, begun("--resume", "--output_dir", "here"), record)
+    assert told.startswith("here/run_record.json: ") and "not written by you on this machine" in told
+    assert all(f"--{name} {record['settings'][name]}" in told for name in OUTWARD) and "lora_r" not in told
+    assert settings_as_begun(begun("--resume", *ELSEWHERE), record).lora_r == 8  # the ways out that the line names
+    assert settings_as_begun(begun("--resume", "--trust_checkpoint"), record).report_to == "wandb"
+
+
+def test_the_record_that_a_run_writes_is_its_users_own(tmp_path: Path) -> None:
+    first = begun("--dataset_path", "rows.jsonl", "--report_to", "wandb", "--output_dir", str(tmp_path / "run"))
+    facts = SimpleNamespace(cpu="", cores=1, gpu=None)
+    machine: Any = SimpleNamespace(device="cpu", precision="fp32", reason="", facts=facts)
+    sources: Any = RunSources(Source("hub", "me/tiny"), Source("file", "rows.jsonl"), None, 0)
+    record = starting_record(first, machine, sources, SimpleNamespace(facts={}))
+    OutputFolder.claim(str(tmp_path / "run"), False, False, record["settings"]).begin(record)
+    again = settings_as_begun(begun("--resume"), record_in(str(tmp_path / "run")))
+    assert (again.dataset_path, again.report_to) == ("rows.jsonl", "wandb")
+
+
+def test_a_strangers_record_that_stays_in_its_folder_needs_no_trust() -> None:
+    record = {**written(begun("--lora_r", "8", "--model_name", begun().model_name)), "mark": ""}
+    assert settings_as_begun(begun("--resume"), record).lora_r == 8
+    older = {**record, "settings": {**record["settings"], "report_to": "wandb"}}
+    del older["given"]
+    assert "--report_to wandb" in refusal_of(settings_as_begun, begun("--resume"), older)
+
+
+def test_every_setting_that_names_a_path_a_source_or_a_service_is_guarded() -> None:
+    words = {field.name for field in dataclasses.fields(begun()) if isinstance(field.default, str)}
+    shaping = {"eval_strategy", "lr_scheduler_type", "optim", "target_modules", "init_lora_weights", "fast"}
+    shaping |= {"gradient_checkpointing", "save_strategy"}
+    assert words == {*OUTWARD, *shaping, "output_dir"}
 
 
 def test_an_interrupted_finish_is_an_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

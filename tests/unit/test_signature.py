@@ -132,5 +132,6 @@ def test_half_a_key_is_made_anew(checkpoint: Path, key: Path) -> None:
 
 def test_a_mark_that_is_no_mark(checkpoint: Path) -> None:
     content = json.loads((checkpoint / NAME).read_text("utf-8"))
-    (checkpoint / NAME).write_text(json.dumps({**content, "mark": "é"}), "utf-8")
-    assert "--trust_checkpoint" in refusal(checkpoint)
+    for mark in ("é", "\ud800"):
+        (checkpoint / NAME).write_text(json.dumps({**content, "mark": mark}), "utf-8")
+        assert "--trust_checkpoint" in refusal(checkpoint)
