@@ -23,12 +23,12 @@ prepare_environment() {
     stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.lora-practice-${extra:-run}"
     wanted="$(cat pyproject.toml requirements/*.txt | cksum) $PWD"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip -q
+        "$PYTHON" -I -m pip --version >/dev/null 2>&1 || "$PYTHON" -I -m ensurepip -q
         install_all "$extra"
         printf '%s' "$wanted" >"$stamp"
     fi
     # without it the Hub is needed; if it cannot be fetched now, the run itself says what to do
-    "$PYTHON" -m lora_practice.sources.embedded || true
+    "$PYTHON" -I -m lora_practice.sources.embedded || true
 }
 
 make_venv() {
@@ -37,7 +37,7 @@ make_venv() {
         [ -n "$candidate" ] || continue
         "$candidate" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 14))' 2>/dev/null || continue
         say "新建环境 .venv（$("$candidate" --version)）" "making .venv ($("$candidate" --version))"
-        "$candidate" -m venv .venv && return
+        "$candidate" -I -m venv .venv && return
         say "错误：建不了 .venv（Debian/Ubuntu 上：sudo apt install python3-venv）" \
             "Error: cannot make .venv (on Debian/Ubuntu: sudo apt install python3-venv)"
         exit 2
@@ -52,13 +52,13 @@ make_venv() {
 install_all() { # EXTRA
     local versions
     versions="$(stack)"
-    if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    if ! "$PYTHON" -I -c 'import torch' 2>/dev/null; then
         install_torch "$versions"
     elif [ "$PYTHON" != "$PWD/.venv/bin/python" ]; then
         versions=/dev/null
     fi
     say "安装其余依赖……" "installing the other dependencies ..."
-    "$PYTHON" -m pip install --disable-pip-version-check -q -c <(grep -v '^torch==' "$versions") -e ".${1:+[$1]}"
+    "$PYTHON" -I -m pip install --disable-pip-version-check -q -c <(grep -v '^torch==' "$versions") -e ".${1:+[$1]}"
 }
 
 stack() { # the file of versions for this Python and this card
@@ -87,7 +87,7 @@ install_torch() { # FILE with its version
         index=""
     fi
     # torch==X+cpu sorts above torch==X, so the extra index wins where it has this version
-    "$PYTHON" -m pip install --disable-pip-version-check "torch==$version" ${index:+--extra-index-url "$index"}
+    "$PYTHON" -I -m pip install --disable-pip-version-check "torch==$version" ${index:+--extra-index-url "$index"}
 }
 
 card() { # none | old (before Turing: no kernels in newer CUDA builds) | new

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lora_practice
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
@@ -87,11 +88,18 @@ def run_selftest(name: str) -> int:
 
 
 def _start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    """Start `lora-practice train` in a process of its own, without a GPU; its output goes to FOLDER.log."""
-    command = [sys.executable, "-m", "lora_practice.cli", "train", *TRAINING, "--output_dir", str(folder), *flags]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    """Start `lora-practice train` in a process of its own, without a GPU; its output goes to FOLDER.log.
+
+    It starts in our own folder, and this package is looked for last: no module that lies beside a data set is run.
+    """
+    root = Path(lora_practice.__file__).resolve().parents[1]
+    start = f"import sys; sys.path.append({str(root)!r}); from lora_practice.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, "train", *TRAINING, "--output_dir", str(folder), *flags]
+    cache = str(embedded.cache_dir().absolute())
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "LORA_PRACTICE_CACHE": cache}
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
-        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True)
+        nothing = subprocess.DEVNULL
+        return subprocess.Popen(command, env=env, cwd=folder.parent, stdin=nothing, stdout=log, stderr=log, text=True)
 
 
 def _end(process: subprocess.Popen[str], folder: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -20,32 +21,15 @@ from pathlib import Path
 from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
+from lora_practice.sources.dotenv_file import load_dotenv_file
 
 REACH_SECONDS = 4.0
-# variables that `.env` may set: a folder from elsewhere must not choose a compiler, or where keys and kernels lie
-_FROM_DOTENV = re.compile(
-    r"(HF|HUGGING_FACE|LORA_PRACTICE|WANDB|SWANLAB|TRACKIO)_\w+|TRANSFORMERS_CACHE|\w+_(proxy|PROXY)"
-)
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 
 
 def prepare_environment() -> None:
     """Load the variables that `.env` may set (existing ones win), and correct those of the libraries."""
-    from dotenv import dotenv_values
-
-    file = Path.cwd() / ".env"
-    try:
-        variables = dotenv_values(file, encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            text(".env 不是 UTF-8", ".env is not UTF-8"),
-            where=str(file),
-            fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
-        ) from error
-    for name, value in variables.items():
-        if value is not None and _FROM_DOTENV.fullmatch(name):
-            os.environ.setdefault(name, value)
-    _suggest_private(file)
+    load_dotenv_file()
     old = os.environ.get("TRANSFORMERS_CACHE")
     if old and not os.environ.get("HF_HUB_CACHE"):
         os.environ["HF_HUB_CACHE"] = old
@@ -56,6 +40,8 @@ def prepare_environment() -> None:
             )
         )
     os.environ.pop("TRANSFORMERS_CACHE", None)
+    # TRL and huggingface_hub would tell the Hub about each run, --embedded ones too
+    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     let_waiting_threads_sleep()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -100,18 +86,6 @@ def ensure_single_process() -> None:
         tell(text(f"这些变量不起作用：{' '.join(asking)}", f"not followed here: {' '.join(asking)}"))
 
 
-def _suggest_private(file: Path) -> None:
-    """Print a line if other users of this machine can read the token in `.env`."""
-    if os.name == "nt" or not file.is_file() or not file.stat().st_mode & 0o044:
-        return
-    if re.search(rb"^[ \t]*(export[ \t]+)?HF_TOKEN[ \t]*=[ \t]*[\"']?\w", file.read_bytes(), re.MULTILINE):
-        zh, en = (
-            "注意：这台机器上的其他用户能读取 .env 里的 token",
-            "note: others on this machine can read the token in .env",
-        )
-        tell(f"{text(zh, en)} {text('→', '->')} chmod 600 .env")
-
-
 def hub_endpoint() -> str:
     """URL of the Hub, or of the mirror in HF_ENDPOINT."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -124,31 +98,52 @@ def offline_wanted() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers within REACH_SECONDS, DNS included. If not, the process goes offline."""
+    """Whether the Hub answers within REACH_SECONDS, DNS included. If not, the process goes offline.
+
+    An answer such as HTTP 503, which may pass, is asked for again within that time.
+    """
+    _last_status.clear()
     if offline_wanted():
         return False
     if not hub_endpoint().lower().startswith(("http://", "https://")):  # file:// would be answered by this disk
         go_offline()
         return False
     answered = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(hub_endpoint() + "/api/models?limit=1", method="GET")
-        try:
-            with urllib.request.urlopen(request, timeout=REACH_SECONDS):  # nosec B310 # http or https, see below
-                answered.set()
-        except urllib.error.HTTPError as error:
-            if error.code < 500:  # even a refusal is an answer
-                answered.set()
-        except (OSError, ValueError, http.client.HTTPException):
-            pass
-
-    asking = threading.Thread(target=ask, daemon=True)
+    asking = threading.Thread(target=_ask_hub, args=(hub_endpoint(), time.monotonic() + REACH_SECONDS, answered))
+    asking.daemon = True
     asking.start()
     asking.join(REACH_SECONDS)
     if not answered.is_set():
         go_offline()
     return answered.is_set()
+
+
+def hub_trouble(name_zh: str = "Hub", name_en: str = "the Hub") -> str:
+    """What is wrong with a Hub that is not reachable, for a message: no answer, or the status that it answers with."""
+    if _last_status:
+        return text(f"{name_zh} 出错（HTTP {_last_status[-1]}）", f"{name_en} answers with HTTP {_last_status[-1]}")
+    return text(f"连不上 {name_zh}", f"{name_en} cannot be reached")
+
+
+_last_status: list[int] = []  # of the answers that `hub_is_reachable` did not count as one
+
+
+def _ask_hub(endpoint: str, until: float, answered: threading.Event) -> None:
+    """Set `answered` once the Hub answers with a status below 500 before the time `until` (time.monotonic)."""
+    request = urllib.request.Request(endpoint + "/api/models?limit=1", method="GET")
+    while (left := until - time.monotonic()) > 0:
+        try:
+            with urllib.request.urlopen(request, timeout=left):  # nosec B310 # http or https, see above
+                answered.set()
+                return
+        except urllib.error.HTTPError as error:
+            if error.code < 500:  # even a refusal is an answer
+                answered.set()
+                return
+            _last_status.append(error.code)
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        time.sleep(REACH_SECONDS / 8)
 
 
 def go_offline() -> None:

@@ -17,7 +17,13 @@ from lora_practice import compat
 from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.text import tell, text
 from lora_practice.sources import embedded
-from lora_practice.sources.environment import check_login, dataset_is_cached, hub_endpoint, hub_is_reachable
+from lora_practice.sources.environment import (
+    check_login,
+    dataset_is_cached,
+    hub_endpoint,
+    hub_is_reachable,
+    hub_trouble,
+)
 
 # the shipped defaults: only these may be replaced by the embedded ones, not what a learner writes instead
 SHIPPED = {
@@ -163,8 +169,8 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
         )
     if is_default:
         note = text(
-            "连不上 Hub：改用内置模型 SmolLM2-135M-Instruct（来自 PyPI）",
-            "the Hub cannot be reached: using the embedded SmolLM2-135M-Instruct (from PyPI)",
+            f"{hub_trouble()}：改用内置模型 SmolLM2-135M-Instruct（来自 PyPI）",
+            f"{hub_trouble()}: using the embedded SmolLM2-135M-Instruct (from PyPI)",
         )
         return _embedded_model(note)
     raise _unreachable(name, flag)
@@ -211,8 +217,8 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     if dataset_is_cached(path):
         return Source("hub", path, None, path)
     note = text(
-        "连不上 Hub：改用内置的英文对话（chatterbot-corpus，来自 PyPI）",
-        "the Hub cannot be reached: using the embedded English conversations (chatterbot-corpus, PyPI)",
+        f"{hub_trouble()}：改用内置的英文对话（chatterbot-corpus，来自 PyPI）",
+        f"{hub_trouble()}: using the embedded English conversations (chatterbot-corpus, PyPI)",
     )
     return _embedded_conversations(note)
 
@@ -311,8 +317,8 @@ def _unreachable(name: str, flag: str) -> UserError:
     other = text("用 --embedded 跑内置模型", "use --embedded") if trains else text("写一个本地文件夹", "name a folder")
     return UserError(
         text(
-            f"连不上 {hub_endpoint()}，本机也没有缓存",
-            f"{hub_endpoint()} cannot be reached and nothing is cached",
+            f"{hub_trouble(hub_endpoint(), hub_endpoint())}，本机也没有缓存",
+            f"{hub_trouble(hub_endpoint(), hub_endpoint())} and nothing is cached",
         ),
         where=f"{flag} {name}",
         fix=text(

