@@ -94,7 +94,8 @@ def resume_flag(out: Path) -> tuple[str, ...]:
 
 def steps_safe(out: Path) -> int:
     """N of the newest whole checkpoint, judged by its manifest; 0 if there is none."""
-    from lora_practice.run.folder import CHECKPOINT_MANIFEST, checkpoints
+    from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
+    from lora_practice.run.folder import checkpoints
     from lora_practice.storage import manifest
 
     whole = [one for one in checkpoints(out) if not manifest.folder_fault(one, CHECKPOINT_MANIFEST)]

@@ -14,7 +14,8 @@ from lora_practice.report import adapter_stats, files
 from lora_practice.report.adapter_stats import AdapterStats
 from lora_practice.report.base_weights import base_matrices, matrix_of
 from lora_practice.report.files import FolderEntry
-from lora_practice.run.folder import CHECKPOINT_MANIFEST, checkpoints
+from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
+from lora_practice.run.folder import checkpoints
 from lora_practice.run.resume import another_base
 from lora_practice.sources import embedded
 from lora_practice.sources.find import Source

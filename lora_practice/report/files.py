@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.console.text import text
-from lora_practice.report.file_kinds import FILE_KINDS, FileKind, file_kind
-from lora_practice.run.folder import CHECKPOINT_MANIFEST
+from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST, FILE_KINDS, FileKind, file_kind
 from lora_practice.storage import manifest
 
 ZIPPED = (".bin", ".pt", ".pth")  # what torch.save writes

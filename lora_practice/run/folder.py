@@ -19,12 +19,12 @@ from typing import Any, Callable, Optional
 
 from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.text import tell, text, without_tokens
+from lora_practice.run.file_kinds import CARD, CHECKPOINT_MANIFEST
 from lora_practice.run.resume import check_same_settings
 from lora_practice.storage import disk, lock, manifest, signature
 from lora_practice.storage.json_files import RECORD, read_record
 
 DEFAULT_OUTPUT_DIR = "outputs/SmolLM2-FT-MyDataset"
-CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
 PROOF = ("<!-- proof -->", "<!-- /proof -->")  # these marks in the card enclose the result of `export`
 
 

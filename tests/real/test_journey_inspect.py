@@ -10,7 +10,7 @@ import pytest
 from bad_inputs.folders import cut, edit, make_base, make_output, tensors
 from journey_harness import run, succeeded
 
-from lora_practice.report.file_kinds import file_kind
+from lora_practice.run.file_kinds import file_kind
 
 INSPECT = ("-m", "lora_practice.cli", "inspect")
 WEIGHTS = "adapter_model.safetensors"

@@ -18,8 +18,8 @@ from lora_practice.console.terminal import columns
 from lora_practice.report.adapter_stats import lora_scale, measure_adapter
 from lora_practice.report.base_weights import relative_changes
 from lora_practice.report.checks import Use, check_folder
-from lora_practice.report.file_kinds import file_kind
 from lora_practice.report.folder_text import verdict_as_json, verdict_lines
+from lora_practice.run.file_kinds import file_kind
 from lora_practice.storage import manifest, signature
 
 

@@ -19,7 +19,8 @@ from refusals import refusal_of
 from lora_practice.console.errors import UserError
 from lora_practice.console.settings import given_as_flags, given_by_user, parse
 from lora_practice.run import folder as run_folder
-from lora_practice.run.folder import CHECKPOINT_MANIFEST, RECORD, OutputFolder, checkpoints, record_in
+from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
+from lora_practice.run.folder import RECORD, OutputFolder, checkpoints, record_in
 from lora_practice.run.record import starting_record
 from lora_practice.run.resume import FREE_ON_RESUME, OUTWARD, check_same_settings, settings_as_begun, sign_outward
 from lora_practice.sources.find import SHIPPED, RunSources, Source

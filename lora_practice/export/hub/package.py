@@ -19,7 +19,7 @@ from lora_practice.console.text import text
 from lora_practice.export.hub.redaction import BaseNames, base_names, private_paths, rewrite_text, update_manifest
 from lora_practice.export.hub.secret_scan import TEXT_SUFFIXES, scan_file
 from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lora_practice.run.folder import CHECKPOINT_MANIFEST
+from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
 from lora_practice.storage.json_files import read_record
 
 LARGEST_TEXT = 16 << 20  # bytes; a longer text is not rewritten

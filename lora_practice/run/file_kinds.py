@@ -8,8 +8,9 @@ from typing import Optional
 
 from lora_practice.console.text import text
 from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lora_practice.run.folder import CHECKPOINT_MANIFEST
 from lora_practice.storage.json_files import RECORD
+
+CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ FILE_KINDS = (
         ("resuming",),
     ),
     FileKind(
-        ("README.md",),
+        (CARD,),
         "这次训练的模型卡",
         "this run's model card",
         "给人看，上传时用",
