@@ -144,6 +144,13 @@ def test_a_start_in_the_base_needs_weights_in_fp32():
         add_lora(make_model().half(), settings_of(Path("x"), init_lora_weights="pissa"), Source("folder", "tiny", None))
 
 
+def test_an_adapter_without_its_weights_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}', "utf-8")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
+        with_adapter(None, tmp_path)
+
+
 def test_resuming_another_variant_is_refused(tmp_path):
     run(trainer_of(tmp_path, max_steps=2))
     for name, value in {**VARIANTS["all that goes with DoRA"], **VARIANTS["targets"], **VARIANTS["olora"]}.items():
