@@ -38,6 +38,8 @@ class CurveVerdict:
         n = self.step
         if self.kind == "learnt":
             return self._learnt()
+        if self.kind in ("falling", "flat") and self.has_held_out and not self.unseen:
+            return self._better_with_trend()
         subject = text("没见过的数据上，", "On unseen data ") if self.unseen else ""
         the_loss = subject + text("loss ", "the loss " if self.unseen else "The loss ")
         return {
@@ -83,9 +85,23 @@ class CurveVerdict:
             "flat": the_loss
             + text(
                 "到最后基本不再下降：照这样继续训练，收获不大。",
-                "hardly fell any more at the end: more of the same would bring little.",
+                "was level at the end: more of the same would bring little.",
             ),
         }[self.kind]
+
+    def _better_with_trend(self) -> str:
+        """Held-out loss was measured only before and after, and fell; the trend at the end is the training loss's."""
+        if self.kind == "falling":
+            return text(
+                "没见过的数据上变好了，训练 loss 到最后还在下降：再多训练一些（num_train_epochs），多半还会更好。",
+                "It got better on unseen data, and the training loss was still falling at the end: more training "
+                "(num_train_epochs) would likely help.",
+            )
+        return text(
+            "没见过的数据上变好了，训练 loss 到最后基本持平：照这样继续训练，收获不大。",
+            "It got better on unseen data, and the training loss was level at the end: more of the same would bring "
+            "little.",
+        )
 
     def _learnt(self) -> str:
         if self.unseen:

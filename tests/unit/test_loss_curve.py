@@ -77,6 +77,20 @@ def test_two_held_out_losses_show_whether_it_got_better_and_no_turn(after, kind)
     assert few.kind == ("better" if kind == "falling" else kind)
 
 
+@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize(("shape", "kind"), [(settled, "flat"), (falling, "falling")])
+def test_two_held_out_losses_that_fell_are_not_said_to_have_hardly_fallen(shape, kind, language, monkeypatch):
+    """Only the trend at the end is the training loss's: what is said first is that unseen data got better."""
+    monkeypatch.setenv("LORA_PRACTICE_LANG", language)
+    found = judge_curve(curve(shape), [(0, 2.0), (600, 1.6)])
+    better, training = {
+        "zh": ("没见过的数据上变好了", "训练 loss"),
+        "en": ("It got better on unseen", "training loss"),
+    }[language]
+    assert found.kind == kind and found.sentence.startswith(better) and training in found.sentence
+    assert "hardly" not in found.sentence + judge_curve(curve(shape)).sentence
+
+
 def test_a_loss_near_zero_is_not_told_to_train_more():
     def nearly_done(x):
         return 0.07 + 2.3 * math.exp(-9 * x)
@@ -143,8 +157,8 @@ ALL = ("too few", "broken", "diverges", "overfits", "worse", "unchanged", "bette
 @pytest.mark.parametrize("kind", ALL)
 def test_each_judgement_has_a_sentence(kind, language, monkeypatch):
     monkeypatch.setenv("LORA_PRACTICE_LANG", language)
-    for unseen in (False, True):
-        sentence = CurveVerdict(kind, 7, unseen, unseen).sentence
+    for unseen, has_held_out in ((False, False), (False, True), (True, True)):
+        sentence = CurveVerdict(kind, 7, unseen, has_held_out).sentence
         assert sentence.endswith("。" if language == "zh" else ".")
         assert ("7" in sentence) == (kind in ("broken", "diverges", "overfits"))
         assert columns(sentence) < 200
