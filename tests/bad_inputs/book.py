@@ -236,7 +236,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
         (*UPLOAD, "--repo-id", "alice/x"),
     ),
     "looks like a secret (…): refused, nothing was sent": (out(write(".env", b"A=1")), UPLOAD),
-    "this link leads outside the folder, or to itself: refused": (out(link("notes", "..")), UPLOAD),
+    "this link leads outside the folder, or to itself: refused": (out(link("notes", "../rows.jsonl")), UPLOAD),
     "offline mode is on, so nothing can be uploaded": (
         lambda place: (place.patch.setenv("HF_HUB_OFFLINE", "1"), place.patch.setenv("HF_TOKEN", WRITE_TOKEN)),
         (*UPLOAD, "--repo-id", "alice/x"),

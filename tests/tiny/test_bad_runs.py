@@ -16,7 +16,7 @@ from bad_inputs.folders import (
     grow_tokenizer,
     tokenizer_with,
 )
-from bad_inputs.runs import BAD_RUNS, BAD_TARGETS, BAD_UPLOADS, CHECKPOINT, Damage, noted, stop
+from bad_inputs.runs import BAD_RUNS, BAD_TARGETS, BAD_UPLOADS, CHECKPOINT, Damage, link, noted, stop
 from refusals import refusal_of
 
 from fine_tuning_practice import main as train
@@ -69,6 +69,21 @@ def test_a_folder_that_must_not_be_sent_is_refused(
     damage(place / "out")
     before = snapshot(place)
     assert words in refusal(enter(cli, capsys, "upload", "--local-dir", "out", "--dry-run"))
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("target", [".", "..", "/"], ids=["itself", "above", "the root"])
+def test_a_link_to_a_folder_is_refused_only_where_it_would_be_sent(
+    target: str, place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    link("there", target)(place / "out")
+    before = snapshot(place)
+    said = enter(cli, capsys, "upload", "--local-dir", "out", "--dry-run")
+    assert (
+        said.code == 0 and "left out: there/" in said.out + said.err and "there/" not in said.out.split("left out")[0]
+    )
+    told = refusal(enter(cli, capsys, "upload", "--local-dir", "out", "--dry-run", "--include", "there"))
+    assert "out/there: this link leads outside the folder, or to itself" in told
     assert snapshot(place) == before
 
 

@@ -156,6 +156,22 @@ def test_a_secret_or_a_link_outside_matters_only_in_a_folder_that_is_sent(export
         pack_folder(exported, ["gguf"])
 
 
+def test_a_link_outside_matters_only_where_it_would_be_sent(exported, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (exported / "large").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (exported / ".cache").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    package = pack_folder(exported, ["merged"])
+    assert "left out: .cache/, large/" in package.notes
+    assert not any(file.name.startswith("large") for file in package.files)
+    for include in ("large", "*"):
+        with pytest.raises(UserError, match="out/large: this link leads outside"):
+            pack_folder(exported, [include])
+    (exported / "notes.txt").symlink_to(tmp_path / "elsewhere" / "notes.txt")
+    (tmp_path / "elsewhere" / "notes.txt").write_text("private", "utf-8")
+    with pytest.raises(UserError, match=r"out/notes\.txt: this link leads outside"):
+        pack_folder(exported, ["merged"])
+
+
 def test_the_listing_says_what_is_left_out_how_large_it_is_and_how_to_send_it(exported):
     shown = listing(pack_folder(exported, ["mine"]), public=False).splitlines()
     size = sum(path.stat().st_size for path in exported.rglob("checkpoint-*/*"))  # it holds the folder's own path

@@ -86,15 +86,16 @@ def pack_folder(
 
     Raises:
         UserError: no such folder, nothing in it, not a model or adapter, nothing that `include` matches, a link that
-            leads outside, or a file that looks like a secret (by its name or by its content).
+            would be sent and leads outside, or a file that looks like a secret (by its name or by its content).
     """
     _check_folder(folder)
-    left_out = _folders_left_out(folder, [name.rstrip("/\\") for name in include], exclude_checkpoints)
+    include = [name.rstrip("/\\") for name in include]
+    left_out = _folders_left_out(folder, include, exclude_checkpoints)
     base = base_names(folder)
     paths = private_paths(folder, base)
     passed_over: list[str] = []
     changes, files = _Changes(), []
-    for path in _walk(folder.resolve(), {one.name for one in left_out}, passed_over):
+    for path in _walk(folder.resolve(), include, {one.name for one in left_out}, passed_over):
         name = path.relative_to(folder.resolve()).as_posix()
         file = _file_to_send(name, path, token, base, paths, changes)
         if file:
@@ -110,8 +111,9 @@ def _folders_left_out(folder: Path, include: Sequence[str], exclude_checkpoints:
     """The folders in `folder` that are not sent; UserError for a name in `include` that matches none."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     names = [name for name in names if not _is_skipped(name)]
+    links = [path.name for path in folder.iterdir() if path.is_symlink() and not _leads_inside(path, folder.resolve())]
     for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in [*names, *links]):  # `_walk` refuses the links
             here = text("这里有：", "here are: ") + ", ".join(names) if names else ""
             raise UserError(text("没有这个文件夹", "no such folder here"), f"--include {pattern}", here)
     chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in include)}
@@ -206,12 +208,17 @@ def _check_folder(folder: Path) -> None:
         raise UserError(text(zh, en), str(folder), fix)
 
 
-def _walk(folder: Path, left_out: set[str], passed_over: list[str]) -> Iterator[Path]:
-    """The files to send, in the order of names; appends to `passed_over` what is never sent."""
+def _walk(folder: Path, include: Sequence[str], left_out: set[str], passed_over: list[str]) -> Iterator[Path]:
+    """The files to send, in the order of names; appends to `passed_over` what is never sent.
+
+    Raises:
+        UserError: a link leads outside. One at the top to a folder that `include` does not name is only passed over.
+    """
     for here, folders, files in os.walk(folder):
         for name in sorted(folders + files):
             path = Path(here, name)
-            if path.is_symlink() and not _leads_inside(path, folder):
+            is_named = Path(here) != folder or name in files or any(fnmatchcase(name, one) for one in include)
+            if path.is_symlink() and is_named and not _is_skipped(name) and not _leads_inside(path, folder):
                 what = text(
                     "链接指向文件夹之外或它自己，拒绝上传",
                     "this link leads outside the folder, or to itself: refused",
