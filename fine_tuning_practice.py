@@ -77,16 +77,16 @@ class TrainSettings:
     )
     eval_subset_size: int = setting(
         0,
-        "留出多少行作验证集：不参与训练，只用来测验证损失和困惑度",
-        "rows held out for validation: never trained on, only measured (loss, perplexity)",
+        "拿出多少行作验证集：不参与训练，只用来测验证损失和困惑度",
+        "rows of the validation set: never trained on, only measured (loss, perplexity)",
         minimum=0,
         common=True,
-        section=("验证集", "held-out rows"),
+        section=("验证集", "validation set"),
     )
     eval_strategy: str = setting(
         "steps",
         "训练中何时测验证损失：每 eval_steps 步、每个 epoch；no 只在训练前后各测一次",
-        "when held-out loss is measured: every eval_steps steps, each epoch; no: only before and after",
+        "when the validation loss is measured: every eval_steps steps, each epoch; no: only before and after",
         choices=("no", "steps", "epoch"),
     )
     eval_steps: int = setting(
@@ -96,12 +96,12 @@ class TrainSettings:
         minimum=1,
     )
     load_best_model_at_end: bool = setting(
-        True, "训练结束时采用验证损失最低的适配器", "end with the adapter of the lowest held-out loss"
+        True, "训练结束时采用验证损失最低的适配器", "end with the adapter of the lowest validation loss"
     )
     early_stopping_patience: int = setting(
         0,
         "验证损失连续多少次没有降低就提前停止；0 表示不提前停止",
-        "stop after this many measurements without a lower held-out loss; 0: never",
+        "stop after this many measurements without a lower validation loss; 0: never",
         minimum=0,
         maximum=10**9,
     )
@@ -332,7 +332,7 @@ class TrainSettings:
     run_inference: bool = setting(
         False,
         "训练后让底座和微调后的模型并排回答四个问题；有验证集就从中取，附参考答案",
-        "afterwards base and adapter answer four prompts; held-out ones, with their references, if there are any",
+        "afterwards base and adapter answer four questions, from the validation set, if there is one, with references",
         common=True,
     )
     skip_login: bool = setting(False, "不使用 HF_TOKEN 登录", "do not log in with HF_TOKEN")

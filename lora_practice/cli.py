@@ -254,7 +254,7 @@ def compare(
     max_new_tokens: Tokens = 64,
     json: Json = False,
 ) -> None:
-    """Show answers and held-out losses."""
+    """Show answers and validation losses."""
     _check_trained(folder)
     machine = _machine()
     from lora_practice.inference import compare

@@ -60,7 +60,7 @@ ENGLISH = """# A first full run
 python scripts/first_run_page.py {folder}
 ```
 
-The embedded model on all {read} distinct embedded conversations, {held_out} of them held out:
+The embedded model on all {read} distinct embedded conversations, {held_out} of them the validation set:
 {trained} rows, {tokens} tokens ({trained_tokens} trained), {steps} steps in {seconds} s, {speed} tokens/s, peak memory
 {memory} MB ({cpu}, {cores} cores, {precision}).
 
@@ -76,7 +76,7 @@ Validation loss: {before} before, {after} after (nats per trained token).
 
 ## Answers before and after
 
-The questions are from four held-out conversations, which training never saw; the reference is the answer in the data.
+The questions are from four conversations of the validation set; the reference is the answer in the data.
 The adapter answers more like the data: briefly, in its tone. A 135M model that trained for minutes has learned a manner
 of speaking, not knowledge, and is still often wrong. An answer has {limit} tokens at most: a longer one is cut there.
 

@@ -1,4 +1,4 @@
-"""The rows that a finished run held out, prepared once more from its record."""
+"""The validation set of a finished run (the rows that it held out), prepared once more from its record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def held_out_rows(record: Mapping[str, Any], tokenizer: Any, where: str) -> Sequ
     """The held-out rows of the run in the folder `where`; never one that it was trained on.
 
     Raises:
-        UserError: the run held no rows out, its record lacks a setting, or its data has changed since.
+        UserError: the run has no validation set, its record lacks a setting, or its data has changed since.
     """
     return prepare_again(record, tokenizer, where).held_out
 
@@ -41,16 +41,16 @@ def prepare_again(record: Mapping[str, Any], tokenizer: Any, where: str) -> Prep
     """The data of the run in the folder `where`, as it was prepared for that run.
 
     Raises:
-        UserError: the run held no rows out, its record lacks a setting, or its data has changed since.
+        UserError: the run has no validation set, its record lacks a setting, or its data has changed since.
     """
     settings, data = record.get("settings") or {}, record.get("data") or {}
     if not data.get("rows_held_out"):
-        what = text("这次训练没有验证集", "this run held no rows out")
+        what = text("这次训练没有验证集", "this run has no validation set")
         fix = text("训练时加 --eval_subset_size 100", "train with --eval_subset_size 100")
         raise UserError(what, where, fix)
     prepared = prepare(_source(data), _subset(settings, data), tokenizer, _recorded(settings, where))
     if prepared.facts["fingerprint"] != data.get("fingerprint"):
-        what = text("数据和训练时不一样了，分不出验证集", "the data is not what it was: held-out rows cannot be told")
+        what = text("数据和训练时不一样了，分不出验证集", "the data is not what it was: validation rows are unknown")
         raise UserError(what, str(data.get("name", "")), text("恢复训练时的数据", "bring the data back"))
     return prepared
 

@@ -88,7 +88,7 @@ def prepare(source: Source, config: Optional[str], tokenizer: Any, settings: Dat
     held_out_encoder = Encoder(tokenizer, settings.max_length, settings.assistant_only_loss)
     held_out_examples = Examples(held_out_encoder.encode(held_out))
     for line in held_out_encoder.lost.lines(settings.max_length):
-        tell(text("验证集：", "held-out data: ") + line)
+        tell(text("验证集：", "validation set: ") + line)
     facts = {
         "rows_read": good_rows.tally.good,
         "rows_trained": len(train),
@@ -131,7 +131,7 @@ def hold_out(rows: Iterable[Conversation], count: int, seed: int) -> tuple[Itera
         )
     copies = len(found) - len(kept) - len(drawn)
     if copies:
-        zh, en = f"{copies} 行与验证集内容相同，不参加训练", "the same as held-out ones and not trained on"
+        zh, en = f"{copies} 行与验证集内容相同，不参加训练", "the same as validation rows and not trained on"
         tell(text(zh, f"{copies} rows are {en}" if copies > 1 else f"1 row is {en}"))
     return kept, [found[i] for i in sorted(drawn)]
 

@@ -126,7 +126,7 @@ def samples(folder: str, machine: Machine) -> list[dict[str, Any]]:
         try:
             rows = held_out.prepare_again(record, adapted.chat_model.tokenizer, folder).held_out_conversations
         except UserError as error:
-            tell(text("不用验证集提问：", "no held-out questions are asked: ") + str(error))
+            tell(text("不用验证集提问：", "no validation questions are asked: ") + str(error))
     found = []
     for question in sample_questions(rows):
         messages = [dict(message) for message in question.messages]
@@ -139,13 +139,13 @@ def samples(folder: str, machine: Machine) -> list[dict[str, Any]]:
 
 
 def losses(sides: Sequence[Side], folder: str, other: Optional[str]) -> dict[str, Any]:
-    """Mean loss of each side on the rows that the run in `folder` held out.
+    """Mean loss of each side on the rows of the validation set of the run in `folder`.
 
     Returns:
         {"rows": how many, "loss": {key of a side: nats per token}}
 
     Raises:
-        UserError: the run held no rows out, or `other` may have been trained on them.
+        UserError: the run has no validation set, or `other` may have been trained on them.
     """
     record = read_record(Path(folder)) or {}
     tokenizer = next(side for side in sides if side.folder == folder).chat_model.tokenizer
@@ -155,7 +155,7 @@ def losses(sides: Sequence[Side], folder: str, other: Optional[str]) -> dict[str
         if other_data.get("fingerprint") != record["data"].get("fingerprint"):
             what = text(
                 "它是用别的数据训练的，验证集里的对话它可能见过",
-                "it was trained on other rows, and may have seen the held-out ones",
+                "it was trained on other rows, and may have seen the validation rows",
             )
             raise UserError(what, other)
     return {"rows": len(rows), "loss": {side.key: _loss(side, rows) for side in sides}}
@@ -177,7 +177,7 @@ def compare_folders(
     try:
         result["held_out"] = losses(sides, folder, other)
     except UserError as error:
-        tell(text("没有比较验证集上的损失：", "held-out losses are not compared: ") + str(error))
+        tell(text("没有比较验证集上的损失：", "validation losses are not compared: ") + str(error))
     if as_json:
         print(json.dumps(result, ensure_ascii=False, indent=2))
     elif "held_out" in result:
@@ -186,7 +186,7 @@ def compare_folders(
         print(
             text(
                 f"验证集（训练时没见过的 {rows} 段对话）上的损失，越低越好：{listed}",
-                f"loss on {rows} held-out rows (lower is better): {listed}",
+                f"loss on {rows} validation rows (lower is better): {listed}",
             )
         )
 

@@ -18,7 +18,7 @@ Figure = dict[str, Any]  # {"data": [...], "layout": {...}} of plotly
 
 
 def loss_figure(record: Mapping[str, Any]) -> Figure:
-    """Training loss as logged, its moving mean, and the held-out loss.
+    """Training loss as logged, its moving mean, and the validation loss.
 
     A logged loss that is the mean of several steps is drawn over all of them, as a horizontal piece.
     """
@@ -32,7 +32,7 @@ def loss_figure(record: Mapping[str, Any]) -> Figure:
     else:
         traces[0].update(opacity=1.0, line={**traces[0]["line"], "color": BLUE, "width": 2})
     if held_out:
-        unseen = text("验证集（没见过的）", "held out (unseen)")
+        unseen = text("验证集（没见过的）", "validation (unseen)")
         traces.append(_trace(unseen, held_out, ORANGE, mode="lines+markers", marker={"size": 8, "symbol": "diamond"}))
     last = max((step for step, _ in [*losses, *held_out]), default=1)
     return _figure(traces, text("loss（nat / token）", "loss (nats per token)"), height=340, last_step=last)

@@ -17,14 +17,14 @@ TERMS = (
         "e to the power of the loss: among how many tokens the model hesitates. 10 is like one guess in ten.",
     ),
     (
-        ("验证集（held-out）", "held out"),
-        "从数据里留出来、从不参与训练的几行。它们变好，才说明模型真的学会了，而不是背下来。",
+        ("验证集（validation set）", "validation set"),
+        "从数据里拿出来、从不参与训练的几行。它们变好，才说明模型真的学会了，而不是背下来。",
         "Rows set aside and never trained on. Only when these get better has the model learnt, not memorised.",
     ),
     (
         ("过拟合", "overfitting"),
         "训练 loss 还在降，验证 loss 却上升：模型开始死记硬背。",
-        "The training loss falls while the held-out loss rises: the model begins to learn by heart.",
+        "The training loss falls while the validation loss rises: the model begins to learn by heart.",
     ),
     (
         ("底座", "base"),

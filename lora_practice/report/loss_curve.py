@@ -110,8 +110,8 @@ class CurveVerdict:
                 "Even unseen data is predicted almost perfectly (loss near 0): it is learnt, no more training needed.",
             )
         advice = text(
-            "用 --eval_subset_size 留出一些，看看没见过的数据怎么样。",
-            " Hold some out (--eval_subset_size) to see how it does on unseen ones.",
+            "用 --eval_subset_size 拿出一些作验证集，看看没见过的数据怎么样。",
+            " Add a validation set (--eval_subset_size) to see how it does on unseen ones.",
         )
         return text(
             "训练 loss 已经接近 0：再训练只会把这些数据背下来。",

@@ -68,14 +68,14 @@ def data_name(record: Mapping[str, Any]) -> str:
 
 
 def headline(record: Mapping[str, Any]) -> Optional[Headline]:
-    """Whether the model got better on rows that it never saw, or where none were held out, how the training went."""
+    """Whether the model got better on rows that it never saw; without a validation set, how the training went."""
     held_out = held_out_points(record)
     if len(held_out) < 2:
         return _training_headline(record)
     ends = record.get("held_out_loss") or {}
     before, after = float(ends.get("before", held_out[0][1])), float(ends.get("after", held_out[-1][1]))
     rows = (record.get("data") or {}).get("rows_held_out")
-    detail = [text(f"验证集 {rows} 行，从不参与训练", f"{rows} held-out rows, never trained on")]
+    detail = [text(f"验证集 {rows} 行，从不参与训练", f"{rows} validation rows, never trained on")]
     detail.append(f"loss {before:.3f} → {after:.3f}")
     kept = record.get("best_step")
     if kept and kept != record.get("steps"):
@@ -95,8 +95,8 @@ def _training_headline(record: Mapping[str, Any]) -> Optional[Headline]:
     if len(values) >= FEWEST:
         values = smoothed(values, [last - first for first, last in intervals(losses)])
     unknown = text(
-        "没有留出验证集，不知道没见过的对话有没有变好：下次加 --eval_subset_size 40",
-        "nothing was held out, so nobody knows about unseen conversations: next time add --eval_subset_size 40",
+        "没有验证集，不知道没见过的对话有没有变好：下次加 --eval_subset_size 40",
+        "there is no validation set, so nobody knows about unseen conversations: next time add --eval_subset_size 40",
     )
     rose = not values[-1] <= 1.1 * values[0]  # NaN too
     return Headline(

@@ -23,7 +23,7 @@ WORDS = {
     "each": ("训练（每一步）", "training, each step"),
     "means": ("训练（每几步的平均）", "training, means of several steps"),
     "smoothed": ("训练（平滑）", "training, smoothed"),
-    "held out": ("验证集（没见过的）", "held out (unseen)"),
+    "validation": ("验证集（没见过的）", "validation (unseen)"),
     "loss": ("loss（nat / token）", "loss (nats per token)"),
     "norm": ("梯度范数", "gradient norm"),
     "step": ("步", "step"),
@@ -70,7 +70,7 @@ def _draw_losses(axes: Any, record: Mapping[str, Any], words: Mapping[str, str])
         spans = [last - first for first, last in intervals(losses)]
         axes.plot(centres(losses), smoothed(values, spans), color=BLUE, linewidth=2, label=words["smoothed"])
     if held_out:
-        axes.plot(*zip(*held_out), color=ORANGE, marker="D", markersize=6, linewidth=1.2, label=words["held out"])
+        axes.plot(*zip(*held_out), color=ORANGE, marker="D", markersize=6, linewidth=1.2, label=words["validation"])
     axes.set_ylabel(words["loss"])
     axes.legend(frameon=False)
 

@@ -68,7 +68,7 @@ def _about_data(data: dict[str, Any]) -> str:
         source = "English conversations of the PyPI package `chatterbot-corpus` 1.3.3 (BSD), each distinct one once"
     words = (
         f"{source}: {data['rows_trained']} rows, {data['tokens']} tokens, {data['trained_tokens']} of them trained"
-        + (f", {data['rows_held_out']} rows held out" if data["rows_held_out"] else "")
+        + (f", {data['rows_held_out']} rows for validation" if data["rows_held_out"] else "")
         + "."
     )
     lost = {**data["rows_lost"], **data["bad_rows_skipped"]}
@@ -86,7 +86,7 @@ def _losses(record: dict[str, Any]) -> str:
     table = "\n".join(["| step | loss (nats per trained token) |", "|---|---|", *rows])
     held: Optional[dict[str, float]] = record.get("held_out_loss")
     if held:
-        table += f"\n\nHeld-out loss: {held['before']:.4f} before, {held['after']:.4f} after"
+        table += f"\n\nValidation loss: {held['before']:.4f} before, {held['after']:.4f} after"
         table += f" (the adapter of step {record['best_step']}, the lowest)." if record.get("best_step") else "."
     picture = record.get("curves")
     return f"![training curves]({picture})\n\n{table}" if picture else table

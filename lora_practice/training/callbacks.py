@@ -53,8 +53,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "eval_loss" in logs:
-            held_out = text("验证损失", "held-out loss")
-            words = f"{held_out} {logs['eval_loss']:.3f}, {text('困惑度', 'perplexity')} {logs['eval_perplexity']:.2f}"
+            name = text("验证损失", "validation loss")
+            words = f"{name} {logs['eval_loss']:.3f}, {text('困惑度', 'perplexity')} {logs['eval_perplexity']:.2f}"
             self.bar.clear()
             tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {words}")
         if not logs or "loss" not in logs:

