@@ -19,10 +19,12 @@ from pathlib import Path
 
 from bench.examples import write_examples
 from bench.variants import CPU_VARIANTS, GENERATION, GPU_VARIANTS
+from lora_practice.sources.environment import let_waiting_threads_sleep
 
 
 def main() -> None:
     options = parse()
+    let_waiting_threads_sleep()
     known = GPU_VARIANTS if options.device == "cuda" else CPU_VARIANTS
     variants = [v for v in known if not options.only or any(word in v.name for word in options.only)]
     loads = {"short": (8, options.short_steps), "long": (options.long_window, options.long_steps)}

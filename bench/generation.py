@@ -6,12 +6,15 @@ import json
 import sys
 from typing import Any, Callable
 
+from lora_practice.sources.environment import let_waiting_threads_sleep
+
 QUESTIONS = ("Tell me a long story about a printer.", "What is the capital of France?", "List three fruits.")
 NEW_TOKENS = 64
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    let_waiting_threads_sleep()
     import torch
 
     from bench.worker import CLOCKS, peak_memory_mb

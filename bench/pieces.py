@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
 
+from lora_practice.sources.environment import let_waiting_threads_sleep
+
 PIECES = {
     "attend": "attention",
     "attend_backward": "attention, backward",
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--load", choices=["short", "long"], default="short")
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
+    let_waiting_threads_sleep()  # not in `build`: bench.busy compares how they wait
     engine, steps, _ = build(options.dtype, options.load, options.steps)
     clock = watch(engine)
     for step in steps:

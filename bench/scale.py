@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from lora_practice.sources.environment import let_waiting_threads_sleep
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,6 +26,7 @@ def main() -> None:
         "--prepare", metavar="FILE", help=argparse.SUPPRESS
     )  # what the processes below are started with
     options = parser.parse_args()
+    let_waiting_threads_sleep()
     if options.prepare:
         print(json.dumps(prepared(Path(options.prepare))))
         return

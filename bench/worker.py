@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
+from lora_practice.sources.environment import let_waiting_threads_sleep
+
 
 def wall() -> float:
     """Wall-clock seconds, after the GPU has finished its queue."""
@@ -25,6 +27,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": wall, "cpu": time.process_time
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    let_waiting_threads_sleep()
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback

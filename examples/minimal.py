@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this disk
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads sleep soon: other programs run beside this one
+if not os.environ.get("OMP_WAIT_POLICY") and not os.environ.get("GOMP_SPINCOUNT"):
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # waiting threads sleep soon: other programs run beside this one
 
 import torch
 from datasets import Dataset

@@ -103,6 +103,30 @@ def test_help_answers_without_the_libraries(entry: tuple[str, ...], lang: str, w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("-m", f"bench.{name}", "{}") for name in ("worker", "generation")),
+        ("-m", "bench.pieces"),
+        ("-m", "bench.scale", "--prepare", "rows.jsonl"),
+        ("examples/minimal.py",),
+    ],
+    ids=["worker", "generation", "pieces", "scale", "minimal"],
+)
+@pytest.mark.parametrize("chosen", ["", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"], ids=["unset", "policy", "count"])
+def test_waiting_threads_sleep_before_torch_loads_unless_the_user_chose(
+    words: tuple[str, ...], chosen: str, tmp_path: Path
+) -> None:
+    """libgomp reads these variables once, when torch is imported: another torch tells what they are by then."""
+    tells = 'import os\nprint([os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")])\nos._exit(7)\n'
+    (tmp_path / "torch.py").write_text(tells.replace("print(", "print(flush=True, *"), "utf-8")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    env.update({"PYTHONPATH": str(tmp_path), **({chosen: "7"} if chosen else {})})
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    told = {"": "None 1000", "OMP_WAIT_POLICY": "7 None", "GOMP_SPINCOUNT": "None 7"}[chosen]
+    assert (done.returncode, done.stdout.split("\n")[0]) == (7, told), done.stderr[-2000:]
+
+
 def test_the_version(tmp_path: Path) -> None:
     from lora_practice import __version__
 
