@@ -149,18 +149,19 @@ def test_resuming_with_other_data_is_refused_and_named(tmp_path, embedded_rows):
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_what_was_saved_stays(tmp_path):
-    # one step of 24 rows takes long enough to be left in its midst
-    rows = ("--train_subset_size", "24", "--gradient_accumulation_steps", "24", "--num_train_epochs", "2")
+    # steps of 24 rows, each long enough to be left in its midst, and more of them than a fast machine ends in time
+    rows = ("--train_subset_size", "24", "--gradient_accumulation_steps", "24", "--num_train_epochs", "40")
     run = Running(tmp_path, TRAIN, "--embedded", *rows, "--logging_steps", "1", "--output_dir", "out")
     run.wait_until((tmp_path / "out" / "checkpoint-1").is_dir)
-    time.sleep(0.5)  # the next step, of about three seconds, is under way
+    time.sleep(0.5)  # a step is under way
     run.interrupt()
     run.wait_for("once more leaves at once")
     run.interrupt()
     assert run.end(30) == 130
     assert "Interrupted" in run.words and "saved at step" not in run.words
     assert record(tmp_path / "out")["status"] == "running"
-    assert [one.name for one in (tmp_path / "out").iterdir() if one.name != "run_record.json"] == ["checkpoint-1"]
+    left = {one.name for one in (tmp_path / "out").iterdir()}
+    assert left == {"run_record.json", *(f"checkpoint-{step}" for step in range(1, len(left)))}
 
 
 def test_a_finished_folder_is_not_overwritten_by_accident_but_on_request(tmp_path, copied):
