@@ -267,8 +267,8 @@ class TrainSettings:
     )
     fast: str = setting(
         "auto",
-        "快速路径：数学上相同，快好几倍；off 使用普通的 TRL",
-        "fast path: the same mathematics, several times faster; off is plain TRL",
+        "快速路径：数学上相同，快好几倍；auto 只在 CPU 上用它，off 使用普通的 TRL",
+        "fast path: the same mathematics, several times faster; auto takes it on a CPU only, off is plain TRL",
         choices=("auto", "on", "off"),
         bare="on",
         section=("精度和内存", "precision and memory"),
