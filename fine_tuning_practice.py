@@ -29,7 +29,7 @@ from lora_practice.model.lora import add_lora, check_lora_settings
 from lora_practice.model.pissa import LORA_INITS
 from lora_practice.model.quantization import four_bit
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, OutputFolder, record_in
-from lora_practice.run.record import farewell, how_to_resume, starting_record
+from lora_practice.run.record import closing_lines, how_to_resume, starting_record
 from lora_practice.run.resume import check_same_base, check_same_data, settings_as_begun, with_file_digests
 from lora_practice.sources.environment import ensure_single_process, prepare_environment
 from lora_practice.sources.find import SHIPPED, find_sources
@@ -347,7 +347,7 @@ def claim_folder(settings: TrainSettings) -> tuple[TrainSettings, OutputFolder]:
     compat.check_tracker(settings.report_to)
     if settings.json and not settings.plan:
         raise UserError(text("--json 只和 --plan 一起用", "--json goes with --plan"), fix="--plan --json")
-    overwrite = settings.overwrite or (settings.plan and not settings.resume)  # a plan writes nothing
+    overwrite = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches no earlier run
     return settings, OutputFolder.claim(settings.output_dir, settings.resume, overwrite, asdict(settings))
 
 
@@ -359,12 +359,12 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
 
     # 1. Claim the output folder; a resumed run takes the settings that are not given from its record there
     prepare_environment()
-    settings, folder = claim_folder(settings)
+    settings, folder = claim_folder(settings)  # folder.resumed: the record of the run that is resumed, {} for a new one
 
     # 2. Find the base model and the data: a folder, a file, the Hub, or the embedded ones
     given = given_by_user(settings, SHIPPED)  # these are used as they are; only defaults may be replaced
     sources = find_sources(settings, given, folder.resumed)
-    sources = replace(sources, model=with_file_digests(sources.model))
+    sources = replace(sources, model=with_file_digests(sources.model))  # by which --resume knows the base again
     check_same_base(folder.resumed, sources.model)
     compat.check_stack()
     from lora_practice.training import build, plan, plan_text, run  # torch, transformers, TRL and PEFT: seconds to load
@@ -392,7 +392,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     # 6. Try two steps and tell what the run will take; then train, unless only the plan was asked for
     steps = build.steps_of(trainer)
     estimate = plan.estimate(trainer, sources.model, steps, settings, rows.held_out, sources.downloaded_mb)
-    tell(build.announce(machine, sources.model, sources.data, rows, trainer, estimate))
+    tell(build.opening_lines(machine, sources.model, sources.data, rows, trainer, estimate))
     if settings.plan:
         return plan_text.show_plan(estimate, trainer, settings, machine)
     record = {**starting_record(settings, machine, sources, rows), "estimate": estimate.record()}
@@ -410,7 +410,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
         run.write_card(folder, record)
     if settings.merge_adapter:
         tell(merge_sentence(*merge_adapter(folder.path)))
-    tell(farewell(folder.path, record))
+    tell(closing_lines(folder.path, record))
     return 0
 
 

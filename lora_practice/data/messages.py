@@ -1,4 +1,4 @@
-"""The messages of a conversation: roles, text and order are checked, each mistake comes with its fix.
+"""The messages of a conversation, from user, assistant and system: roles, text and order are checked.
 
 The functions raise BadRow with an empty origin, which the caller fills in.
 """

@@ -1,4 +1,4 @@
-"""Loads a chat model: from an output folder, a checkpoint, a merged folder, a plain model folder or a Hub name."""
+"""Loads a chat model, to talk to it: from an output folder, a checkpoint, merged/, a model folder or a Hub name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads a base model and its tokenizer."""
+"""Loads the base model, to train it or to put an adapter on it, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings that this wing reads; fine_tuning_practice.TrainSettings holds them, each with its reason."""
+"""The settings of LoRA and of the base: those fields of fine_tuning_practice.TrainSettings that this wing reads."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _command(script: str, command: str) -> list[str]:
     return ["lora-practice", command]
 
 
-def announcement(machine: Machine, base: Source, data: Source, rows: PreparedData, steps: int, seconds: float) -> str:
+def opening_line(machine: Machine, base: Source, data: Source, rows: PreparedData, steps: int, seconds: float) -> str:
     """The line at the start of a run: device, precision, model, data, steps, expected time (`seconds`)."""
     where = f"{machine.facts.gpu or 'GPU'}" if machine.device == "cuda" else f"CPU x{machine.facts.cores}"
     embedded = text("（内置）", " (embedded)")
@@ -96,7 +96,7 @@ def how_to_resume(record: dict[str, Any]) -> str:
     )
 
 
-def farewell(folder: Path, record: dict[str, Any]) -> str:
+def closing_lines(folder: Path, record: dict[str, Any]) -> str:
     """The last lines of a finished run: steps, time, loss, the folder, and the next command."""
     model_dir = "" if str(folder) == DEFAULT_OUTPUT_DIR else f" --model_dir {shlex.quote(str(folder))}"
     loss = last_loss(record["losses"])

@@ -1,4 +1,4 @@
-"""Which settings of a run its readers see: the model card and the report show the same ones."""
+"""The settings of a run as its readers see them: the model card and the report show the same ones."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def build_engine(model: Any, settings: TrainingSettings, machine: Machine) -> Op
         return None
 
 
-def announce(
+def opening_lines(
     machine: Machine, base: Source, data: Source, rows: PreparedData, trainer: PracticeTrainer, plan: Estimate
 ) -> str:
     """The first lines of a run: device, precision, model, data, steps, expected time, memory and disk; and advice."""
@@ -160,7 +160,7 @@ def announce(
         f"预计最多占用内存 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",
         f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
     )
-    first_line = record.announcement(machine, base, data, rows, plan.steps, plan.seconds)
+    first_line = record.opening_line(machine, base, data, rows, plan.steps, plan.seconds)
     lines = [first_line, reason, path, *advice, needs, short_of_disk(plan, trainer)]
     return "\n".join(line for line in lines if line)
 

@@ -1,4 +1,4 @@
-"""Phrases the events and errors of a training for its user, in both languages."""
+"""The messages that a training prints: its events and errors, phrased in both languages."""
 
 from __future__ import annotations
 
