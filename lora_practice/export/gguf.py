@@ -17,6 +17,7 @@ from lora_practice.inference.chat_model import stop_ids
 from lora_practice.inference.load import find_base, folder_source
 from lora_practice.model import adapter_config
 from lora_practice.model.load import load_tokenizer, stored_bytes
+from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
 
 GGUF = "gguf"
@@ -45,6 +46,7 @@ def export_gguf(
             where=str(target),
             fix=text("重新导出：--overwrite；只重新检查：--check", "replace it: --overwrite; only check it: --check"),
         )
+    check_all_known(unknown_in(target), target)
     base = find_base(folder)
     assert base.path is not None
     config = gguf_writer.writable_config(base.path)

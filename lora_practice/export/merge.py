@@ -18,6 +18,7 @@ from lora_practice.inference.load import find_base, folder_source, tokenizer_for
 from lora_practice.model import adapter_files
 from lora_practice.model.adapter_config import ADAPTER_CONFIG
 from lora_practice.model.load import load_base
+from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
 from lora_practice.storage.safetensors_header import stored_dtype
 
@@ -47,6 +48,7 @@ def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
             where=str(target),
             fix=text(f"重新合并：--overwrite；直接用它：{use_it}", f"merge again: --overwrite; to use it: {use_it}"),
         )
+    check_all_known(unknown_in(target), target)
     import torch
 
     base = find_base(folder)

@@ -27,7 +27,9 @@ from lora_practice.report.loss_curve import CurveVerdict, judge_curve
 from lora_practice.report.picture import MARK, curves_png
 from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
-from lora_practice.run.folder import CARD, PROOF, is_runs_own_card
+from lora_practice.run.file_kinds import CARD
+from lora_practice.run.folder import PROOF
+from lora_practice.run.own_files import is_runs_own_card
 from lora_practice.storage import manifest
 from lora_practice.storage.json_files import RECORD
 

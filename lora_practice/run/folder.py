@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.text import tell, text, without_tokens
+from lora_practice.run import own_files
 from lora_practice.run.file_kinds import CARD, CHECKPOINT_MANIFEST
 from lora_practice.run.resume import check_same_settings
 from lora_practice.storage import disk, lock, manifest, signature
@@ -88,7 +89,7 @@ class OutputFolder:
             if resume:
                 raise _nothing_to_resume_error(path)
             return cls(path)
-        if record is None:
+        if record is None or not own_files.is_record_of_a_run(record):
             raise UserError(
                 text(
                     "这个文件夹里有别的文件，不会写进去",
@@ -99,6 +100,7 @@ class OutputFolder:
             )
         if overwrite:
             lock.check_replaceable(path)
+            own_files.check_all_known(own_files.unknown_files(path, record), path)
             return cls(path, old=lock.folder_identity(path))
         if record.get("status") == "finished":
             raise _finished_error(path, record)
@@ -130,7 +132,7 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock(self.resumed)
         for stale in disk.leftovers(self.path, RECORD):  # left by a run that was killed
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
         if self._replaced is not None:
             record["replaces"] = str(self._replaced)
         self.write_record({**record, "status": "running"})
@@ -165,8 +167,20 @@ class OutputFolder:
         record.pop("replaces", None)
         self.write_record({**record, "status": "finished"})
         if self._replaced is not None:
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._delete_replaced(self._replaced)
             self._replaced = None
+
+    def _delete_replaced(self, folder: Path) -> None:
+        """Delete the earlier run, unless something else came into it or is there instead."""
+        try:
+            record = read_record(folder)
+        except UserError:
+            record = None
+        if record is not None and own_files.is_record_of_a_run(record) and own_files.delete_run(folder, record):
+            return
+        if folder.exists():
+            zh, en = "里面有不是我们写的文件，没有删", "it holds files that we did not write: not deleted"
+            tell(f"{folder}: {text(zh, en)}")
 
     def add_checkpoint(self, staged: Path, keep: Optional[int]) -> None:
         """Sign a staged `checkpoint-N`, move it into place, and delete the oldest so that at most `keep` remain.
@@ -176,11 +190,11 @@ class OutputFolder:
         signature.sign_checkpoint(staged, CHECKPOINT_MANIFEST)
         manifest.flush_to_disk(staged)
         target = self.path / staged.name
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists() and not own_files.delete_checkpoint(target):
+            os.replace(target, lock.free_name_beside(target))
         os.replace(staged, target)
         found = checkpoints(self.path)
-        disk.drop_older(found[: found.index(target) + 1], keep)
+        own_files.drop_older(found[: found.index(target) + 1], keep)
 
     @contextmanager
     def staging(self, needed: int) -> Iterator[Path]:
@@ -215,12 +229,6 @@ class OutputFolder:
         self.write_record(self._record)
 
 
-def is_runs_own_card(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether DIR/README.md is still the card that the run of this `record` wrote, not edited or replaced since."""
-    card, written = folder / CARD, record.get("files") or {}
-    return card.is_file() and written.get(CARD) == manifest.sha256(card)
-
-
 def record_in(output_dir: str) -> dict[str, Any]:
     """run_record.json of the run in this folder; empty where there is none."""
     try:
@@ -232,7 +240,7 @@ def record_in(output_dir: str) -> dict[str, Any]:
 def rewrite_card(folder: Path, content: str) -> None:
     """Replace DIR/README.md; where it was the run's own card, the record knows the new one as its own."""
     card, record = folder / CARD, read_record(folder) or {}
-    own = is_runs_own_card(folder, record)
+    own = own_files.is_runs_own_card(folder, record)
     manifest.write_atomically(card, content)
     if own:
         record["files"] = {**record["files"], CARD: manifest.sha256(card)}

@@ -97,9 +97,3 @@ def disk_refusal(error: Exception) -> Optional[str]:
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", words):
         return "torch.save"  # its error does not tell the reason
     return None
-
-
-def drop_older(folders: list[Path], keep: Optional[int]) -> None:
-    """Delete folders from the front of the list (oldest first) until `keep` are left; None keeps all."""
-    for old in folders[: -keep if keep else 0]:
-        shutil.rmtree(old)

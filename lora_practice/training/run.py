@@ -8,9 +8,8 @@ from typing import Any
 
 from lora_practice.data.tokenization import Example
 from lora_practice.model.loss import perplexity
-from lora_practice.run import model_card
+from lora_practice.run import model_card, own_files
 from lora_practice.run.folder import CARD, OutputFolder, checkpoints
-from lora_practice.storage import disk
 from lora_practice.training.evaluation import (
     BEST,
     add_evaluation,
@@ -86,7 +85,7 @@ def _measure_after(
 def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
     """Write the adapter, the tokenizer, the model card and the record into the output folder."""
     # a run that was killed while it removed old checkpoints left too many
-    disk.drop_older(checkpoints(trainer.folder.path), trainer.keep_checkpoints)
+    own_files.drop_older(checkpoints(trainer.folder.path), trainer.keep_checkpoints)
     notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
     with trainer.folder.staging(30_000_000) as staging:
         trainer.save_model(str(staging))

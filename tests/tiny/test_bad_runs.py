@@ -110,7 +110,7 @@ def test_a_forged_record_deletes_nothing_when_its_run_is_finished(tmp_path: Path
         (precious / "work").write_text("years", "utf-8")
         out = tmp_path / str(number) / "out"
         out.mkdir(parents=True)
-        (out / RECORD).write_text(json.dumps({"status": "interrupted", "replaces": named}), "utf-8")
+        (out / RECORD).write_text(json.dumps({"status": "interrupted", "settings": {}, "replaces": named}), "utf-8")
         folder = OutputFolder.claim(str(out), resume=True, overwrite=False, settings={})
         with folder.staging(0) as staging:
             folder.finish(staging, {})
@@ -121,7 +121,8 @@ def test_an_earlier_run_that_was_kept_aside_is_deleted_by_the_run_that_replaces_
     aside, out = tmp_path / "out.replaced-20260102-030405", tmp_path / "out"
     for one in (aside, out):
         one.mkdir()
-    (out / RECORD).write_text(json.dumps({"status": "interrupted", "replaces": str(aside)}), "utf-8")
+        (one / RECORD).write_text(json.dumps({"status": "finished", "settings": {}}), "utf-8")
+    (out / RECORD).write_text(json.dumps({"status": "interrupted", "settings": {}, "replaces": str(aside)}), "utf-8")
     folder = OutputFolder.claim(str(out), resume=True, overwrite=False, settings={})
     with folder.staging(0) as staging:
         folder.finish(staging, {})
@@ -131,14 +132,14 @@ def test_an_earlier_run_that_was_kept_aside_is_deleted_by_the_run_that_replaces_
 def test_replacing_a_run_through_a_link_replaces_what_the_link_leads_to(tmp_path: Path) -> None:
     real, link = tmp_path / "disk", tmp_path / "out"
     real.mkdir()
-    (real / RECORD).write_text(json.dumps({"status": "finished"}), "utf-8")
-    (real / "old").touch()
+    (real / RECORD).write_text(json.dumps({"status": "finished", "settings": {}}), "utf-8")
+    (real / "vocab.json").touch()
     link.symlink_to(real)
     folder = OutputFolder.claim(str(link), resume=False, overwrite=True, settings={})
     folder.begin({})
     with folder.staging(0) as staging:
         folder.finish(staging, {})
-    assert link.is_symlink() and (link / RECORD).is_file() and not (link / "old").exists()
+    assert link.is_symlink() and (link / RECORD).is_file() and not (link / "vocab.json").exists()
     assert sorted(one.name for one in tmp_path.iterdir()) == ["disk", "out"]
 
 

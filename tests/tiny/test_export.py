@@ -96,7 +96,10 @@ def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
     (run / "gguf" / "mine").touch()
     with pytest.raises(UserError, match=r"already exported.*--overwrite"):
         gguf.export_gguf(run)
+    with pytest.raises(UserError, match="files that we did not write, which --overwrite does not delete: mine"):
+        gguf.export_gguf(run, overwrite=True)
     assert [file.name for file in (run / "gguf").iterdir()] == ["mine"] and not (run / "merged").exists()
+    (run / "gguf" / "mine").rename(run / "gguf" / "merged-q8_0.gguf")
     gguf.export_gguf(run, ["f16"], overwrite=True)
     assert {file.name for file in (run / "gguf").iterdir()} == {"merged-f16.gguf", "adapter.gguf", "Modelfile"}
 
@@ -112,6 +115,10 @@ def test_an_earlier_merge_is_replaced_only_when_asked_and_only_by_a_whole_one(ru
         with pytest.raises(ZeroDivisionError):
             merge.merge_adapter(run, overwrite=True)
     assert (run / "merged" / "model.safetensors").read_bytes() == b"another"
+    (run / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"files that we did not write, which --overwrite does not delete: notes\.txt"):
+        merge.merge_adapter(run, overwrite=True)
+    (run / "merged" / "notes.txt").unlink()
     merge.merge_adapter(run, overwrite=True)
     assert (run / "merged" / "model.safetensors").read_bytes() == before
     assert not list(run.glob(".writing-*"))

@@ -16,9 +16,9 @@ from tiny_training import machine_of, rows, run, trainer_of
 from lora_practice.console.terminal import columns
 from lora_practice.data.examples import Examples
 from lora_practice.machine.device import peak_memory
+from lora_practice.run import own_files
 from lora_practice.run.folder import OutputFolder
 from lora_practice.sources.find import Source
-from lora_practice.storage import disk
 from lora_practice.training import plan as training_plan
 from lora_practice.training import plan_text
 
@@ -77,7 +77,7 @@ def test_the_disk_of_a_plan_is_the_most_that_the_run_ever_holds(kept: Optional[i
     changed = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": kept, "max_steps": 4, "lora_r": 256}
     trainer = trainer_of(tmp_path / "out", **changed)
     told = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 0)
-    most, drop_older = 0, disk.drop_older
+    most, drop_older = 0, own_files.drop_older
 
     def measured(*args: Any) -> None:
         nonlocal most
@@ -85,7 +85,7 @@ def test_the_disk_of_a_plan_is_the_most_that_the_run_ever_holds(kept: Optional[i
         drop_older(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "drop_older", measured)
+        patch.setattr(own_files, "drop_older", measured)
         run(trainer)
     adapter = sum(4 * one.numel() for one in trainer.trainable)
     needed = most + adapter  # which is written when the last checkpoint is there

@@ -15,66 +15,26 @@ from typing import Any, Optional
 
 import pytest
 from refusals import refusal_of
+from run_folders import SETTINGS, add_checkpoint, claim, finish, names, refusal, start, status
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.settings import given_as_flags, given_by_user, parse
 from lora_practice.run import folder as run_folder
+from lora_practice.run import own_files
 from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
 from lora_practice.run.folder import RECORD, OutputFolder, checkpoints, record_in
 from lora_practice.run.record import starting_record
 from lora_practice.run.resume import FREE_ON_RESUME, OUTWARD, check_same_settings, settings_as_begun, sign_outward
 from lora_practice.sources.find import SHIPPED, RunSources, Source
-from lora_practice.storage import disk, manifest
 from lora_practice.storage import lock as storage_lock
+from lora_practice.storage import manifest
 
-SETTINGS: dict[str, Any] = {"lora_r": 6, "learning_rate": 2e-4, "seed": 42, "logging_steps": 10}
 LOST = "the folder now holds another run or other files"
 
 
 @pytest.fixture(autouse=True)
 def english(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
-
-
-def claim(path: Path, resume: bool = False, overwrite: bool = False, **changed: Any) -> OutputFolder:
-    return OutputFolder.claim(str(path), resume, overwrite, {**SETTINGS, **changed})
-
-
-def refusal(path: Path, **options: Any) -> str:
-    before = sorted(path.parent.rglob("*"))
-    line = refusal_of(claim, path, **options)
-    assert sorted(path.parent.rglob("*")) == before  # claiming touches nothing
-    return line
-
-
-def start(path: Path, kind: str = "hub") -> OutputFolder:
-    folder = claim(path)
-    folder.begin({"settings": SETTINGS, "model": {"kind": kind}, "data": {"kind": "file"}})
-    return folder
-
-
-def add_checkpoint(folder: OutputFolder, step: int, keep: int | None = None) -> Path:
-    with folder.staging(1) as staging:
-        staged = staging / f"checkpoint-{step}"
-        staged.mkdir()
-        (staged / "adapter_model.safetensors").write_bytes(b"weights %d" % step)
-        folder.add_checkpoint(staged, keep)
-    return folder.path / f"checkpoint-{step}"
-
-
-def finish(folder: OutputFolder, word: str = "new") -> None:
-    with folder.staging(1) as staging:
-        (staging / "adapter_config.json").write_text("{}")
-        (staging / "adapter_model.safetensors").write_text(word)
-        folder.finish(staging, {"settings": SETTINGS, "steps": 7, "finished_at": "2024-05-06 07:08"})
-
-
-def status(folder: OutputFolder) -> str:
-    return json.loads((folder.path / RECORD).read_text("utf-8"))["status"]
-
-
-def names(path: Path) -> list[str]:
-    return sorted(file.name for file in path.iterdir())
 
 
 def test_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
@@ -602,5 +562,5 @@ def test_an_earlier_run_is_kept_aside_whatever_the_clock_says(tmp_path: Path, mo
 def test_the_newest_checkpoints_are_left_of_those_that_kills_had_spared(tmp_path, keep, left):
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    disk.drop_older(checkpoints(tmp_path), keep)
+    own_files.drop_older(checkpoints(tmp_path), keep)
     assert [one.name for one in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 4, 6, 8, 10)[-left:]]
