@@ -282,14 +282,15 @@ def export(
 
     prepare_environment()
     from lora_practice.export import gguf, parity
+    from lora_practice.run.file_kinds import GGUF
 
     precisions = PRECISIONS if only is None else (only,)
     results = gguf.check_export(folder) if check else gguf.export_gguf(folder, precisions, overwrite)
     print(parity.result_table(results))
     if parity.overall_verdict(results) == "FAIL":
         return 1
-    if (folder / gguf.GGUF / "Modelfile").is_file():
-        command = f"cd {folder / gguf.GGUF} && ollama create my-model -f Modelfile"
+    if (folder / GGUF / "Modelfile").is_file():
+        command = f"cd {folder / GGUF} && ollama create my-model -f Modelfile"
         print(text("用 Ollama：", "with Ollama:") + f"\n  {command}")
     return 0
 

@@ -11,17 +11,15 @@ from lora_practice import compat
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 from lora_practice.export import gguf_tokenizer, gguf_writer, llama_cpp, parity
-from lora_practice.export.merge import MERGED, check_has_adapter, merge_adapter, merge_sentence, move_into_place
+from lora_practice.export.merge import check_has_adapter, merge_adapter, merge_sentence, move_into_place
 from lora_practice.export.ollama import modelfile, template_turns
 from lora_practice.inference.chat_model import stop_ids
 from lora_practice.inference.load import find_base, folder_source
 from lora_practice.model import adapter_config
 from lora_practice.model.load import load_tokenizer, stored_bytes
+from lora_practice.run.file_kinds import ADAPTER_GGUF, GGUF, MERGED
 from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
-
-GGUF = "gguf"
-ADAPTER_GGUF = "adapter.gguf"
 
 
 def export_gguf(

@@ -18,11 +18,10 @@ from lora_practice.inference.load import find_base, folder_source, tokenizer_for
 from lora_practice.model import adapter_files
 from lora_practice.model.adapter_config import ADAPTER_CONFIG
 from lora_practice.model.load import load_base
+from lora_practice.run.file_kinds import MERGED
 from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
 from lora_practice.storage.safetensors_header import stored_dtype
-
-MERGED = "merged"
 
 
 def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:

@@ -18,11 +18,12 @@ from lora_practice.export import llama_cpp
 from lora_practice.inference.chat_model import as_chat_model, decoder_of
 from lora_practice.inference.load import find_base, folder_source, tokenizer_for, with_adapter
 from lora_practice.model.load import load_base
-from lora_practice.run.folder import CARD, PROOF, rewrite_card
+from lora_practice.run.file_kinds import ADAPTER_GGUF, CARD, MERGED
+from lora_practice.run.folder import PROOF, rewrite_card
 
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer should end
 # Largest difference of a log-probability, in nats, by what rounds it. Measured: docs/export.md.
-BOUNDS = {"merged": 0.25, "f16": 0.3, "q8_0": 2.5}
+BOUNDS = {MERGED: 0.25, "f16": 0.3, "q8_0": 2.5}
 BEGIN, END = PROOF
 _ASK = {"role": "user", "content": "What is the capital of France?"}
 PROMPTS: tuple[list[dict[str, str]], ...] = (
@@ -225,19 +226,19 @@ def _forms(
     """(name of a form that was written, its bound, a function that loads it and answers)"""
 
     def merged() -> FormAnswers:
-        model = load_base(folder_source(folder / "merged"), "fp32").eval()
+        model = load_base(folder_source(folder / MERGED), "fp32").eval()
         return _answers_of_torch(model, tokenizer, prompts)
 
     def file(path: Path, adapter: Optional[Path] = None) -> Callable[[], FormAnswers]:
         return lambda: _answers_of_llama(llama_cpp.Llama(path, adapter), rows, prompts)
 
-    yield "merged/", BOUNDS["merged"], merged
+    yield f"{MERGED}/", BOUNDS[MERGED], merged
     for precision in ("f16", "q8_0"):
-        path = gguf / f"merged-{precision}.gguf"
+        path = gguf / f"{MERGED}-{precision}.gguf"
         if path.is_file():
             yield path.name, BOUNDS[precision], file(path)
-    if (gguf / "adapter.gguf").is_file():
-        yield "adapter.gguf", BOUNDS["f16"], file(base_gguf, gguf / "adapter.gguf")
+    if (gguf / ADAPTER_GGUF).is_file():
+        yield ADAPTER_GGUF, BOUNDS["f16"], file(base_gguf, gguf / ADAPTER_GGUF)
 
 
 def _answers_of_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> FormAnswers:

@@ -14,7 +14,7 @@ from lora_practice.report import adapter_stats, files
 from lora_practice.report.adapter_stats import AdapterStats
 from lora_practice.report.base_weights import base_matrices, matrix_of
 from lora_practice.report.files import FolderEntry
-from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
+from lora_practice.run.file_kinds import CARD, CHECKPOINT_MANIFEST
 from lora_practice.run.folder import checkpoints
 from lora_practice.run.resume import another_base
 from lora_practice.sources import embedded
@@ -231,8 +231,8 @@ def _sharing_use(
     """Whether others could use this folder from the Hub: what cannot answer here cannot answer there."""
     if not inference.possible:
         return Use(False, text("不能推理，就没有可分享的", "what cannot answer is not to be shared"))
-    if not any(entry.name == "README.md" and not entry.fault for entry in entries):
-        return Use(False, text("没有模型卡 README.md", "no model card, README.md"))
+    if not any(entry.name == CARD and not entry.fault for entry in entries):
+        return Use(False, text(f"没有模型卡 {CARD}", f"no model card, {CARD}"))
     if adapter is not None and adapter.is_zero:
         return Use(False, text("没有可分享的：它什么都没改", "nothing to share: it changes nothing"))
     named = str(config.get("base_model_name_or_path", ""))

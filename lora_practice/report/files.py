@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.console.text import text
-from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST, FILE_KINDS, FileKind, file_kind
+from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST, FILE_KINDS, GGUF, FileKind, file_kind
 from lora_practice.storage import manifest
 
 ZIPPED = (".bin", ".pt", ".pth")  # what torch.save writes
@@ -95,7 +95,7 @@ def _folder(path: Path) -> FolderEntry:
         fault = manifest.folder_fault(path, CHECKPOINT_MANIFEST)
     elif kind is not None:
         faults = [(file.name, file_fault(file)) for file in sorted(path.iterdir()) if file.is_file()]
-        is_gguf = path.name == "gguf"
+        is_gguf = path.name == GGUF
         wanted = [] if is_gguf else ["config.json", "tokenizer.json"]
         missing = [name for name in wanted if not (path / name).is_file()]
         if not any(path.glob("*.gguf" if is_gguf else "model*.safetensors")):

@@ -27,13 +27,11 @@ from lora_practice.report.loss_curve import CurveVerdict, judge_curve
 from lora_practice.report.picture import MARK, curves_png
 from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
-from lora_practice.run.file_kinds import CARD
+from lora_practice.run.file_kinds import CARD, CURVES, REPORT_PAGE
 from lora_practice.run.folder import PROOF
 from lora_practice.run.own_files import is_runs_own_card
 from lora_practice.storage import manifest
 from lora_practice.storage.json_files import RECORD
-
-PAGE, PICTURE = "report.html", "curves.png"
 
 
 def write_report(
@@ -57,29 +55,31 @@ def write_report(
     if not record.get("losses") or not (folder / RECORD).is_file():
         what = text(f"这里没有训练记录（{RECORD} 里没有 loss）", f"no run is recorded here (no losses in {RECORD})")
         raise UserError(what, str(folder), text("用训练的输出文件夹", "name the output folder of a run"))
-    for name in (PAGE, PICTURE):
+    for name in (REPORT_PAGE, CURVES):
         _check_written_by_report(folder / name)
     curve = judge_curve(logged_points(record, "loss"), held_out_points(record))
-    record.update({"samples": samples} if samples else {}, curves=PICTURE)
+    record.update({"samples": samples} if samples else {}, curves=CURVES)
     picture = curves_png(record)
-    manifest.write_atomically(folder / PICTURE, picture)
-    manifest.write_atomically(folder / PAGE, report_html(replace(verdict, record=record), curve, reasons, picture))
+    manifest.write_atomically(folder / CURVES, picture)
+    manifest.write_atomically(
+        folder / REPORT_PAGE, report_html(replace(verdict, record=record), curve, reasons, picture)
+    )
     in_card = record.get("status") == "finished" and is_runs_own_card(folder, record)
     if record != verdict.record and record.get("status") == "finished":
         _update_record_and_card(folder, record)
-    return folder / PAGE, "\n".join([curve.sentence, *_written(folder, in_card)])
+    return folder / REPORT_PAGE, "\n".join([curve.sentence, *_written(folder, in_card)])
 
 
 def _written(folder: Path, in_card: bool) -> list[str]:
     """The lines that say what was written and how to open the page."""
-    where = text(f"曲线图：{folder / PICTURE}", f"the curves alone: {folder / PICTURE}")
+    where = text(f"曲线图：{folder / CURVES}", f"the curves alone: {folder / CURVES}")
     where += text("（也放进了模型卡 README.md）", " (in the model card README.md too)") if in_card else ""
     opener = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
     how = text(
         "用浏览器打开报告（不联网、不需要别的文件，可以拷到别的电脑上看）：",
         "open the report in a browser (it needs no network and no other file: copy it anywhere):",
     )
-    return [where, how, f"  {opener} {shlex.quote(str(folder / PAGE))}"]
+    return [where, how, f"  {opener} {shlex.quote(str(folder / REPORT_PAGE))}"]
 
 
 def report_html(
@@ -119,7 +119,9 @@ def report_html(
         first_row=page_content.first_row_parts(record),
         data_name=page_content.data_name(record),
         lost=page_content.lost_rows(record),
-        files=[(one, folder_text.describe_entry(one)) for one in verdict.entries if one.name not in (PAGE, PICTURE)],
+        files=[
+            (one, folder_text.describe_entry(one)) for one in verdict.entries if one.name not in (REPORT_PAGE, CURVES)
+        ],
         uses=[(text(*folder_text.USE_NAMES[use]), verdict.uses[use]) for use in USES],
         use_names={use: text(*names) for use, names in folder_text.USE_NAMES.items()},
         use_state=folder_text.use_state,

@@ -11,6 +11,8 @@ from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_practice.storage.json_files import RECORD
 
 CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
+MERGED, GGUF, ADAPTER_GGUF = "merged", "gguf", "adapter.gguf"  # folders of `merge` and `export`, a file in the second
+REPORT_PAGE, CURVES = "report.html", "curves.png"  # what `report` writes
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ FILE_KINDS = (
         "查看参数",
         "looking arguments up",
     ),
-    FileKind(("report.html",), "训练报告", "the report", "用浏览器打开", "opened in a browser"),
-    FileKind(("curves.png",), "训练曲线", "the training curves", "放进模型卡", "in the model card"),
+    FileKind((REPORT_PAGE,), "训练报告", "the report", "用浏览器打开", "opened in a browser"),
+    FileKind((CURVES,), "训练曲线", "the training curves", "放进模型卡", "in the model card"),
     FileKind(
         ("optimizer.pt",),
         "优化器的动量",
@@ -184,14 +186,14 @@ FILE_KINDS = (
         ("resuming",),
     ),
     FileKind(
-        ("merged/",),
+        (f"{MERGED}/",),
         "合并后的完整模型",
         "the merged whole model",
         "没有 peft 的环境",
         "where there is no peft",
     ),
     FileKind(
-        ("gguf/",),
+        (f"{GGUF}/",),
         "GGUF 和 Modelfile",
         "GGUF files, a Modelfile",
         "llama.cpp、Ollama",

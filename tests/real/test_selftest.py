@@ -16,7 +16,7 @@ from lora_practice.cli import main as cli
 from lora_practice.console.errors import UserError
 from lora_practice.model.adapter_config import ADAPTER_WEIGHTS
 from lora_practice.run import selftest
-from lora_practice.run.folder import RECORD
+from lora_practice.storage.json_files import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,12 +22,13 @@ from lora_practice.console.settings import given_as_flags, given_by_user, parse
 from lora_practice.run import folder as run_folder
 from lora_practice.run import own_files
 from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
-from lora_practice.run.folder import RECORD, OutputFolder, checkpoints, record_in
+from lora_practice.run.folder import OutputFolder, checkpoints, record_in
 from lora_practice.run.record import starting_record
 from lora_practice.run.resume import FREE_ON_RESUME, OUTWARD, check_same_settings, settings_as_begun, sign_outward
 from lora_practice.sources.find import SHIPPED, RunSources, Source
 from lora_practice.storage import lock as storage_lock
 from lora_practice.storage import manifest
+from lora_practice.storage.json_files import RECORD
 
 LOST = "the folder now holds another run or other files"
 

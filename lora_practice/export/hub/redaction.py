@@ -16,7 +16,7 @@ from typing import Any
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.model.adapter_config import ADAPTER_CONFIG
-from lora_practice.run.folder import CARD
+from lora_practice.run.file_kinds import CARD
 from lora_practice.storage.json_files import RECORD, parse_object, read_object, read_record
 
 # "base_model: X", "- X" below it, or the tag "- base_model:adapter:X"
