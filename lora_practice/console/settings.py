@@ -1,4 +1,4 @@
-"""What makes flags, help and checks of a dataclass of settings, whichever it is. Loads no torch: `--help` is instant.
+"""Turns any dataclass of settings into flags, help and checks. Loads no torch, so `--help` answers at once.
 
 A field is written `lora_r: int = setting(6, "为什么", "why", minimum=1)`; the two sentences become the help
 text, the table in docs/settings.md and the report. `parse` turns `--lora_r 8`, `--lora-r 8` or `--lora_r=8` into the

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.run.file_kinds import CARD, file_kind
+from lora_practice.run.file_kinds import ADAPTER_GGUF, CARD, GGUF, MERGED, file_kind
 from lora_practice.storage import manifest
 
 STATUSES = ("running", "interrupted", "finished")
@@ -20,7 +20,7 @@ STATUSES = ("running", "interrupted", "finished")
 DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 # temporary names of `storage`, left by a process that was killed
 TEMPORARY = re.compile(r"\.writing-.*|\..+\.[0-9]+")
-GGUF_FILES = ("merged-f16.gguf", "merged-q8_0.gguf", "adapter.gguf", "Modelfile")
+GGUF_FILES = (f"{MERGED}-f16.gguf", f"{MERGED}-q8_0.gguf", ADAPTER_GGUF, "Modelfile")
 TENSORBOARD_FILE = "*/events.out.tfevents.*"
 
 
@@ -111,7 +111,7 @@ def _unknown_below(folder: Path) -> Iterator[str]:
         name = path.relative_to(folder).as_posix()
         if folder.name == "runs":
             known = path.is_dir() or fnmatchcase(name, TENSORBOARD_FILE)
-        elif folder.name == "gguf":
+        elif folder.name == GGUF:
             known = name in GGUF_FILES
         else:
             known = path.is_file() and file_kind(name) is not None
