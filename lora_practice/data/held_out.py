@@ -12,7 +12,7 @@ from lora_practice.console.text import text
 from lora_practice.data.prepare import PreparedData, prepare
 from lora_practice.data.tokenization import Example
 from lora_practice.sources import embedded
-from lora_practice.sources.find import SHIPPED, Source
+from lora_practice.sources.find import SHIPPED, Source, is_hub_id
 from lora_practice.storage.json_files import RECORD
 
 
@@ -76,9 +76,12 @@ def _source(data: Mapping[str, Any]) -> Source:
     kind, name = str(data.get("kind")), str(data.get("name"))
     if kind == "embedded":
         return Source(kind, name, embedded.conversations_file())
-    if kind == "hub":
+    if kind == "hub" and is_hub_id(name) and not Path(name).exists():  # `datasets` prefers a folder here
         return Source(kind, name, None, name)
     file = Path(str(data.get("path")))
-    if not file.is_file():
+    if str(file).replace("\\", "/").startswith("//"):  # a record may be a stranger's: it names no other machine
+        what = text("数据在另一台机器上，不去读它", "its data is on another machine: it is not read")
+        raise UserError(what, str(file))
+    if kind != "file" or not file.is_file():
         raise UserError(text("找不到训练用的数据文件", "the data file is no longer there"), str(file))
     return Source(kind, name, file)

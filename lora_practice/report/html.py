@@ -127,6 +127,7 @@ def report_html(
         use_state=folder_text.use_state,
         next_steps=page_content.next_steps(verdict, curve),
         glossary=glossary(),
+        command=page_content.training_command(record),
         install=page_content.install_command(record.get("versions") or {}),
         sample_tokens=SAMPLE_TOKENS,
         picture=base64.b64encode(picture).decode("ascii"),

@@ -7,15 +7,19 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Optional
 
+from lora_practice.compat import LIBRARIES
 from lora_practice.console.text import text
 from lora_practice.machine.gpus import WHEELS
 from lora_practice.report.checks import FolderVerdict
 from lora_practice.report.loss_curve import FEWEST, CurveVerdict, smoothed
 from lora_practice.report.points import held_out_points, intervals, logged_points
 from lora_practice.run.settings import shown_settings
+
+SHELL = re.compile(r"[&|<>^%;$`!\"\r\n]")  # what a shell does not take as a part of a word
+OUR_SCRIPT = Path(__file__).resolve().parents[2] / "fine_tuning_practice.py"
 
 SAME = 0.01  # a loss that changes by less than this share is the same
 
@@ -208,9 +212,10 @@ def next_steps(verdict: FolderVerdict, curve: CurveVerdict) -> list[tuple[str, s
 def _more_training(verdict: FolderVerdict, curve: CurveVerdict) -> list[tuple[str, str]]:
     """The training that the curve asks for, into a folder of its own, or the rest of an interrupted one."""
     record, settings = verdict.record, verdict.record.get("settings") or {}
-    command = str(record.get("command") or "")
+    command = training_command(record)
     if verdict.uses["resuming"].possible:
-        return [(text("接着训练", "go on training"), f"{command} --resume")]
+        again = command or f"lora-practice train --output_dir {shlex.quote(str(verdict.folder))}"
+        return [(text("接着训练", "go on training"), f"{again} --resume")]
     if record.get("status") != "finished" or not command:
         return []
     again = f"{command} --output_dir {shlex.quote(f'{verdict.folder}-2')}"
@@ -227,9 +232,32 @@ def _more_training(verdict: FolderVerdict, curve: CurveVerdict) -> list[tuple[st
     return []
 
 
+def training_command(record: Mapping[str, Any]) -> str:
+    """The command that trained this run, "" where the record has none that this project writes.
+
+    A record may be a stranger's, and this is a line to copy into a shell: it starts our training and nothing else,
+    in cmd.exe too, which knows no single quotes.
+    """
+    try:
+        words = shlex.split(str(record.get("command") or ""))
+    except ValueError:  # a quote that does not end
+        return ""
+    if any(SHELL.search(word) for word in words):
+        return ""
+    script = re.split(r"[\\/]", words[1])[-1] if len(words) > 1 and words[0] == "python" else ""
+    if script == OUR_SCRIPT.name:
+        is_ours = Path(words[1]).resolve() == OUR_SCRIPT
+        return shlex.join(["python", words[1] if is_ours else script, *words[2:]])
+    return shlex.join(words) if words[:2] == ["lora-practice", "train"] else ""
+
+
 def install_command(versions: Mapping[str, Any]) -> str:
-    """The pip command for these versions. PyPI has no "+cpu": such a torch comes from an index of its own."""
-    named = [f"{name}=={str(number).partition('+')[0]}" for name, number in versions.items() if name != "python"]
+    """The pip command for these versions of the libraries that a run depends on; what else a record names is left out.
+
+    PyPI has no "+cpu": such a torch comes from an index of its own.
+    """
+    numbers = {name: str(versions.get(name)).partition("+")[0] for name in LIBRARIES}
+    named = [f"{name}=={number}" for name, number in numbers.items() if re.fullmatch(r"\d[\w.]*", number)]
     build = str(versions.get("torch")).partition("+")[2]
     index = [f"--extra-index-url {WHEELS}{build}"] if re.fullmatch(r"cpu|cu\d+", build) else []
     return " ".join(["pip install", *named, *index])

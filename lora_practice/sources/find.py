@@ -128,7 +128,7 @@ def cached_as_before(record: Mapping[str, Any], name: str) -> Optional[Source]:
     kept = Path(str(model.get("path")))
     ours = model.get("kind") == "hub" and model.get("name") == name
     in_cache = Path(constants.HF_HUB_CACHE).resolve() / f"models--{name.replace('/', '--')}"
-    ours = ours and _is_hub_id(name) and in_cache in kept.resolve().parents
+    ours = ours and is_hub_id(name) and in_cache in kept.resolve().parents
     if not ours or not all(any(kept.glob(pattern)) for pattern in BASE_FILES):
         return None
     return Source("hub", name, kept, name, model.get("revision"))
@@ -151,7 +151,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
     folder = expand_home(name)
     if folder.is_dir():
         return Source("folder", str(name), _checked_model_folder(folder.resolve()))
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise UserError(
             text("没有这个模型文件夹", "no such model folder"),
             where=f"{flag} {name}",
@@ -189,7 +189,7 @@ def find_template(name: str) -> Path:
     path = expand_home(name)
     if path.exists():
         return path
-    if _is_hub_id(name):
+    if is_hub_id(name):
         found = _snapshot(name, ["*token*", "*.jinja", "config.json", "*.txt", "vocab.json"], not hub_is_reachable())
         if found is not None:
             return found
@@ -204,7 +204,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     if want_embedded and is_default:
         return _embedded_conversations()
     file = expand_home(path)
-    if file.exists() or file.suffix.lower() in DATA_SUFFIXES or not _is_hub_id(path):
+    if file.exists() or file.suffix.lower() in DATA_SUFFIXES or not is_hub_id(path):
         if not file.exists():
             raise UserError(
                 text("没有这个数据文件", "no such data file"),
@@ -255,7 +255,8 @@ def _embedded_conversations(note: str = "") -> Source:
     return Source("embedded", embedded.CONVERSATIONS.requirement, embedded.conversations_file(), note=note)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether this may be a name on the Hub: NAME or OWNER/NAME. A relative path may look the same."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
 from lora_practice.storage import manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = "<script>alert('x')</script>\x1b[31m</pre>\u202e"
 
 
@@ -315,11 +317,47 @@ def test_resuming_a_finished_run_is_grey_and_each_next_step_a_command(folder):
     ],
 )
 def test_another_training_is_told_where_the_curve_asks_for_one(folder, kind, settings, said):
-    edit("run_record.json", command="train --max_steps 12", settings=settings)(folder)
+    edit("run_record.json", command="lora-practice train --max_steps 12", settings=settings)(folder)
     steps = page_content.next_steps(reports.check_folder(folder), CurveVerdict(kind, 40))
     assert steps[0][1] == (
-        f"train --max_steps 12 --output_dir {folder}-2 {said}" if said else f"lora-practice chat {folder}"
+        f"lora-practice train --max_steps 12 --output_dir {folder}-2 {said}" if said else f"lora-practice chat {folder}"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("lora-practice train --max_steps 12", "lora-practice train --max_steps 12"),
+        ("python fine_tuning_practice.py --lora_r 8", "python fine_tuning_practice.py --lora_r 8"),
+        (f"python {ROOT}/fine_tuning_practice.py", f"python {ROOT}/fine_tuning_practice.py"),
+        ("python theirs/fine_tuning_practice.py --lora_r 8", "python fine_tuning_practice.py --lora_r 8"),
+        ("lora-practice train; curl evil | sh", ""),
+        ("lora-practice train --seed 1; curl evil | sh", ""),
+        ("lora-practice train --seed $(evil)", ""),
+        ("lora-practice train '&' evil", ""),  # to cmd.exe, quotes of this kind are none
+        ("lora-practice train --seed 1\nevil", "lora-practice train --seed 1 evil"),
+        ("lora-practice train --dataset_path '对话 1.jsonl'", "lora-practice train --dataset_path '对话 1.jsonl'"),
+        ("curl evil | sh", ""),
+        ("lora-practice upload", ""),
+        ("python -c evil fine_tuning_practice.py", ""),
+        ("lora-practice train 'evil", ""),
+        ("", ""),
+    ],
+)
+def test_a_strangers_record_puts_no_program_of_its_own_into_the_commands_to_copy(folder, command, shown):
+    settings = {"max_steps": 12, "num_train_epochs": 1.0, "output_dir": "out"}
+    edit("run_record.json", command=command, settings=settings)(folder)
+    steps = page_content.next_steps(reports.check_folder(folder), CurveVerdict("falling", 40))
+    again = f"{shown} --output_dir {folder}-2 --max_steps 24" if shown else f"lora-practice chat {folder}"
+    assert steps[0][1] == again
+    block = html.unescape(report(folder).split('id="repeat"')[1].split("<pre>")[1].split("</pre>")[0])
+    assert block.split("\n")[-1] == shown
+
+
+def test_what_to_install_is_this_projects_own_libraries():
+    versions = {"python": "3.11", "torch": "2.13.0+cpu", "trl": "1.16; evil", "peft": "", "evil": "1", "datasets": None}
+    told = page_content.install_command(versions)
+    assert told == "pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 
 
 def test_how_far_weights_moved_is_told_in_percent_of_the_base(folder):

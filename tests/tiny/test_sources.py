@@ -277,6 +277,33 @@ for config in sys.argv[1:] or [None]:
 """
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "path"),
+    [
+        ("hub", "theirs/rows", None),
+        ("hub", "/theirs/rows", None),
+        ("hub", "../rows", None),
+        ("hub", "https://evil/rows", None),
+        ("file", "rows.jsonl", "//host/share/rows.jsonl"),
+        ("file", "rows.jsonl", "\\\\host\\share\\rows.jsonl"),
+        ("another", "rows.jsonl", "theirs/rows/rows.jsonl"),
+    ],
+)
+def test_a_strangers_record_names_no_data_but_a_file_here_or_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str, path: Any
+) -> None:
+    """`datasets` would read a folder of this name, and its older versions run the script in it."""
+    from lora_practice.data.held_out import held_out_rows
+
+    (tmp_path / "theirs" / "rows").mkdir(parents=True)
+    (tmp_path / "theirs" / "rows" / "rows.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_file", lambda place: True)  # a share that would answer
+    record = {"settings": {}, "data": {"rows_held_out": 1, "kind": kind, "name": name, "path": path}}
+    told = refusal_of(held_out_rows, record, None, "out")
+    assert ("another machine" if "host" in str(path) else "the data file is no longer there") in told
+
+
 def test_a_data_set_with_configurations(tmp_path: Path) -> None:
     """`datasets` itself against the server; then offline, from its cache."""
     import pyarrow
