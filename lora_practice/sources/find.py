@@ -17,6 +17,7 @@ from lora_practice import compat
 from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.text import tell, text
 from lora_practice.sources import embedded
+from lora_practice.sources.download import snapshot, try_again
 from lora_practice.sources.environment import (
     check_login,
     dataset_is_cached,
@@ -158,7 +159,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
             fix=text("检查路径，或写 Hub 上的名字（作者/模型）", "check the path, or give a Hub name (owner/model)"),
         )
     reachable = hub_is_reachable()
-    path = _snapshot(name, MODEL_FILES, local_only=not reachable)
+    path = snapshot(name, MODEL_FILES, local_only=not reachable)
     if path is not None and any(path.glob("*.safetensors")):
         return Source("hub", name, path, name, revision=path.name)
     if path is not None and reachable:
@@ -178,7 +179,7 @@ def find_model(name: str, is_default: bool, want_embedded: bool = False, flag: s
 
 def fetch_repository(name: str) -> Path:
     """Folder of an adapter or model from the Hub (or its cache)."""
-    found = _snapshot(name, MODEL_FILES, local_only=not hub_is_reachable())
+    found = snapshot(name, MODEL_FILES, local_only=not hub_is_reachable())
     if found is None:
         raise _unreachable(name, "--model_dir")
     return found
@@ -190,7 +191,7 @@ def find_template(name: str) -> Path:
     if path.exists():
         return path
     if is_hub_id(name):
-        found = _snapshot(name, ["*token*", "*.jinja", "config.json", "*.txt", "vocab.json"], not hub_is_reachable())
+        found = snapshot(name, ["*token*", "*.jinja", "config.json", "*.txt", "vocab.json"], not hub_is_reachable())
         if found is not None:
             return found
         if name == embedded.MODEL_HUB_ID:
@@ -234,7 +235,7 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
 
     kinds = compat.network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
     try:
-        return datasets.load_dataset(source.name, config, split="train")  # nosec B615 # the user's own choice of name
+        return try_again(source.name, lambda: datasets.load_dataset(source.name, config, split="train"))  # nosec B615
     except kinds as error:
         if not reachable:
             raise _unreachable(source.name, "--dataset_path") from error
@@ -269,48 +270,6 @@ def _checked_model_folder(folder: Path) -> Path:
             where=str(folder),
         )
     return folder
-
-
-def _snapshot(name: str, patterns: list[str], local_only: bool) -> Optional[Path]:
-    """Folder with the files at the top of a Hub repository; None if they are neither cached nor reachable."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]}
-        found = snapshot_download(name, local_files_only=local_only, **options)  # nosec B615 # the record keeps it
-        return Path(found)
-    except GatedRepoError as error:
-        raise UserError(
-            text("这个模型要先在网页上同意条款", "this model asks you to accept its terms on its page first"),
-            where=name,
-            fix=text("同意后设置 HF_TOKEN", "then set HF_TOKEN"),
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            text("Hub 上没有这个名字（或没有权限）", "the Hub has no such name (or it is private)"),
-            where=name,
-            fix=text("检查拼写；私有的要设置 HF_TOKEN", "check the spelling; a private one needs HF_TOKEN"),
-        ) from error
-    except HFValidationError as error:
-        raise UserError(
-            text("这不是 Hub 上的名字", "this is no name on the Hub"),
-            where=name,
-            fix=text("写 作者/模型，或一个存在的文件夹", "write owner/model, or a folder that exists"),
-        ) from error
-    except LocalEntryNotFoundError:
-        return None
-    except compat.network_errors(OSError) as error:
-        raise UserError(
-            text(f"下载中断：{type(error).__name__}", f"the download broke off: {type(error).__name__}"),
-            where=name,
-            fix=text("再运行一次，已下载的不会重来", "run again: what was fetched is kept"),
-        ) from error
 
 
 def _unreachable(name: str, flag: str) -> UserError:

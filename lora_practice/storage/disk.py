@@ -85,7 +85,7 @@ def nearest_existing(path: Path) -> Optional[Path]:
     return next((one for one in [path.absolute(), *path.absolute().parents] if os.path.exists(one)), None)
 
 
-def disk_refusal(error: Exception) -> Optional[str]:
+def disk_refusal(error: BaseException) -> Optional[str]:
     """The system's message if this error is a failed write to disk, in the form of any library; else None."""
     words = str(error)
     if isinstance(error, OSError) and error.errno in _REFUSED:

@@ -15,7 +15,7 @@ from hub_store import StoreError
 from refusals import refusal_of
 from tiny import make_model, make_tokenizer
 
-from lora_practice.sources import embedded, environment, find
+from lora_practice.sources import download, embedded, environment, find
 from lora_practice.sources.find import SHIPPED, Source, find_dataset, find_model, find_sources, find_template
 
 CLOSED = "http://127.0.0.1:9"
@@ -115,12 +115,38 @@ def test_a_model_without_safetensors(hub: HubServer, tmp_path: Path) -> None:
     assert "me/old: this model has no safetensors weights" in refusal_of(find_model, "me/old", is_default=False)
 
 
-def test_a_download_that_breaks_off(hub: HubServer, tiny_model: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_download_that_breaks_off_is_tried_again(
+    hub: HubServer, tiny_model: Path, times: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    hub.add_repo("models", "me/tiny", tiny_model)
+    hub.drop("/resolve/", times=times)
+    assert find_model("me/tiny", is_default=False).kind == "hub"
+    told = capsys.readouterr().err.count("the download of me/tiny broke off: trying again in")
+    assert told == len(waits) <= times
+
+
+@pytest.mark.parametrize("is_default", [False, True])
+def test_a_download_that_breaks_off_each_time(
+    hub: HubServer, tiny_model: Path, is_default: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub that answered is there: the default, too, is not replaced by the embedded model halfway."""
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
     hub.add_repo("models", "me/tiny", tiny_model)
     hub.drop("/resolve/", times=1000)
-    line = refusal_of(find_model, "me/tiny", is_default=False)
-    # huggingface_hub before 1.0 takes a broken connection for an absent one
-    assert "me/tiny: the download broke off" in line or "cannot be reached and nothing is cached" in line
+    line = refusal_of(find_model, "me/tiny", is_default=is_default)
+    assert "me/tiny: the download broke off" in line and "files that arrived whole are kept" in line
+
+
+def test_a_hub_that_fails_while_it_is_asked_for_files(
+    hub: HubServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    hub.add_repo("models", "me/tiny", tiny_model)
+    hub.fail(503, "/api/models/me/tiny", times=2)
+    assert find_model("me/tiny", is_default=True).kind == "hub"
 
 
 @pytest.mark.parametrize(
