@@ -15,7 +15,7 @@ from limited_entry_point import can_limit
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not can_limit(), reason="needs root and a control group of memory"
 )
-DOOR = str(ROOT / "tests" / "limited_entry_point.py")
+ENTRY_POINT = str(ROOT / "tests" / "limited_entry_point.py")
 # One step of two rows of 486 tokens. On the plain path half a row takes 800 MB, with checkpointing 500 MB; before the
 # whole row is tried, 2.5 times as much must be free, beside the 920 MB that the process holds. Peaks vary by 60 MB.
 STEPS = ("--embedded", "--max_steps", "1", "--gradient_accumulation_steps", "1", "--logging_steps", "1")
@@ -33,7 +33,7 @@ def limited(place: Path, megabytes: int, *flags: str):
         rows.append(json.dumps({"messages": [{"role": role, "content": words} for role, words in turns]}))
     (place / "rows.jsonl").write_text("\n".join(rows), "utf-8")
     data = ("--dataset_path", "rows.jsonl", "--output_dir", "out")
-    return run(place, DOOR, str(megabytes), *STEPS, *data, *flags, fresh=True)
+    return run(place, ENTRY_POINT, str(megabytes), *STEPS, *data, *flags, fresh=True)
 
 
 def record(place: Path) -> dict:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Callable
 
 import pytest
 from test_entry_points import CLI, HEAVY, run
@@ -18,16 +20,28 @@ from lora_practice.console.terminal import columns
 COMMANDS = [info.callback.__name__.replace("_", "-") for info in app.registered_commands if info.callback]
 
 
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
+    """`lora-practice COMMAND --help` in a language, run once; the English one with its imports on stderr."""
+
+    @functools.cache
+    def ask(command: str, lang: str) -> Any:
+        place = tmp_path_factory.mktemp("help")
+        imports = {"PYTHONPROFILEIMPORTTIME": "1"} if lang == "en" else {}
+        done = run(place, (*CLI, command), "--help", lang=lang, **imports)
+        assert done.code == 0 and list(place.iterdir()) == []
+        return done
+
+    return ask
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_explains_itself_in_both_languages_without_the_libraries(command: str, tmp_path: Path) -> None:
-    chinese = run(tmp_path, (*CLI, command), "--help", lang="zh")
-    english = run(tmp_path, (*CLI, command), "--help", PYTHONPROFILEIMPORTTIME="1")
-    assert chinese.code == english.code == 0
+def test_a_command_explains_itself_in_both_languages_without_the_libraries(command: str, help_of: Any) -> None:
+    chinese, english = help_of(command, "zh"), help_of(command, "en")
     assert "选项" in chinese.out
     assert not any("\u4e00" <= letter <= "\u9fff" for letter in english.out)
     assert all(columns(line) <= 80 for line in (chinese.out + english.out).splitlines())
     assert not {line.rpartition("|")[2].strip() for line in english.err.splitlines()} & set(HEAVY)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_help_names_every_command(tmp_path: Path) -> None:
@@ -36,10 +50,10 @@ def test_the_help_names_every_command(tmp_path: Path) -> None:
     assert all(f"  {name} " in listed for name in COMMANDS)
 
 
-def test_an_entry_point_calls_itself_as_it_was_started(tmp_path: Path) -> None:
+def test_an_entry_point_calls_itself_as_it_was_started(tmp_path: Path, help_of: Any) -> None:
     """The page is the same but for the name in it, and so is the remedy of a mistake."""
     for command, script in (("train", "fine_tuning_practice.py"), ("infer", "inference.py")):
-        page = run(tmp_path, (*CLI, command), "--help").out
+        page = help_of(command, "en").out
         assert page.startswith(f"usage: lora-practice {command} [options]\n")
         assert page.replace(f"lora-practice {command} [", f"{script} [") == run(tmp_path, (script,), "--help").out
         mistake = run(tmp_path, (*CLI, command), "--no-such-flag").err
@@ -47,8 +61,8 @@ def test_an_entry_point_calls_itself_as_it_was_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_flags_are_shown_with_underscores_and_sentences_begin_in_one_column(command: str, tmp_path: Path) -> None:
-    page = run(tmp_path, (*CLI, command), "--help", lang="zh").out
+def test_flags_are_shown_with_underscores_and_sentences_begin_in_one_column(command: str, help_of: Any) -> None:
+    page = help_of(command, "zh").out
     flags = {word.strip(",.，") for word in page.split() if word.startswith("--")}
     assert flags and not {flag for flag in flags if "-" in flag[2:]}
     rows = [re.match(r"  (-h, --help|\S+(?: \S+)??)  +(?=\S)", line) for line in page.splitlines()]
@@ -56,11 +70,11 @@ def test_flags_are_shown_with_underscores_and_sentences_begin_in_one_column(comm
 
 
 @pytest.mark.parametrize("command", ["merge", "inspect", "report", "chat", "compare", "export"])
-def test_without_a_folder_a_command_takes_the_default_one(command: str, tmp_path: Path) -> None:
+def test_without_a_folder_a_command_takes_the_default_one(command: str, tmp_path: Path, help_of: Any) -> None:
     said = run(tmp_path, (*CLI, command)).err
     where = "Error: outputs/SmolLM2-FT-MyDataset: no such folder: nothing has been trained yet"
     assert said == f"{where} -> train first: lora-practice train, or name a folder\n"
-    page = run(tmp_path, (*CLI, command), "--help").out
+    page = help_of(command, "en").out
     assert "(default outputs/SmolLM2-FT-MyDataset" in re.sub(r"\s+", " ", page)
 
 

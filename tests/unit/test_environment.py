@@ -17,6 +17,7 @@ from hub_server import WRITE_TOKEN, HubServer
 from refusals import refusal_of
 
 from lora_practice.sources import environment
+from lora_practice.sources.dotenv_file import TOKEN_NAMES, load_dotenv_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSED = "http://127.0.0.1:9"
@@ -100,14 +101,15 @@ def test_a_hub_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_deaf_hub_costs_as_long_as_the_pages_say(deaf_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", deaf_hub)
-    started = time.monotonic()
-    assert not environment.hub_is_reachable()
-    assert time.monotonic() - started < environment.REACH_SECONDS + 1 <= 5
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
     for page in ("README.md", "README.en.md", "docs/training.md", "docs/training.en.md"):
         told = re.findall(r"(\d+) 秒内连不上|answer within (\d+) seconds", (ROOT / page).read_text("utf-8"))
         assert told and {float(zh or en) for zh, en in told} == {environment.REACH_SECONDS}, page
+    monkeypatch.setattr(environment, "REACH_SECONDS", 0.5)
+    monkeypatch.setenv("HF_ENDPOINT", deaf_hub)
+    started = time.monotonic()
+    assert not environment.hub_is_reachable()
+    assert time.monotonic() - started < 1.5
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize("word", ["1", "true", "ON", "yes"])
@@ -154,9 +156,34 @@ def test_the_env_file_is_read_and_the_real_environment_wins(tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"])
-def test_a_token_may_have_its_older_names(name: str, tmp_path: Path) -> None:
-    assert in_a_process(TOKEN_OF, tmp_path, **{name: "mine"}).stdout.split()[-2:] == ["mine", "mine"]
+def test_what_is_withheld_is_not_sent_by_the_library(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("HF_ENDPOINT=https://evil.example", "utf-8")
+    (tmp_path / "token").write_text("logged_in")  # as `hf auth login` leaves it
+    done = in_a_process(TOKEN_OF, tmp_path, HF_TOKEN_PATH=str(tmp_path / "token"), HF_TOKEN="mine")
+    assert done.stdout.split()[-2:] == ["none", "none"]
+    assert ".env names the server https://evil.example but holds no token" in done.stderr
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of this test alone, without a token."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in list(os.environ):
+        if name.endswith("_TOKEN") or name.startswith(("HF_", "WANDB", "SWANLAB")):
+            del os.environ[name]
+
+
+def token_that_is_sent() -> str:
+    """By huggingface_hub's rule, which the test above holds: a login's token is "logged_in" here."""
+    implicit = os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN") != "1"
+    return (os.environ.get("HF_TOKEN") or "logged_in") if implicit else "none"
+
+
+@pytest.mark.parametrize("name", TOKEN_NAMES)
+def test_a_token_may_have_its_older_names(name: str, own_environment: None) -> None:
+    os.environ[name] = "mine"
+    load_dotenv_file()
+    assert os.environ["HF_TOKEN"] == token_that_is_sent() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -182,14 +209,18 @@ def test_a_token_may_have_its_older_names(name: str, tmp_path: Path) -> None:
         ("", {"HF_ENDPOINT": "http://127.0.0.1.evil.example", "HF_TOKEN": "mine"}, "none"),
     ],
 )
-def test_which_server_gets_which_token(file: str, environment_has: dict[str, str], token: str, tmp_path: Path) -> None:
+def test_which_server_gets_which_token(
+    file: str, environment_has: dict[str, str], token: str, tmp_path: Path, own_environment: None, capsys: Any
+) -> None:
     (tmp_path / ".env").write_text(file, "utf-8")
-    (tmp_path / "token").write_text("logged_in")  # as `hf auth login` leaves it
-    done = in_a_process(TOKEN_OF, tmp_path, HF_TOKEN_PATH=str(tmp_path / "token"), **environment_has)
-    assert done.stdout.split()[-1] == token
+    os.environ.update(environment_has)
+    load_dotenv_file()
+    assert token_that_is_sent() == token
+    assert token != "none" or not any(os.environ.get(name) for name in TOKEN_NAMES)
+    told = capsys.readouterr().err
     withheld = token == "none" and ("TOKEN" in file or any("TOKEN" in name for name in environment_has))
-    assert ("is not sent there" in done.stderr or "no token is sent there" in done.stderr) is withheld
-    assert "mine" not in done.stderr and "theirs" not in done.stderr
+    assert ("is not sent there" in told or "no token is sent there" in told) is withheld
+    assert "mine" not in told and "theirs" not in told
 
 
 @pytest.mark.parametrize(
@@ -201,15 +232,13 @@ def test_which_server_gets_which_token(file: str, environment_has: dict[str, str
     ],
 )
 def test_a_service_that_the_env_file_names_gets_only_a_key_from_there(
-    file: str, followed: bool, tmp_path: Path
+    file: str, followed: bool, tmp_path: Path, own_environment: None, capsys: Any
 ) -> None:
     (tmp_path / ".env").write_text(file, "utf-8")
+    load_dotenv_file()
     name = file.partition("=")[0]
-    code = "from lora_practice.sources.environment import prepare_environment as p; p()\n"
-    code += f"import os; print(os.environ.get({name!r}))"
-    done = in_a_process(code, tmp_path)
-    assert (done.stdout.strip() != "None") is followed
-    assert (f"{name} in .env is not followed" in done.stderr) is not followed
+    assert (name in os.environ) is followed
+    assert (f"{name} in .env is not followed" in capsys.readouterr().err) is not followed
 
 
 def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:
