@@ -93,7 +93,8 @@ def _choose_token(found: Mapping[str, str]) -> None:
             os.environ.pop(name, None)
         os.environ["HF_TOKEN"] = own
         return
-    had_one = any([os.environ.pop(name, "") for name in TOKEN_NAMES])  # a list: every one is taken out
+    withheld = [os.environ.pop(name, "") for name in TOKEN_NAMES]
+    had_one = any(withheld)
     os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # nosec B105 # no password; the token of `hf auth login` stays too
     if had_one and plain_http:
         zh = f"HF_ENDPOINT={endpoint} 没有加密：不发送 token → 用 https:// 的地址"
