@@ -6,12 +6,18 @@ import locale
 import os
 import re
 import sys
+from typing import Any
 
 from lora_practice.console.terminal import fit_to_terminal
 
 # control characters, which in a file's name or in data could steer the terminal or hide a part of a line
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf_([a-z]{3,6}_)?|api_org_)[A-Za-z0-9]{20,}")
+# A Hub token does not begin inside a word; the last letter of an escape (\\n, \\u003d, %3D, %253D, =3D) is no word
+TOKEN = re.compile(
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[abefnrtv0])|(?<=\\[0-7]{3})|(?<=\\x[0-9a-fA-F]{2})|(?<=\\u[0-9a-fA-F]{4})"
+    r"|(?<=\\U[0-9a-fA-F]{8})|(?<=%[0-9a-fA-F]{2})|(?<=%25[0-9a-fA-F]{2})|(?<==[0-9A-F]{2}))"
+    r"(?:hf_(?:[a-z]{3,6}_)?|api_org_)[A-Za-z0-9]{20,}"
+)
 
 
 def language() -> str:
@@ -43,6 +49,15 @@ def without_tokens(words: str) -> str:
     """The words with HF_TOKEN, and anything that looks like a Hub token, replaced by "***"."""
     own = os.environ.get("HF_TOKEN", "").strip()
     return TOKEN.sub("***", words.replace(own, "***") if len(own) >= 8 else words)
+
+
+def masked(value: Any) -> Any:
+    """A value for JSON whose texts, at every depth, are without tokens: before an escape of JSON can hide one."""
+    if isinstance(value, str):
+        return without_tokens(value)
+    if isinstance(value, dict):
+        return {masked(key): masked(one) for key, one in value.items()}
+    return [masked(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def tell(line: str) -> None:

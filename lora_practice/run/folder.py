@@ -12,13 +12,13 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice.console.errors import UserError, expand_home
-from lora_practice.console.text import tell, text, without_tokens
+from lora_practice.console.text import masked, tell, text, without_tokens
 from lora_practice.run import own_files
 from lora_practice.run.file_kinds import CARD, CHECKPOINT_MANIFEST
 from lora_practice.run.resume import check_same_settings
@@ -152,8 +152,7 @@ class OutputFolder:
         """Write run_record.json with the events so far; Hub tokens in commands or data are masked."""
         self._keep_lock()
         self._record = record
-        record = {**record, "events": self.events}
-        content = without_tokens(json.dumps(record, indent=2, ensure_ascii=False, default=str)) + "\n"
+        content = record_text({**record, "events": self.events})
         with disk.explain_disk_errors(self.path, len(content), text("，再运行一次", ", then run it again")):
             manifest.write_atomically(self.path / RECORD, content)
         self._written = json.loads(content)
@@ -229,6 +228,11 @@ class OutputFolder:
         self.write_record(self._record)
 
 
+def record_text(record: Mapping[str, Any]) -> str:
+    """The text of run_record.json, without tokens; what JSON does not know, such as a path, is written as text."""
+    return json.dumps(masked(record), indent=2, ensure_ascii=False, default=lambda one: without_tokens(str(one))) + "\n"
+
+
 def record_in(output_dir: str) -> dict[str, Any]:
     """run_record.json of the run in this folder; empty where there is none."""
     try:
@@ -241,10 +245,10 @@ def rewrite_card(folder: Path, content: str) -> None:
     """Replace DIR/README.md; where it was the run's own card, the record knows the new one as its own."""
     card, record = folder / CARD, read_record(folder) or {}
     own = own_files.is_runs_own_card(folder, record)
-    manifest.write_atomically(card, content)
+    manifest.write_atomically(card, without_tokens(content))
     if own:
         record["files"] = {**record["files"], CARD: manifest.sha256(card)}
-        manifest.write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+        manifest.write_atomically(folder / RECORD, record_text(record))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-from lora_practice.console.text import without_tokens
+from lora_practice.console.text import masked, without_tokens
 from lora_practice.run.settings import shown_settings
 
 
 def card(record: dict[str, Any]) -> str:
     """The text of the card for the run of this `record`: in English as on the Hub, with one line in Chinese."""
+    record = masked(record)
     model, data = record["model"], record["data"]
     true_base = model["hub_id"] or model["name"]
     return without_tokens(

@@ -396,6 +396,41 @@ def test_a_card_that_is_rewritten_is_still_known_as_the_runs_own(tmp_path: Path)
     assert known == manifest.sha256(card) and card.read_text("utf-8") == "with a proof"
 
 
+TOKEN = "hf_" + "kXr7" * 8 + "Qz"
+QUOTED = 'odd "token" of a server'  # JSON writes it with escapes inside
+
+
+@pytest.mark.parametrize("token", [TOKEN, QUOTED])
+def test_tokens_are_masked_before_json_can_hide_one_behind_an_escape(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", QUOTED)
+    folder = start(tmp_path / "run")
+    row = f"my token:\n{token}\tand\u2028{token}"
+    folder.note("said", 1, row, {})
+    held = {"settings": SETTINGS, "data": {"first_row": row, "rows": [row, {row: 1}]}, "path": Path(token), "count": 3}
+    folder.write_record({**held, "status": "running"})
+    written = (folder.path / RECORD).read_text("utf-8")
+    hidden = "my token:\n***\tand\u2028***"
+    assert token not in written and json.dumps(token)[1:-1] not in written
+    record = json.loads(written)
+    assert record["data"] == {"first_row": hidden, "rows": [hidden, {hidden: 1}]} and record["count"] == 3
+    assert record["path"] == "***" and record["events"][0]["said"] == hidden
+
+
+def test_a_card_that_is_rewritten_and_the_record_beside_it_hold_no_token(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    finish(folder)
+    record = json.loads((folder.path / RECORD).read_text("utf-8"))
+    (folder.path / "README.md").write_text("a card", "utf-8")
+    record["files"]["README.md"] = manifest.sha256(folder.path / "README.md")
+    record["command"] = f"train\n{TOKEN}"
+    (folder.path / RECORD).write_text(json.dumps(record), "utf-8")
+    run_folder.rewrite_card(folder.path, f"proof\\n{TOKEN}")
+    assert (folder.path / "README.md").read_text("utf-8") == "proof\\n***"
+    assert json.loads((folder.path / RECORD).read_text("utf-8"))["command"] == "train\n***"
+
+
 @pytest.fixture
 def another_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """A process that has begun a run in tmp_path/run and goes on with it."""

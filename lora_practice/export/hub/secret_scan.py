@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
+from lora_practice.export.hub.secret_patterns import HOST_FOLDER, SECRET_NAME, find_secret
 
 SCAN_BYTES = 1 << 20  # bytes read at a time
 OVERLAP = 512  # bytes kept from the chunk before: a secret may lie across the border of two chunks
 TEXT_SUFFIXES = frozenset(
     ("", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".jinja", ".html", ".csv", ".log", ".svg")
-)
-SECRET_NAME = re.compile(
-    r"\.env(\..*)?|[._]netrc|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|ppk|keystore)"
-    r"|\.git-credentials|\.pypirc|\.npmrc",
-    re.IGNORECASE,
-)
-# (plain substring, which is fast over weights; full pattern; name of the kind)
-SECRETS = (
-    (b"hf_", re.compile(rb"(?<![A-Za-z0-9])hf_([a-z]{3,6}_)?[A-Za-z0-9]{20,}"), "Hugging Face token"),
-    (b"api_org_", re.compile(rb"(?<![A-Za-z0-9])api_org_[A-Za-z0-9]{20,}"), "Hugging Face token"),
-    (b"PRIVATE KEY", re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY( BLOCK)?-----"), "private key"),
-    (b"gh", re.compile(rb"(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36}"), "GitHub token"),
-    (b"AKIA", re.compile(rb"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])"), "AWS key"),
 )
 
 
@@ -41,41 +31,43 @@ class ScannedFile:
     has_private_path: bool
 
 
-def scan_file(path: Path, name: str, token: str, private_paths: Iterable[str]) -> ScannedFile:
+def scan_file(
+    path: Path, name: str, token: str, private_paths: Iterable[str], data: Optional[bytes] = None
+) -> ScannedFile:
     """Read one file once, in chunks, however large it is.
 
     Args:
         name: what errors call the file; it is searched for secrets too.
         token: a secret that no pattern knows; "" for none.
         private_paths: paths that must not be sent. Any letter may stand before one: in a pickle it is its length.
+            TensorBoard's folder, which is named after this machine, counts as one.
+        data: what is sent instead of the bytes on the disk.
 
     Raises:
         UserError: the file looks like a secret, by its name or by its content, or it cannot be read.
     """
     if SECRET_NAME.fullmatch(path.name):
         raise _secret(name, text("文件名像密钥文件", "a file of this name holds secrets"))
-    patterns = list(SECRETS)
-    if len(token) >= 8:
-        patterns.insert(0, (token.encode(), re.compile(re.escape(token.encode())), "HF_TOKEN"))
     needles = [one.encode() for one in private_paths]
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if data is None else len(data)
         sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        window, read, is_private, is_utf16 = name.encode() + b"\0", 0, False, False
-        with open(path, "rb") as file:
+        window, read, lines, is_private, is_utf16 = name.encode() + b"\0", 0, 0, False, False
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
             while True:
                 chunk = file.read(SCAN_BYTES)
                 sha256.update(chunk)
                 git_sha1.update(chunk)
                 is_utf16 = is_utf16 or (read == 0 and chunk[:2] in (b"\xff\xfe", b"\xfe\xff"))
-                window += chunk.replace(b"\0", b"") if is_utf16 else chunk
-                for needle, pattern, kind in patterns:
-                    found = pattern.search(window) if needle in window else None
-                    if found:
-                        before = read - (len(window) - len(chunk))
-                        raise _secret(_place(path, name, max(0, before + found.start())), kind)
-                is_private = is_private or any(needle in window for needle in needles)
                 read += len(chunk)
+                window += chunk.replace(b"\0", b"") if is_utf16 else chunk
+                kind = find_secret(window, token)
+                if kind:
+                    is_text = path.suffix.lower() in TEXT_SUFFIXES
+                    raise _secret(f"{name}:{lines + _line_of(window, token)}" if is_text else name, kind)
+                is_private = is_private or any(needle in window for needle in needles)
+                is_private = is_private or bool(HOST_FOLDER.search(window))
+                lines += window[:-OVERLAP].count(b"\n")
                 window = window[-OVERLAP:]
                 if not chunk:
                     return ScannedFile(size, sha256.hexdigest(), git_sha1.hexdigest(), is_private)
@@ -92,9 +84,11 @@ def _secret(where: str, kind: str) -> UserError:
     return UserError(text(zh, en), where, fix)
 
 
-def _place(path: Path, name: str, offset: int) -> str:
-    """Where in a file the byte at `offset` is: name:line for a text, the name alone otherwise."""
-    if path.suffix.lower() not in TEXT_SUFFIXES:
-        return name
-    with open(path, "rb") as file:
-        return f"{name}:{file.read(offset).count(10) + 1}"
+def _line_of(content: bytes, token: str) -> int:
+    """The number of the first line at whose end a secret has been seen: by bisection, since lines only add some."""
+    ends = [found.end() for found in re.finditer(b"\n", content)] + [len(content)]
+    low, high = 0, len(ends) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if find_secret(content[: ends[middle]], token) else (middle + 1, high)
+    return low + 1
