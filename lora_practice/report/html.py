@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 import math
 import shlex
 import sys
@@ -17,18 +16,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.text import language, text, visible
+from lora_practice.console.text import language, masked, text, visible, without_tokens
 from lora_practice.inference.samples import SAMPLE_TOKENS
 from lora_practice.report import figures, folder_text, page_content
 from lora_practice.report.base_weights import relative_changes
 from lora_practice.report.checks import USES, FolderVerdict, check_folder
 from lora_practice.report.glossary import glossary
 from lora_practice.report.loss_curve import CurveVerdict, judge_curve
-from lora_practice.report.picture import MARK, curves_png
+from lora_practice.report.picture import curves_png
 from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
-from lora_practice.run.file_kinds import CARD, CURVES, REPORT_PAGE
-from lora_practice.run.folder import PROOF
+from lora_practice.run.file_kinds import CARD, CURVES, FIRST_ROW_MARKS, REPORT_MARK, REPORT_PAGE
+from lora_practice.run.folder import PROOF, record_text
 from lora_practice.run.own_files import is_runs_own_card
 from lora_practice.storage import manifest
 from lora_practice.storage.json_files import RECORD
@@ -85,10 +84,11 @@ def _written(folder: Path, in_card: bool) -> list[str]:
 def report_html(
     verdict: FolderVerdict, curve: CurveVerdict, reasons: Mapping[str, tuple[Any, str]], picture: bytes
 ) -> str:
-    """The HTML. Whatever comes from data, names and answers is escaped by jinja2."""
+    """The HTML, without tokens. Whatever comes from data, names and answers is escaped by jinja2."""
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
+    verdict = replace(verdict, record=masked(verdict.record))
     record, modules = verdict.record, verdict.adapter.modules if verdict.adapter else ()
     environment = Environment(loader=PackageLoader("lora_practice.report", "."), autoescape=True, trim_blocks=True)
     environment.filters["visible"] = visible
@@ -99,10 +99,10 @@ def report_html(
     if modules:
         shown["modules"] = figures.modules_figure(modules, percent)
     settings = page_content.settings_rows(record, reasons)
-    return environment.get_template("html.jinja").render(
+    page = environment.get_template("html.jinja").render(
         t=text,
         language=language(),
-        mark=MARK,
+        mark=REPORT_MARK,
         title=page_content.title(record),
         headline=page_content.headline(record),
         facts=page_content.facts(record),
@@ -116,6 +116,7 @@ def report_html(
         moved=sorted((one for one in modules if one.module in changes), key=lambda one: -_size(one, percent))[:5],
         changed=[row for row in settings if row.changed],
         unchanged=[row for row in settings if not row.changed],
+        first_row_marks=FIRST_ROW_MARKS,
         first_row=page_content.first_row_parts(record),
         data_name=page_content.data_name(record),
         lost=page_content.lost_rows(record),
@@ -133,6 +134,7 @@ def report_html(
         picture=base64.b64encode(picture).decode("ascii"),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), mtime=0)).decode("ascii"),
     )
+    return without_tokens(page)
 
 
 def _size(module: Any, percent: Mapping[str, float]) -> float:
@@ -143,7 +145,7 @@ def _check_written_by_report(file: Path) -> None:
     """UserError if the file exists and no report wrote it."""
     try:
         with open(file, "rb") as opened:
-            ours = MARK.encode("ascii") in opened.read(4096)
+            ours = REPORT_MARK.encode("ascii") in opened.read(4096)
     except FileNotFoundError:
         return
     if not ours:
@@ -161,4 +163,4 @@ def _update_record_and_card(folder: Path, record: dict[str, Any]) -> None:
         _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
         manifest.write_atomically(card, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""))
         record["files"] = {**written, CARD: manifest.sha256(card)}
-    manifest.write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+    manifest.write_atomically(folder / RECORD, record_text(record))

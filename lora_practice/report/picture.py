@@ -11,8 +11,8 @@ from lora_practice.console.text import language
 from lora_practice.report.figures import BLUE, GREY, ORANGE
 from lora_practice.report.loss_curve import FEWEST, smoothed
 from lora_practice.report.points import are_means, centres, held_out_points, intervals, logged_points, stairs
+from lora_practice.run.file_kinds import REPORT_MARK
 
-MARK = "lora-finetune-practice report"  # stands in the files of a report, which may be replaced because of it
 # fonts with Chinese characters as Windows, macOS and Linux bring them; of a .ttc matplotlib knows the first face only
 CHINESE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN"),
@@ -54,7 +54,7 @@ def curves_png(record: Mapping[str, Any]) -> bytes:
         for axes in (above, below):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(picture, format="png", metadata={"Software": MARK})
+        figure.savefig(picture, format="png", metadata={"Software": REPORT_MARK})
     return picture.getvalue()
 
 

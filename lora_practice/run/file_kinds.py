@@ -13,6 +13,8 @@ from lora_practice.storage.json_files import RECORD
 CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
 MERGED, GGUF, ADAPTER_GGUF = "merged", "gguf", "adapter.gguf"  # folders of `merge` and `export`, a file in the second
 REPORT_PAGE, CURVES = "report.html", "curves.png"  # what `report` writes
+REPORT_MARK = "lora-finetune-practice report"  # stands in both, which may be replaced because of it
+FIRST_ROW_MARKS = ("<!-- first row -->", "<!-- /first row -->")  # in the page, around a row of the training data
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hub_server import FINE_TOKEN, HubServer, identity
 from upload_harness import REPO, lines, make_adapter_folder, refused, run_upload
+
+from lora_practice.export.hub.package import pack_folder
+from lora_practice.report.html import write_report
 
 
 @pytest.fixture
@@ -41,6 +45,21 @@ def test_a_new_repository_is_private_and_holds_every_file(hub, upload, folder):
         assert repo.data(name) == (folder / name).read_bytes()
     assert any(line.startswith("PUT /lfs/") for line in lines(hub))
     assert "verified" in done.stderr
+
+
+def test_no_file_of_a_real_run_is_taken_for_a_secret(copied, monkeypatch):
+    """tokenizer.json and merges.txt hold tens of thousands of strange words, the report megabytes of base64."""
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    write_report(copied, {})
+    package = pack_folder(copied, ["checkpoint-*"], token="no-pattern-knows-this-token")
+    names = {file.name for file in package.files}
+    assert {"tokenizer.json", "vocab.json", "merges.txt", "report.html", "curves.png", "run_record.json"} <= names
+    assert [one.name for one in package.left_out] == ["merged"]
+    first_row = json.loads((copied / "run_record.json").read_text("utf-8"))["data"]["first_row"]
+    sent = {file.name: file.data for file in package.files if file.data}
+    assert first_row and "first_row" not in json.loads(sent["run_record.json"])["data"]
+    assert "The first row" in (copied / "report.html").read_text("utf-8")
+    assert b"The first row" not in sent["report.html"]
 
 
 def test_public_makes_it_public(hub, upload):

@@ -96,22 +96,33 @@ def test_another_owners_name_is_refused_before_anything_is_sent(hub, upload):
 )
 def test_a_file_that_looks_like_a_secret_stops_everything(hub, upload, folder, name, content):
     (folder / name).write_text(content, "utf-8")
-    done = upload("--include", "checkpoint-2")
+    done = upload("--include", "*")
     refused(done, name, "secret")
     assert "Q" * 34 not in done.stderr
     assert hub.requests == []
 
 
+def test_what_no_run_wrote_stays_here_and_is_said(hub, upload, folder):
+    (folder / "notes.txt").write_text("private notes, my token: hf_" + "Q" * 34, "utf-8")
+    (folder / "rows.jsonl").write_text("private rows", "utf-8")
+    done = upload()
+    assert done.returncode == 0, done.stderr
+    assert "left out: checkpoint-2/, notes.txt, rows.jsonl (--include NAME sends them)" in done.stderr
+    assert "private" not in uploaded_text(hub)
+    assert upload("--include", "rows.jsonl").returncode == 0
+    assert "private rows" in uploaded_text(hub)
+
+
 def test_the_token_itself_is_found_in_a_binary_file_whatever_its_shape(hub, upload, folder):
     (folder / "state.bin").write_bytes(b"\0" * (1 << 20) + b"oddly-shaped-token" + b"\0" * 99)
-    refused(upload(HF_TOKEN="oddly-shaped-token"), "state.bin", "HF_TOKEN")
+    refused(upload("--include", "state.bin", HF_TOKEN="oddly-shaped-token"), "state.bin", "HF_TOKEN")
     assert hub.requests == []
 
 
 def test_a_link_that_leads_outside_is_refused(hub, upload, folder, tmp_path):
     (tmp_path / "private.txt").write_text("mine", "utf-8")
-    (folder / "notes.txt").symlink_to(tmp_path / "private.txt")
-    refused(upload(), "notes.txt", "outside")
+    (folder / "LICENSE").symlink_to(tmp_path / "private.txt")
+    refused(upload(), "LICENSE", "outside")
     assert hub.requests == []
 
 

@@ -16,6 +16,7 @@ from fresh_process import in_a_process
 from fine_tuning_practice import TrainSettings
 from lora_practice.console.errors import UserError
 from lora_practice.console.settings import reasons
+from lora_practice.export.hub.redaction import without_first_row
 from lora_practice.report import figures, page_content, picture
 from lora_practice.report import html as reports
 from lora_practice.report.loss_curve import CurveVerdict
@@ -86,6 +87,30 @@ def test_words_from_data_never_become_html_or_steer_anything(folder):
     assert "<script>alert" not in page and "\x1b" not in page and "\u202e" not in page
     assert "&lt;script&gt;alert" in page
     assert page.count("<script") == 3
+
+
+def test_a_token_in_a_record_is_in_neither_the_page_nor_the_card(folder):
+    token = "hf_" + "kXr7" * 8 + "Qz"
+    record = json.loads((folder / "run_record.json").read_text("utf-8"))
+    words = f"mine:\n{token}"
+    record["samples"] = [{"prompt": words, "base": words, "adapter": f"\\u003d{token}"}]
+    record["data"].update(name=words, first_row=words)
+    record["machine"]["cpu"] = f"<{token}>"
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    assert token not in report(folder) + (folder / "README.md").read_text("utf-8")
+    assert token not in model_card.card(record) and '"mine:\\n***"' in model_card.card(record)
+    for name in ("report.html", "README.md", "run_record.json"):
+        assert token not in (folder / name).read_text("utf-8"), name
+
+
+def test_the_first_row_stands_between_marks_so_that_an_upload_can_leave_it_out(folder):
+    page = report(folder)
+    row = re.search("<!-- first row -->(.*?)<!-- /first row -->", page, flags=re.S)
+    assert "&lt;script&gt;" in row.group(1) and row.group(1).count("<pre>") == 1
+    sent = without_first_row("report.html", page.encode()).decode()
+    assert sent == page.replace(row.group() + "\n", "") and "The first row" not in sent
+    unmarked = re.sub("<!-- /?first row -->\n", "", page)  # a page from before there were marks
+    assert without_first_row("report.html", unmarked.encode()).decode() == sent
 
 
 def test_nothing_is_asked_of_any_address(folder):

@@ -98,7 +98,7 @@ def test_a_link_inside_the_folder_is_sent_as_a_file_and_a_linked_folder_is_said(
     folder = make_adapter_folder(tmp_path / "out")
     (folder / "copy.json").symlink_to(folder / "adapter_config.json")
     (folder / "latest").symlink_to(folder / "checkpoint-2", target_is_directory=True)
-    package = pack_folder(folder)
+    package = pack_folder(folder, ["copy.json"])
     assert "copy.json" in [file.name for file in package.files]
     assert any("latest/" in note for note in package.notes)
 
@@ -139,10 +139,10 @@ def test_what_sharing_needs_is_sent_and_folders_only_where_they_are_named(export
 
 
 def test_a_folder_to_include_that_is_not_there_is_named_with_those_that_are(exported):
-    with pytest.raises(UserError, match=r"--include mergd: no such folder here -> here are: checkpoint-12, .*merged"):
+    with pytest.raises(UserError, match=r"mergd: no such file or folder here -> here are: checkpoint-12, .*merged"):
         pack_folder(exported, ["mergd"])
     (exported / ".cache").mkdir()
-    with pytest.raises(UserError, match="no such folder here"):
+    with pytest.raises(UserError, match="no such file or folder here"):
         pack_folder(exported, [".cache"])
 
 
@@ -168,8 +168,13 @@ def test_a_link_outside_matters_only_where_it_would_be_sent(exported, tmp_path):
             pack_folder(exported, [include])
     (exported / "notes.txt").symlink_to(tmp_path / "elsewhere" / "notes.txt")
     (tmp_path / "elsewhere" / "notes.txt").write_text("private", "utf-8")
+    assert "notes.txt" not in [file.name for file in pack_folder(exported, ["merged"]).files]
     with pytest.raises(UserError, match=r"out/notes\.txt: this link leads outside"):
-        pack_folder(exported, ["merged"])
+        pack_folder(exported, ["notes.*"])
+    (exported / "README.md").unlink()
+    (exported / "README.md").symlink_to(tmp_path / "elsewhere" / "notes.txt")  # a name that is sent by default
+    with pytest.raises(UserError, match=r"out/README\.md: this link leads outside"):
+        pack_folder(exported)
 
 
 def test_the_listing_says_what_is_left_out_how_large_it_is_and_how_to_send_it(exported):
@@ -180,3 +185,128 @@ def test_the_listing_says_what_is_left_out_how_large_it_is_and_how_to_send_it(ex
         "      23 B  gguf/          --include gguf",
         "      23 B  merged/        --include merged",
     ]
+
+
+OWN = ("LICENSE", "NOTICE.txt", "report.html", "curves.png", "tokenizer.json", "vocab.json", "chat_template.jinja")
+NOT_OURS = ("notes.txt", "rows.jsonl", "my.ipynb", "backup.zip", "adapter_model.safetensors.bak", "credentials.txt")
+
+
+def test_what_no_run_writes_is_sent_only_where_it_is_named(exported):
+    for name in (*OWN, *NOT_OURS):
+        (exported / name).write_bytes(b"some\n")
+    package = pack_folder(exported)
+    names = {file.name for file in package.files}
+    assert names >= set(OWN) and not names & set(NOT_OURS)
+    files = [(one.name, one.size) for one in package.left_out if not one.is_folder]
+    assert files == [(name, 5) for name in sorted(NOT_OURS)]
+    shown = listing(package, public=False)
+    assert all(f"--include {name}" in shown for name in NOT_OURS)
+    package = pack_folder(exported, ["notes.txt", "*.jsonl"])
+    assert {file.name for file in package.files} - names == {"notes.txt", "rows.jsonl"}
+    assert [one.name for one in package.left_out if one.name in NOT_OURS] == sorted(
+        {*NOT_OURS} - {"notes.txt", "rows.jsonl"}
+    )
+
+
+def test_a_file_that_the_run_itself_wrote_is_sent_under_any_name_unless_it_was_changed(tmp_path):
+    folder = make_adapter_folder(tmp_path / "out", kind="hub")
+    (folder / "tokenizer.model").write_bytes(b"of the run")
+    (folder / "spiece.model").write_bytes(b"changed since")
+    files = {"tokenizer.model": hashlib.sha256(b"of the run").hexdigest(), "spiece.model": "0" * 64}
+    (folder / "run_record.json").write_text(json.dumps({"status": "finished", "files": files}), "utf-8")
+    package = pack_folder(folder)
+    assert "tokenizer.model" in [file.name for file in package.files]
+    assert "spiece.model" in [one.name for one in package.left_out]
+
+
+def test_a_file_of_secrets_is_said_not_offered_and_refused_where_it_is_named(exported):
+    (exported / ".env").write_text("A=1", "utf-8")
+    (exported / "notes.txt").write_text(f"key {TOKEN}", "utf-8")
+    package = pack_folder(exported)
+    assert "left out: .env" in package.notes and ".env" not in listing(package, public=False)
+    assert "notes.txt" in [one.name for one in package.left_out]
+    for include in (".env", "*"):
+        with pytest.raises(UserError, match=r"\.env: looks like a secret"):
+            pack_folder(exported, [include])
+    with pytest.raises(UserError, match=r"notes\.txt:1: looks like a secret"):
+        pack_folder(exported, ["notes.txt"])
+
+
+def test_what_tensorboard_wrote_is_never_sent_since_it_is_named_after_the_machine(exported):
+    for name in (
+        "runs/Dec01_10-20-30_host/events.out.tfevents.1.host.2.0",
+        "events.out.tfevents.3.host",
+        "merged/runs/x",
+    ):
+        (exported / name).parent.mkdir(parents=True, exist_ok=True)
+        (exported / name).write_bytes(b"curves")
+    pickled = b"\x80\x04X\x08\0\0\0out/runs/Dec01_10-20-30_host"  # of older versions: TrainingArguments.logging_dir
+    (exported / "training_args.bin").write_bytes(pickled)
+    for include in ([], ["*"]):
+        package = pack_folder(exported, include)
+        assert not [file.name for file in package.files if "runs" in file.name or "tfevents" in file.name]
+        assert any("runs/" in note and "events.out.tfevents.3.host" in note for note in package.notes)
+        assert "training_args.bin" not in [file.name for file in package.files]
+        assert any("training_args.bin" in note and "or its name" in note for note in package.notes)
+    with pytest.raises(UserError, match="--include runs: never sent: its files are named after this machine"):
+        pack_folder(exported, ["runs"])
+
+
+ROW = "<|im_start|>user\nmy private question<|im_end|>\n〔my private answer〕"
+PAGE = """<!doctype html><meta name="generator" content="lora-finetune-practice report">
+<p>3 rows</p>
+{before}<p class="soft">The first row as the model sees it; <mark>the coloured part</mark> is what it is trained on:</p>
+<pre>ask
+<mark>my private answer</mark></pre>
+{after}<h2>Settings</h2><pre>pip install</pre>
+"""
+MARKS = {"before": "<!-- first row -->\n", "after": "<!-- /first row -->\n"}
+
+
+@pytest.mark.parametrize("marks", [MARKS, {"before": "", "after": ""}], ids=["marked", "from before the marks"])
+def test_no_row_of_the_training_data_is_sent_and_the_folder_stays_as_it_is(tmp_path, marks):
+    folder = make_adapter_folder(tmp_path / "out", kind="hub")
+    card, config = (folder / name for name in ("README.md", "adapter_config.json"))
+    files = {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in (card, config)}
+    record = {"status": "finished", "data": {"rows_trained": 3, "first_row": ROW}, "files": files}
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    (folder / "report.html").write_text(PAGE.format(**marks), "utf-8")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    package = pack_folder(folder)
+    sent = {file.name: file.data for file in package.files if file.data is not None}
+    assert json.loads(sent.pop("run_record.json")) == {**record, "data": {"rows_trained": 3}}
+    page = sent.pop("report.html").decode()
+    assert "<h2>Settings</h2><pre>pip install</pre>" in page and "<p>3 rows</p>" in page and "first row" not in page
+    assert not any(b"my private" in (file.data or file.path.read_bytes()) for file in package.files)
+    note = "the first row of the training data taken out before sending (your files stay as they are): "
+    assert package.notes == (note + "report.html, run_record.json",) and sent == {}
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_page_that_no_report_wrote_and_that_is_named_is_sent_as_it_is(exported):
+    (exported / "report.html").write_text(PAGE.format(**MARKS).replace('report"', 'page"'), "utf-8")
+    assert [file.data for file in pack_folder(exported).files if file.name == "report.html"] == [None]
+
+
+def test_the_record_that_is_sent_holds_the_hashes_of_the_files_as_they_are_sent(tmp_path):
+    base = tmp_path / "models" / "smol"
+    folder = make_adapter_folder(tmp_path / "out", base=str(base))
+    (folder / "training_args.bin").write_bytes(str(folder).encode())  # withheld
+    record = json.loads((folder / "run_record.json").read_text("utf-8"))
+    names = ("README.md", "adapter_config.json", "adapter_model.safetensors", "training_args.bin")
+    record["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    files = {file.name: file for file in pack_folder(folder).files}
+    sent = json.loads(files["run_record.json"].data)
+    assert sent["files"] == {name: files[name].sha256 for name in names[:-1]}
+    assert sent["files"]["adapter_config.json"] != record["files"]["adapter_config.json"]
+
+
+def test_a_secret_in_the_row_that_is_not_sent_stops_nothing(tmp_path):
+    folder = make_adapter_folder(tmp_path / "out", kind="hub")
+    record = {"status": "finished", "data": {"first_row": f"key {TOKEN}"}}
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    assert "run_record.json" in [file.name for file in pack_folder(folder).files]
+    (folder / "run_record.json").write_text(json.dumps({**record, "command": f"x\n{TOKEN}"}), "utf-8")
+    with pytest.raises(UserError, match=r"run_record\.json:\d+: looks like a secret"):
+        pack_folder(folder)

@@ -1,8 +1,6 @@
-"""Chooses the files of an output folder that are uploaded: no secrets, no private paths, no links that lead outside.
+"""Packs the files of an output folder for an upload: no secrets, no private paths, no links that lead outside.
 
-By default the files at the top of the folder, which is what sharing an adapter needs; a folder in it (merged/, gguf/,
-checkpoint-N/) only where it is named. The output folder itself is never changed: a file that must be sent in another
-form is carried as bytes.
+The output folder itself is never changed: a file that must be sent in another form is carried as bytes.
 """
 
 from __future__ import annotations
@@ -11,19 +9,26 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
-from lora_practice.export.hub.redaction import BaseNames, base_names, private_paths, rewrite_text, update_manifest
+from lora_practice.export.hub.redaction import (
+    BaseNames,
+    base_names,
+    private_paths,
+    rewrite_text,
+    update_manifest,
+    update_record,
+    without_first_row,
+)
 from lora_practice.export.hub.secret_scan import TEXT_SUFFIXES, scan_file
+from lora_practice.export.hub.selection import LeftOut, is_skipped, leads_inside, select
 from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_practice.run.file_kinds import CHECKPOINT_MANIFEST
-from lora_practice.storage.json_files import read_record
+from lora_practice.storage.json_files import RECORD, read_record
 
 LARGEST_TEXT = 16 << 20  # bytes; a longer text is not rewritten
-SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db"}
 WEIGHT_SUFFIXES = {".safetensors", ".gguf"}
 
 
@@ -43,20 +48,12 @@ class FileToSend:
 
 
 @dataclass(frozen=True)
-class FolderLeftOut:
-    """A folder inside the output folder that is not sent, because `--include` does not name it."""
-
-    name: str
-    size: int  # bytes of all its files
-
-
-@dataclass(frozen=True)
 class UploadPackage:
-    """All files to send, by name, the folders that are not sent, and notes for the user (one line each)."""
+    """All files to send, by name, what is left out unless it is named, and notes for the user (one line each)."""
 
     folder: Path
     files: tuple[FileToSend, ...]
-    left_out: tuple[FolderLeftOut, ...]
+    left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
 
     @property
@@ -70,6 +67,7 @@ class _Changes:
     """Names of the files that are not sent as they lie on disk."""
 
     rewritten: list[str] = field(default_factory=list)  # local paths were taken out
+    rowless: list[str] = field(default_factory=list)  # a row of the training data was taken out
     withheld: list[str] = field(default_factory=list)  # local paths cannot be taken out (a pickle)
     leaking: list[str] = field(default_factory=list)  # weights, sent although they name a local path
 
@@ -80,7 +78,7 @@ def pack_folder(
     """Choose, scan and (where they name private paths) rewrite the files of `folder`.
 
     Args:
-        include: names or patterns of folders in `folder` that are sent too, such as "merged" or "checkpoint-*".
+        include: names or patterns of what else is sent, such as "merged", "checkpoint-*" or "notes.txt".
         token: a secret that must stand in no file.
         exclude_checkpoints: leave checkpoint-* out even if `include` matches them.
 
@@ -90,66 +88,52 @@ def pack_folder(
     """
     _check_folder(folder)
     include = [name.rstrip("/\\") for name in include]
-    left_out = _folders_left_out(folder, include, exclude_checkpoints)
+    selection = select(folder, include, exclude_checkpoints)
     base = base_names(folder)
     paths = private_paths(folder, base)
-    passed_over: list[str] = []
+    passed_over = list(selection.passed_over)
     changes, files = _Changes(), []
-    for path in _walk(folder.resolve(), include, {one.name for one in left_out}, passed_over):
+    for path in _walk(folder.resolve(), selection.sent, passed_over):
         name = path.relative_to(folder.resolve()).as_posix()
         file = _file_to_send(name, path, token, base, paths, changes)
         if file:
             files.append(file)
-    if changes.rewritten or changes.withheld:
+    if changes.rewritten or changes.rowless or changes.withheld:
         files = [_with_updated_manifest(file, files, set(changes.withheld)) for file in files]
+        files = [_with_updated_record(file, files) for file in files]
     notes = [text(f"不上传：{_some(passed_over)}", f"left out: {_some(passed_over)}")] if passed_over else []
     notes += _notes(base, changes, str((read_record(folder) or {}).get("status")))
-    return UploadPackage(folder, tuple(sorted(files, key=lambda file: file.name)), left_out, tuple(notes))
-
-
-def _folders_left_out(folder: Path, include: Sequence[str], exclude_checkpoints: bool) -> tuple[FolderLeftOut, ...]:
-    """The folders in `folder` that are not sent; UserError for a name in `include` that matches none."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    names = [name for name in names if not _is_skipped(name)]
-    links = [path.name for path in folder.iterdir() if path.is_symlink() and not _leads_inside(path, folder.resolve())]
-    for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in [*names, *links]):  # `_walk` refuses the links
-            here = text("这里有：", "here are: ") + ", ".join(names) if names else ""
-            raise UserError(text("没有这个文件夹", "no such folder here"), f"--include {pattern}", here)
-    chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in include)}
-    if exclude_checkpoints:
-        chosen = {name for name in chosen if not fnmatchcase(name, "checkpoint-*")}
-    return tuple(FolderLeftOut(name, _bytes_below(folder / name)) for name in names if name not in chosen)
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _is_skipped(name: str) -> bool:
-    """Whether a file or folder of this name is never sent."""
-    return name in SKIPPED or name.startswith(".writing-")
+    return UploadPackage(folder, tuple(sorted(files, key=lambda file: file.name)), selection.left_out, tuple(notes))
 
 
 def _file_to_send(
     name: str, path: Path, token: str, base: BaseNames, paths: dict[str, str], changes: _Changes
 ) -> FileToSend | None:
     """One file as it is sent, noted in `changes` if that differs from the disk; None if it cannot be sent."""
-    scanned = scan_file(path, name, token, paths)
-    file = FileToSend(name, path, scanned.size, scanned.sha256, scanned.git_sha1)
-    suffix = path.suffix.lower()
-    if suffix in TEXT_SUFFIXES and scanned.size <= LARGEST_TEXT:
-        before = path.read_bytes()
-        after = rewrite_text(name, before, base, paths)
-        if after != before:
-            changes.rewritten.append(name)
-            return _file_of_bytes(name, path, after)
-    elif scanned.has_private_path and suffix not in WEIGHT_SUFFIXES:
-        changes.withheld.append(name)
-        return None
-    elif scanned.has_private_path:
+    before = _small_text(path)
+    data = None
+    if before is not None:
+        rowless = without_first_row(name, before)
+        after = rewrite_text(name, rowless, base, paths)
+        changes.rowless += [name] if rowless != before else []
+        changes.rewritten += [name] if after != rowless else []
+        data = after if after != before else None
+    scanned = scan_file(path, name, token, paths, data)
+    if before is None and scanned.has_private_path:
+        if path.suffix.lower() not in WEIGHT_SUFFIXES:
+            changes.withheld.append(name)
+            return None
         changes.leaking.append(name)
-    return file
+    return FileToSend(name, path, scanned.size, scanned.sha256, scanned.git_sha1, data)
+
+
+def _small_text(path: Path) -> bytes | None:
+    """The content of a text that can be rewritten; None for any other file, and for one that cannot be read."""
+    try:
+        is_small_text = path.suffix.lower() in TEXT_SUFFIXES and path.stat().st_size <= LARGEST_TEXT
+        return path.read_bytes() if is_small_text else None
+    except OSError:  # the scan says why
+        return None
 
 
 def _with_updated_manifest(file: FileToSend, files: list[FileToSend], withheld: set[str]) -> FileToSend:
@@ -159,6 +143,17 @@ def _with_updated_manifest(file: FileToSend, files: list[FileToSend], withheld: 
     rewritten = {one.name: (one.size, one.sha256) for one in files if one.data is not None}
     before = file.path.read_bytes() if file.data is None else file.data
     after = update_manifest(before, Path(file.name).parent.as_posix(), rewritten, withheld)
+    return file if after == before else _file_of_bytes(file.name, file.path, after)
+
+
+def _with_updated_record(file: FileToSend, files: list[FileToSend]) -> FileToSend:
+    """The same file; a run's record with the hashes of the files beside it as they are sent."""
+    if file.path.name != RECORD:
+        return file
+    beside = Path(file.name).parent
+    sent = {Path(one.name).name: one.sha256 for one in files if Path(one.name).parent == beside}
+    before = file.path.read_bytes() if file.data is None else file.data
+    after = update_record(before, file.name, sent)
     return file if after == before else _file_of_bytes(file.name, file.path, after)
 
 
@@ -178,9 +173,15 @@ def _notes(base: BaseNames, changes: _Changes, status: str) -> list[str]:
         zh = f"上传前去掉了本机路径（{base_zh}磁盘上的文件不变）：{names}"
         en = f"local paths taken out before sending ({base_en}your files stay as they are): {names}"
         notes.append(text(zh, en))
+    if changes.rowless:
+        names = _some(changes.rowless)
+        zh = f"上传前去掉了训练数据的第一行（磁盘上的文件不变）：{names}"
+        en = f"the first row of the training data taken out before sending (your files stay as they are): {names}"
+        notes.append(text(zh, en))
     if changes.withheld:
         names = _some(changes.withheld)
-        zh, en = f"不上传（里面有本机路径）：{names}", f"left out (they hold paths of this machine): {names}"
+        zh = f"不上传（里面有本机路径或机器名）：{names}"
+        en = f"left out (paths of this machine, or its name, are inside): {names}"
         notes.append(text(zh, en))
     if changes.leaking:
         names = _some(changes.leaking)
@@ -208,42 +209,37 @@ def _check_folder(folder: Path) -> None:
         raise UserError(text(zh, en), str(folder), fix)
 
 
-def _walk(folder: Path, include: Sequence[str], left_out: set[str], passed_over: list[str]) -> Iterator[Path]:
+def _walk(folder: Path, sent: frozenset[str], passed_over: list[str]) -> Iterator[Path]:
     """The files to send, in the order of names; appends to `passed_over` what is never sent.
 
+    Args:
+        sent: names at the top of `folder`; of its folders everything is sent.
+
     Raises:
-        UserError: a link leads outside. One at the top to a folder that `include` does not name is only passed over.
+        UserError: a link leads outside.
     """
     for here, folders, files in os.walk(folder):
+        if Path(here) == folder:
+            folders[:] = [name for name in folders if name in sent]
+            files = [name for name in files if name in sent]
         for name in sorted(folders + files):
             path = Path(here, name)
-            is_named = Path(here) != folder or name in files or any(fnmatchcase(name, one) for one in include)
-            if path.is_symlink() and is_named and not _is_skipped(name) and not _leads_inside(path, folder):
+            if path.is_symlink() and not is_skipped(name) and not leads_inside(path, folder):
                 what = text(
                     "链接指向文件夹之外或它自己，拒绝上传",
                     "this link leads outside the folder, or to itself: refused",
                 )
                 fix = text("删掉它，或换成文件本身", "delete it, or put the file itself there")
                 raise UserError(what, str(path), fix)
-        if Path(here) == folder:
-            folders[:] = [name for name in folders if name not in left_out]
-        skipped = {name for name in folders if _is_skipped(name) or Path(here, name).is_symlink()}
+        skipped = {name for name in folders if is_skipped(name) or Path(here, name).is_symlink()}
         passed_over += [Path(here, name).relative_to(folder).as_posix() + "/" for name in sorted(skipped)]
         folders[:] = sorted(set(folders) - skipped)
         for name in sorted(files):
             path = Path(here, name)
-            if _is_skipped(name) or not path.is_file():
+            if is_skipped(name) or not path.is_file():
                 passed_over.append(path.relative_to(folder).as_posix())
             else:
                 yield path
-
-
-def _leads_inside(link: Path, folder: Path) -> bool:
-    try:
-        target = link.resolve()
-    except (OSError, RuntimeError):  # a loop
-        return False
-    return folder in target.parents and not target.is_symlink()  # Python 3.13 resolves a loop to a link of it
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -2,6 +2,7 @@
 
 A base model in a local folder becomes its Hub name (or, without one, the folder's bare name); the output folder and
 the working directory become ".", the home directory "~"; fields that hold a path are dropped from run_record.json.
+The row of the training data that the record and the report show is taken out too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -16,12 +18,19 @@ from typing import Any
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.model.adapter_config import ADAPTER_CONFIG
-from lora_practice.run.file_kinds import CARD
+from lora_practice.run.file_kinds import CARD, FIRST_ROW_MARKS, REPORT_MARK, REPORT_PAGE
 from lora_practice.storage.json_files import RECORD, parse_object, read_object, read_record
 
 # "base_model: X", "- X" below it, or the tag "- base_model:adapter:X"
 CARD_LINE = re.compile(r"(\s*(?:-\s*)?(?:base_model:\s*(?:adapter:|finetune:|merge:)?)?)(['\"]?)(.+?)\2\s*$")
 
+# a row of the training data in report.html: between its marks, or in a page from before there were any
+_FIRST_ROW_TITLES = "第一行在模型眼里的样子|第一行，模型看到的样子|The first row as the model sees it"
+_FIRST_ROW = re.compile(
+    "{}.*?{}\n?".format(*map(re.escape, FIRST_ROW_MARKS)).encode()
+    + f'|<p class="soft">(?:{_FIRST_ROW_TITLES})[^\n]*\n<pre>.*?</pre>\n?'.encode(),
+    re.DOTALL,
+)
 LONGEST_CARD_LINE = 2000  # characters; the time of matching CARD_LINE grows with their square
 
 
@@ -105,6 +114,30 @@ def rewrite_text(name: str, data: bytes, base: BaseNames, paths: dict[str, str])
     return data if content == before else content.encode("utf-8")
 
 
+def without_first_row(name: str, data: bytes) -> bytes:
+    """run_record.json or report.html without the row of the training data in it; any other file as it is."""
+    short = PurePosixPath(name).name
+    if short == REPORT_PAGE and REPORT_MARK.encode() in data[:4096]:
+        return _FIRST_ROW.sub(b"", data)
+    if short != RECORD:
+        return data
+    record = _parse_object(_decode(data, name), name)
+    rows = record.get("data")
+    if not isinstance(rows, dict) or "first_row" not in rows:
+        return data
+    return _dump({**record, "data": {key: one for key, one in rows.items() if key != "first_row"}}).encode("utf-8")
+
+
+def update_record(data: bytes, name: str, sent: Mapping[str, str]) -> bytes:
+    """run_record.json with the hashes of its files as they are sent. `sent`: {name: sha256} of all beside it."""
+    record = _parse_object(_decode(data, name), name)
+    files = record.get("files")
+    if not isinstance(files, dict):
+        return data
+    record["files"] = {one: sent[one] for one in files if one in sent}
+    return data if record["files"] == files else _dump(record).encode("utf-8")
+
+
 def update_manifest(data: bytes, folder: str, rewritten: dict[str, tuple[int, str]], withheld: set[str]) -> bytes:
     """A checkpoint's manifest that fits the files as they are sent.
 
@@ -152,6 +185,13 @@ def _parse_object(content: str, where: str) -> dict[str, Any]:
         return parse_object(content.encode("utf-8"))
     except ValueError as error:
         raise _unreadable(where, error) from error
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(where, ValueError(text("不是 UTF-8", "not UTF-8"))) from error
 
 
 def _unreadable(where: str, error: Exception) -> UserError:

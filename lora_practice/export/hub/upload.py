@@ -19,8 +19,9 @@ from lora_practice.console.settings import parse, setting
 from lora_practice.console.terminal import aligned
 from lora_practice.console.text import tell, text
 from lora_practice.export.hub.client import HubClient, configure_hub_library, plain_transfer
-from lora_practice.export.hub.package import FolderLeftOut, UploadPackage, pack_folder
+from lora_practice.export.hub.package import UploadPackage, pack_folder
 from lora_practice.export.hub.permissions import check_connection_settings, check_permission, resolve_repo_id
+from lora_practice.export.hub.selection import LeftOut
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 from lora_practice.sources.environment import check_token, hub_endpoint, prepare_environment
 
@@ -40,8 +41,8 @@ class UploadSettings:
     local_dir: str = setting(DEFAULT_OUTPUT_DIR, "要上传的文件夹", "the folder to upload")
     include: Optional[list[str]] = setting(
         None,
-        "另外上传其中的哪个文件夹：merged、gguf、checkpoint-*；可以写多次",
-        "a folder in it to send too: merged, gguf, checkpoint-*; repeatable",
+        "另外上传其中的哪个文件或文件夹：merged、gguf、checkpoint-*、notes.txt；可以写多次",
+        "a file or folder in it to send too: merged, gguf, checkpoint-*, notes.txt; repeatable",
     )
     exclude_checkpoints: bool = setting(
         False, "不上传 checkpoint-*，即使 --include 写到了它们", "leave checkpoint-* out even if --include names them"
@@ -192,7 +193,7 @@ def differences(package: UploadPackage, listed: Mapping[str, Any]) -> list[str]:
 
 
 def listing(package: UploadPackage, public: bool) -> str:
-    """The dry run's table: sizes and names, their sum, then the folders that are left out and how to send them."""
+    """The dry run's table: sizes and names, their sum, then what is left out and how to send it."""
     rows = [f"{human_size(file.size):>10}  {file.name}" for file in package.files]
     kind = text("公开", "public") if public else text("私有", "private")
     count, size = len(rows), human_size(package.size)
@@ -207,13 +208,14 @@ def listing(package: UploadPackage, public: bool) -> str:
     return "\n".join(rows)
 
 
-def _grouped(folders: Sequence[FolderLeftOut]) -> list[tuple[str, int]]:
-    """(name, bytes) of each folder, several checkpoints as one "checkpoint-*"."""
+def _grouped(left_out: Sequence[LeftOut]) -> list[tuple[str, int]]:
+    """(name, bytes) of each folder (with a "/"), then of each file; several checkpoints as one "checkpoint-*/"."""
     sizes: dict[str, int] = {}
-    checkpoints = [one for one in folders if fnmatchcase(one.name, "checkpoint-*")]
-    for one in folders:
+    checkpoints = [one for one in left_out if one.is_folder and fnmatchcase(one.name, "checkpoint-*")]
+    for one in sorted(left_out, key=lambda one: not one.is_folder):
         name = "checkpoint-*" if one in checkpoints and len(checkpoints) > 1 else one.name
-        sizes[f"{name}/"] = sizes.get(f"{name}/", 0) + one.size
+        name += "/" * one.is_folder
+        sizes[name] = sizes.get(name, 0) + one.size
     return list(sizes.items())
 
 
