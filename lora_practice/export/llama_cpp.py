@@ -42,8 +42,9 @@ class Llama:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat, by the chat template and the tokenizer in the GGUF."""
+        # a bos that the tokenizer adds is taken out of the rendered chat, so that it is there once after this
         prompt = self._post("/apply-template", messages=messages)["prompt"]
-        return self._post("/tokenize", content=prompt, add_special=False, parse_special=True)["tokens"]
+        return self._post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
 
     def logprobs(self, ids: list[int], rows: int) -> list[float]:
         """Log-probabilities (rows,) of the token after `ids`; `rows` is the size of the vocabulary."""

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gguf_folders import cut_like, make_folder
 from peft import LoraConfig, get_peft_model
+from tiny import LLAMA3
+from tokenizers.processors import TemplateProcessing
 
 from lora_practice.console.errors import UserError
 from lora_practice.export import gguf_tokenizer, gguf_writer, llama_cpp
@@ -68,6 +70,24 @@ def test_llama_cpp_cuts_words_as_the_tokenizer_does(split, tmp_path):
     for chat in ([{"role": "user", "content": TRICKY}], [{"role": "user", "content": word} for word in TRICKY.split()]):
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert llama.prompt_ids(chat) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@NO_LLAMA
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_bos_of_a_template_is_there_once_whether_or_not_the_tokenizer_adds_one(adds_bos, tmp_path):
+    """Llama 3's tokenizer adds it, and llama.cpp then takes it out of what the template has rendered."""
+    folder = make_folder(tmp_path / "model", split="llama-bpe")
+    tokenizer = load_tokenizer(source(folder))
+    tokenizer.chat_template = LLAMA3
+    if adds_bos:
+        bos = ("<s>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    tokenizer.save_pretrained(folder)
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) is adds_bos
+    chat = [{"role": "user", "content": "hello there"}]
+    wanted = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert wanted.count(tokenizer.bos_token_id) == 1
+    assert llama_cpp.Llama(write(folder)).prompt_ids(chat) == wanted
 
 
 @NO_LLAMA
