@@ -22,8 +22,9 @@ from lora_practice.run.file_kinds import ADAPTER_GGUF, CARD, MERGED
 from lora_practice.run.folder import PROOF, rewrite_card
 
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer should end
-# Largest difference of a log-probability, in nats, by what rounds it. Measured: docs/export.md.
-BOUNDS = {MERGED: 0.25, "f16": 0.3, "q8_0": 2.5}
+# Largest difference of a log-probability, in nats, by what rounds it. merged/ rounds W + (alpha/r) B A to the base's 16
+# bits: what is below half a unit in the last place of W vanishes, which a short training feels. Measured: docs/export.md.
+BOUNDS = {MERGED: 0.5, "f16": 0.55, "q8_0": 2.75, ADAPTER_GGUF: 0.3}
 BEGIN, END = PROOF
 _ASK = {"role": "user", "content": "What is the capital of France?"}
 PROMPTS: tuple[list[dict[str, str]], ...] = (
@@ -238,7 +239,7 @@ def _forms(
         if path.is_file():
             yield path.name, BOUNDS[precision], file(path)
     if (gguf / ADAPTER_GGUF).is_file():
-        yield ADAPTER_GGUF, BOUNDS["f16"], file(base_gguf, gguf / ADAPTER_GGUF)
+        yield ADAPTER_GGUF, BOUNDS[ADAPTER_GGUF], file(base_gguf, gguf / ADAPTER_GGUF)
 
 
 def _answers_of_torch(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> FormAnswers:
