@@ -23,7 +23,7 @@ from lora_practice.run.folder import PROOF, rewrite_card
 
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer should end
 # Largest difference of a log-probability, in nats, by what rounds it. merged/ rounds W + (alpha/r) B A to the base's 16
-# bits: what is below half a unit in the last place of W vanishes, which a short training feels. Measured: docs/export.md.
+# bits: what is below half a unit in the last place of W vanishes. Measured: docs/export.md.
 BOUNDS = {MERGED: 0.5, "f16": 0.55, "q8_0": 2.75, ADAPTER_GGUF: 0.3}
 BEGIN, END = PROOF
 _ASK = {"role": "user", "content": "What is the capital of France?"}
