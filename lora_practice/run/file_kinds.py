@@ -108,7 +108,7 @@ FILE_KINDS = (
         "old tools",
     ),
     FileKind(
-        ("vocab.json", "merges.txt"),
+        ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
         "词表和合并规则",
         "vocabulary and merges",
         "旧版和其他工具",

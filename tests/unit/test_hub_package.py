@@ -187,7 +187,7 @@ def test_the_listing_says_what_is_left_out_how_large_it_is_and_how_to_send_it(ex
     ]
 
 
-OWN = ("LICENSE", "NOTICE.txt", "report.html", "curves.png", "tokenizer.json", "vocab.json", "chat_template.jinja")
+OWN = ("LICENSE", "NOTICE.txt", "report.html", "curves.png", "tokenizer.model", "vocab.txt", "chat_template.jinja")
 NOT_OURS = ("notes.txt", "rows.jsonl", "my.ipynb", "backup.zip", "adapter_model.safetensors.bak", "credentials.txt")
 
 
@@ -210,13 +210,22 @@ def test_what_no_run_writes_is_sent_only_where_it_is_named(exported):
 
 def test_a_file_that_the_run_itself_wrote_is_sent_under_any_name_unless_it_was_changed(tmp_path):
     folder = make_adapter_folder(tmp_path / "out", kind="hub")
-    (folder / "tokenizer.model").write_bytes(b"of the run")
-    (folder / "spiece.model").write_bytes(b"changed since")
-    files = {"tokenizer.model": hashlib.sha256(b"of the run").hexdigest(), "spiece.model": "0" * 64}
+    (folder / "byte_maps.json").write_bytes(b"of the run")
+    (folder / "emoji.json").write_bytes(b"changed since")
+    files = {"byte_maps.json": hashlib.sha256(b"of the run").hexdigest(), "emoji.json": "0" * 64}
     (folder / "run_record.json").write_text(json.dumps({"status": "finished", "files": files}), "utf-8")
     package = pack_folder(folder)
-    assert "tokenizer.model" in [file.name for file in package.files]
-    assert "spiece.model" in [one.name for one in package.left_out]
+    assert "byte_maps.json" in [file.name for file in package.files]
+    assert "emoji.json" in [one.name for one in package.left_out]
+
+
+@pytest.mark.parametrize("name", [".run_record.json.4711", ".writing-x", "desktop.ini"])
+@pytest.mark.parametrize("place", ["", "merged/"])
+def test_what_a_killed_process_or_the_desktop_left_is_not_sent(exported, name, place):
+    (exported / place / name).write_text("half", "utf-8")
+    package = pack_folder(exported, ["*"])
+    assert f"{place}{name}" not in [file.name for file in package.files]
+    assert f"left out: {place}{name}" in package.notes
 
 
 def test_a_file_of_secrets_is_said_not_offered_and_refused_where_it_is_named(exported):

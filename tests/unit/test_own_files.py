@@ -81,6 +81,14 @@ def test_everything_that_a_run_and_the_commands_after_it_write_is_replaced(tmp_p
     assert names(run) == ["adapter_config.json", "adapter_model.safetensors", "run_record.json"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"])
+def test_vocabulary_files_of_every_kind_of_tokenizer_are_a_runs(name: str, tmp_path: Path) -> None:
+    folder = start(tmp_path / "run")
+    for place in (folder.path, add_checkpoint(folder, 8)):
+        (place / name).write_bytes(b"a vocabulary")
+    assert own_files.unknown_files(folder.path) == []
+
+
 def test_the_gguf_files_of_every_precision_are_known() -> None:
     written = {f"merged-{precision}.gguf" for precision in gguf_writer.PRECISIONS} | {gguf.ADAPTER_GGUF, "Modelfile"}
     assert written == set(own_files.GGUF_FILES)

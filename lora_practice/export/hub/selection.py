@@ -11,10 +11,11 @@ from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.export.hub.secret_patterns import SECRET_NAME
 from lora_practice.run.file_kinds import file_kind
+from lora_practice.run.own_files import DESKTOP_FILES, TEMPORARY
 from lora_practice.storage.json_files import read_record
 from lora_practice.storage.manifest import sha256
 
-SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db"}
+SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", *DESKTOP_FILES}
 TENSORBOARD = ("runs", "events.out.tfevents.*")  # what is in it is named after this machine
 SENT_TOO = ("LICENSE*", "LICENCE*", "NOTICE*")  # beside what a run writes
 
@@ -68,7 +69,7 @@ def select(folder: Path, include: Sequence[str], exclude_checkpoints: bool) -> S
 
 def is_skipped(name: str) -> bool:
     """Whether a file or folder of this name is never sent."""
-    return name in SKIPPED or name.startswith(".writing-") or _is_tensorboards(name)
+    return name in SKIPPED or bool(TEMPORARY.fullmatch(name)) or _is_tensorboards(name)
 
 
 def leads_inside(link: Path, folder: Path) -> bool:
