@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -319,3 +320,13 @@ def test_a_secret_in_the_row_that_is_not_sent_stops_nothing(tmp_path):
     (folder / "run_record.json").write_text(json.dumps({**record, "command": f"x\n{TOKEN}"}), "utf-8")
     with pytest.raises(UserError, match=r"run_record\.json:\d+: looks like a secret"):
         pack_folder(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
+def test_names_that_could_steer_a_terminal_or_are_not_utf8_are_listed_with_escapes(exported):
+    (exported / "a\x1b[2Jb\nc.txt").write_text("x", "utf-8")
+    Path(os.fsdecode(os.fsencode(exported) + b"/\xff.txt")).write_text("x", "utf-8")
+    (exported / "merged" / "\x1b]0;x.txt").write_text("x", "utf-8")
+    shown = listing(pack_folder(exported, ["merged"]), public=False)
+    assert "\x1b" not in shown and "  a\\x1b[2Jb\\nc.txt  " in shown and "merged/\\x1b]0;x.txt" in shown
+    assert shown.encode("utf-8") and "\\udcff.txt" in shown

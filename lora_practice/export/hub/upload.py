@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from lora_practice.console.errors import UserError, expand_home
 from lora_practice.console.settings import parse, setting
 from lora_practice.console.terminal import aligned
-from lora_practice.console.text import tell, text
+from lora_practice.console.text import tell, text, visible
 from lora_practice.export.hub.client import HubClient, configure_hub_library, plain_transfer
 from lora_practice.export.hub.package import UploadPackage, pack_folder
 from lora_practice.export.hub.permissions import check_connection_settings, check_permission, resolve_repo_id
@@ -89,7 +89,7 @@ def upload_folder(settings: UploadSettings) -> str:
         print(listing(package, settings.public))
         return ""
     if package.left_out:
-        names = ", ".join(name for name, _ in _grouped(package.left_out))
+        names = ", ".join(_one_line(name) for name, _ in _grouped(package.left_out))
         tell(text(f"不上传：{names}（要上传就加 --include 名字）", f"left out: {names} (--include NAME sends them)"))
     repo_id = resolve_repo_id(settings.repo_id, os.environ)
     token = check_token(token)
@@ -194,7 +194,7 @@ def differences(package: UploadPackage, listed: Mapping[str, Any]) -> list[str]:
 
 def listing(package: UploadPackage, public: bool) -> str:
     """The dry run's table: sizes and names, their sum, then what is left out and how to send it."""
-    rows = [f"{human_size(file.size):>10}  {file.name}" for file in package.files]
+    rows = [f"{human_size(file.size):>10}  {_one_line(file.name)}" for file in package.files]
     kind = text("公开", "public") if public else text("私有", "private")
     count, size = len(rows), human_size(package.size)
     zh = f"共 {count} 个文件，{size}，{kind}仓库（只是列出，没有上传）"
@@ -202,7 +202,7 @@ def listing(package: UploadPackage, public: bool) -> str:
     if package.left_out:
         rows += ["", text("默认不上传；要上传就加上右边的选项：", "left out; to send them too, add:")]
         rows += aligned(
-            (f"{human_size(size):>10}", name, f"--include {shlex.quote(name.rstrip('/'))}")
+            (f"{human_size(size):>10}", _one_line(name), f"--include {_one_line(shlex.quote(name.rstrip('/')))}")
             for name, size in _grouped(package.left_out)
         )
     return "\n".join(rows)
@@ -217,6 +217,11 @@ def _grouped(left_out: Sequence[LeftOut]) -> list[tuple[str, int]]:
         name += "/" * one.is_folder
         sizes[name] = sizes.get(name, 0) + one.size
     return list(sizes.items())
+
+
+def _one_line(name: str) -> str:
+    """A file's name with its control characters and line breaks escaped."""
+    return visible(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def human_size(size: float) -> str:
