@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def export_gguf(
     """
     target = folder / GGUF
     check_has_adapter(folder)
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise UserError(
             text("已经导出过了", "already exported"),
             where=str(target),

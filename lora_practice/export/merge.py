@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.text import text
+from lora_practice.console.text import tell, text
 from lora_practice.inference.chat_model import stop_ids
 from lora_practice.inference.load import find_base, folder_source, tokenizer_for, with_adapter
 from lora_practice.model import adapter_files
@@ -21,6 +21,7 @@ from lora_practice.model.load import load_base
 from lora_practice.run.file_kinds import MERGED
 from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
+from lora_practice.storage.lock import free_name_beside
 from lora_practice.storage.safetensors_header import stored_dtype
 
 
@@ -40,7 +41,7 @@ def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
     """
     target = folder / MERGED
     check_has_adapter(folder)
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         use_it = f"lora-practice chat {shlex.quote(str(target))}"
         raise UserError(
             text("已经合并过了", "already merged"),
@@ -89,8 +90,16 @@ def check_has_adapter(folder: Path) -> None:
 
 
 def move_into_place(written: Path, target: Path) -> None:
-    """Move a folder out of `staging`; an earlier `target` goes into its place there, and so away with it."""
-    if target.exists():
+    """Move a folder out of `staging`; an earlier `target` goes into its place there, and so away with it.
+
+    Where something that we did not write came into `target` meanwhile, it is kept beside it.
+    """
+    if unknown_in(target):
+        kept = free_name_beside(target)
+        os.replace(target, kept)
+        zh, en = f"里面有不是我们写的文件，留在 {kept}", f"it holds files that we did not write: kept in {kept}"
+        tell(f"{target}: {text(zh, en)}")
+    elif target.exists():
         os.replace(target, written.with_name("old"))
     os.replace(written, target)
 

@@ -27,8 +27,8 @@ from lora_practice.report.picture import curves_png
 from lora_practice.report.points import held_out_points, logged_points
 from lora_practice.run import model_card
 from lora_practice.run.file_kinds import CARD, CURVES, FIRST_ROW_MARKS, REPORT_MARK, REPORT_PAGE
-from lora_practice.run.folder import PROOF, record_text
-from lora_practice.run.own_files import is_runs_own_card
+from lora_practice.run.folder import PROOF, record_text, rewrite_card
+from lora_practice.run.own_files import is_reports_own, is_runs_own_card
 from lora_practice.storage import manifest
 from lora_practice.storage.json_files import RECORD
 
@@ -143,12 +143,7 @@ def _size(module: Any, percent: Mapping[str, float]) -> float:
 
 def _check_written_by_report(file: Path) -> None:
     """UserError if the file exists and no report wrote it."""
-    try:
-        with open(file, "rb") as opened:
-            ours = REPORT_MARK.encode("ascii") in opened.read(4096)
-    except FileNotFoundError:
-        return
-    if not ours:
+    if file.exists() and not is_reports_own(file):
         raise UserError(
             text("这个文件不是报告写的，不会覆盖它", "this file was not written by a report: it is left alone"),
             str(file),
@@ -158,9 +153,9 @@ def _check_written_by_report(file: Path) -> None:
 
 def _update_record_and_card(folder: Path, record: dict[str, Any]) -> None:
     """Replace the record, and README.md too where it is still the card that the run wrote: an edited card stays."""
-    card, written = folder / CARD, record.get("files") or {}
+    card = folder / CARD
     if is_runs_own_card(folder, record):
         _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
-        manifest.write_atomically(card, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""))
-        record["files"] = {**written, CARD: manifest.sha256(card)}
-    manifest.write_atomically(folder / RECORD, record_text(record))
+        rewrite_card(folder, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""), record)
+    else:
+        manifest.write_atomically(folder / RECORD, record_text(record))

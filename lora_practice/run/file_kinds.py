@@ -11,6 +11,7 @@ from lora_practice.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_practice.storage.json_files import RECORD
 
 CHECKPOINT_MANIFEST, CARD = "checkpoint.json", "README.md"
+BEST = "best.safetensors"  # the adapter with the lowest validation loss so far; deleted when the run is finished
 MERGED, GGUF, ADAPTER_GGUF = "merged", "gguf", "adapter.gguf"  # folders of `merge` and `export`, a file in the second
 REPORT_PAGE, CURVES = "report.html", "curves.png"  # what `report` writes
 REPORT_MARK = "lora-finetune-practice report"  # stands in both, which may be replaced because of it
@@ -60,9 +61,17 @@ FILE_KINDS = (
         "loading the adapter",
         _ALWAYS,
     ),
+    FileKind(
+        (BEST,),
+        "训练中：验证损失最低的适配器",
+        "during training: the adapter of the lowest validation loss",
+        "--resume",
+        "--resume",
+        ("resuming",),
+    ),
     FileKind(("config.json",), "模型结构的参数", "the model's architecture", "加载模型", "loading the model", _ANSWERS),
     FileKind(
-        ("model*.safetensors", "model.safetensors.index.json"),
+        ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
         "完整模型的权重",
         "the whole model's weights",
         "推理",

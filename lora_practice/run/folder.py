@@ -7,6 +7,7 @@ DIR/run_record.json       status "running", "interrupted" or "finished", with se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -85,7 +86,7 @@ class OutputFolder:
                 where=str(path),
                 fix=f"--output_dir {path.parent}",
             )
-        if not path.exists() or not any(entry for entry in path.iterdir() if entry not in disk.leftovers(path, RECORD)):
+        if not path.exists() or all(own_files.is_nobodys(entry) for entry in path.iterdir()):
             if resume:
                 raise _nothing_to_resume_error(path)
             return cls(path)
@@ -100,7 +101,8 @@ class OutputFolder:
             )
         if overwrite:
             lock.check_replaceable(path)
-            own_files.check_all_known(own_files.unknown_files(path, record), path)
+            if not settings.get("plan"):  # which writes nothing
+                own_files.check_all_known(own_files.unknown_files(path, record), path)
             return cls(path, old=lock.folder_identity(path))
         if record.get("status") == "finished":
             raise _finished_error(path, record)
@@ -158,12 +160,20 @@ class OutputFolder:
         self._written = json.loads(content)
 
     def finish(self, staged: Path, record: dict[str, Any]) -> None:
-        """Move the result's files from `staged` into place, the record last: status "finished" means complete."""
+        """Move the result's files from `staged` into place; status "finished", written last, means complete.
+
+        The record names the files before they are moved, so that a run killed in between knows them as its own.
+        """
         manifest.flush_to_disk(staged)
-        for file in sorted(staged.iterdir()):
-            record.setdefault("files", {})[file.name] = manifest.sha256(file)
+        files = sorted(staged.iterdir())
+        hashes = dict(record.get("files") or {})
+        record["earlier_card"] = hashes.get(CARD)
+        record["files"] = {**hashes, **{file.name: manifest.sha256(file) for file in files}}
+        self.write_record({**record, "status": self._written.get("status", "running")})
+        for file in files:
             os.replace(file, self.path / file.name)
-        record.pop("replaces", None)
+        for name in ("replaces", "earlier_card"):
+            record.pop(name, None)
         self.write_record({**record, "status": "finished"})
         if self._replaced is not None:
             self._delete_replaced(self._replaced)
@@ -241,14 +251,22 @@ def record_in(output_dir: str) -> dict[str, Any]:
         return {}
 
 
-def rewrite_card(folder: Path, content: str) -> None:
-    """Replace DIR/README.md; where it was the run's own card, the record knows the new one as its own."""
-    card, record = folder / CARD, read_record(folder) or {}
-    own = own_files.is_runs_own_card(folder, record)
-    manifest.write_atomically(card, without_tokens(content))
-    if own:
-        record["files"] = {**record["files"], CARD: manifest.sha256(card)}
+def rewrite_card(folder: Path, content: str, record: Optional[dict[str, Any]] = None) -> None:
+    """Replace DIR/README.md; where it was the run's own card, the record knows the new one as its own, and the old one.
+
+    The record is written first, so that a process killed in between leaves a card that the record knows.
+
+    Args:
+        record: of the run, with what else is to be changed in it; None takes the one on disk.
+    """
+    record = record if record is not None else read_record(folder) or {}
+    content = without_tokens(content)
+    if own_files.is_runs_own_card(folder, record):
+        earlier = record["files"].get(CARD)
+        new = hashlib.sha256(content.encode("utf-8")).hexdigest()
+        record.update(files={**record["files"], CARD: new}, earlier_card=earlier)
         manifest.write_atomically(folder / RECORD, record_text(record))
+    manifest.write_atomically(folder / CARD, content)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -17,12 +17,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_practice.data.tokenization import Example, count_trained
 from lora_practice.model.loss import mean_loss, perplexity
+from lora_practice.run.file_kinds import BEST
 from lora_practice.storage import manifest
 from lora_practice.training.events import BestAdapterMissing, StoppedEarly
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
-BEST = "best.safetensors"  # the adapter with the lowest held-out loss so far; deleted when the run is finished
 ROWS_PER_PASS = 64  # rows given to the fast engine at once, which splits them into micro-batches
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from lora_practice.data.tokenization import Example
 from lora_practice.model.loss import perplexity
 from lora_practice.run import model_card, own_files
-from lora_practice.run.file_kinds import CARD
+from lora_practice.run.file_kinds import BEST, CARD
 from lora_practice.run.folder import OutputFolder, checkpoints
 from lora_practice.training.evaluation import (
-    BEST,
     add_evaluation,
     evaluations,
     held_out_loss,

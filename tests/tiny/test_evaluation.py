@@ -13,7 +13,10 @@ from transformers import TrainerCallback
 from fine_tuning_practice import TrainSettings
 from lora_practice.data.conversations import Conversation
 from lora_practice.data.prepare import hold_out
-from lora_practice.training.evaluation import BEST, held_out_loss, load_best
+from lora_practice.run.file_kinds import BEST
+from lora_practice.run.own_files import unknown_files
+from lora_practice.storage.json_files import read_record
+from lora_practice.training.evaluation import held_out_loss, load_best
 
 HELD_OUT = rows(6, seed=1)
 # a rate at which the held-out loss falls at first and then climbs
@@ -116,6 +119,8 @@ def test_a_resumed_run_measures_and_chooses_as_if_it_had_never_stopped(is_fast: 
     whole, expected = go(tmp_path / "a", is_fast, **WILD)
     _, first = go(tmp_path / "b", is_fast, callback=Stop(), **WILD)
     assert first["interrupted"] and first["best_step"] is None
+    assert (tmp_path / "b" / BEST).is_file()
+    assert unknown_files(tmp_path / "b", read_record(tmp_path / "b") or {}) == []  # --overwrite may replace it
     second, notes = go(tmp_path / "b", is_fast, resume=True, **WILD)
     assert second.folder.checkpoint.name == "checkpoint-5"
     assert notes["evaluations"] == expected["evaluations"]

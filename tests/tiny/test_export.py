@@ -20,6 +20,7 @@ from lora_practice.cli import main as cli
 from lora_practice.console.errors import UserError
 from lora_practice.export import gguf, gguf_tokenizer, gguf_writer, llama_cpp, merge, parity
 from lora_practice.model.load import load_base
+from lora_practice.run.own_files import unknown_in
 from lora_practice.sources.find import Source
 from lora_practice.storage import disk
 
@@ -102,6 +103,7 @@ def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
     (run / "gguf" / "mine").rename(run / "gguf" / "merged-q8_0.gguf")
     gguf.export_gguf(run, ["f16"], overwrite=True)
     assert {file.name for file in (run / "gguf").iterdir()} == {"merged-f16.gguf", "adapter.gguf", "Modelfile"}
+    assert unknown_in(run / "gguf") == unknown_in(run / "merged") == []
 
 
 def test_an_earlier_merge_is_replaced_only_when_asked_and_only_by_a_whole_one(run, monkeypatch):
@@ -122,6 +124,22 @@ def test_an_earlier_merge_is_replaced_only_when_asked_and_only_by_a_whole_one(ru
     merge.merge_adapter(run, overwrite=True)
     assert (run / "merged" / "model.safetensors").read_bytes() == before
     assert not list(run.glob(".writing-*"))
+
+
+def test_what_comes_into_merged_while_it_is_made_again_is_kept(run, monkeypatch, capsys):
+    merge.merge_adapter(run)
+    assert unknown_in(run / "merged") == []
+    save = merge.adapter_files.save_tokenizer
+
+    def note_first(*args):
+        (run / "merged" / "notes.txt").write_text("mine")
+        save(*args)
+
+    monkeypatch.setattr(merge.adapter_files, "save_tokenizer", note_first)
+    merge.merge_adapter(run, overwrite=True)
+    (kept,) = run.glob("merged.replaced-*")
+    assert (kept / "notes.txt").read_text() == "mine" and not (run / "merged" / "notes.txt").exists()
+    assert "it holds files that we did not write: kept in" in capsys.readouterr().err
 
 
 def test_a_failure_in_the_middle_leaves_the_folder_as_it_was(run, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Callable
 
@@ -11,8 +13,13 @@ from refusals import refusal_of
 from run_folders import SETTINGS, add_checkpoint, begin_again, claim, finish, names, refusal, start
 
 from lora_practice.export import gguf, gguf_writer
+from lora_practice.run import folder as run_folder
 from lora_practice.run import own_files
-from lora_practice.run.file_kinds import CARD, FILE_KINDS
+from lora_practice.run.file_kinds import CARD, REPORT_MARK
+from lora_practice.storage import manifest
+from lora_practice.storage.json_files import RECORD
+
+CHECKPOINT = own_files.IN_A_FOLDER["checkpoint"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +48,14 @@ STRANGE: dict[str, Callable[[Path], None]] = {
     "merged/onnx/": lambda run: note(run / "merged" / "onnx" / "model.onnx"),
     "runs/mine.txt": lambda run: note(run / "runs" / "mine.txt"),
     "README.md": lambda run: note(run / CARD),  # the card, edited
+    ".venv3.11/": lambda run: note(run / ".venv3.11" / "bin" / "python"),
+    ".notes.1": lambda run: note(run / ".notes.1"),
+    "merged/README.md": lambda run: note(run / "merged" / CARD),
+    "checkpoint-8/README.md": lambda run: note(run / "checkpoint-8" / CARD),
+    "checkpoint-8/run_record.json": lambda run: note(run / "checkpoint-8" / "run_record.json"),
+    "curves.png": lambda run: note(run / "curves.png"),  # not by `report`
+    "report.html": lambda run: note(run / "report.html"),
+    "model-old-thesis.safetensors": lambda run: note(run / "model-old-thesis.safetensors"),
     "link/": lambda run: link(run / "link"),
     "merged/": lambda run: link(run / "merged"),
 }
@@ -64,29 +79,99 @@ def test_the_first_three_are_named(tmp_path: Path) -> None:
     assert "delete: a.txt, b.txt, c.txt ..." in refusal(tmp_path / "run", overwrite=True)
 
 
+def by_report(path: Path) -> None:
+    path.write_text(f"<!-- {REPORT_MARK} -->", "utf-8")
+
+
 def test_everything_that_a_run_and_the_commands_after_it_write_is_replaced(tmp_path: Path) -> None:
+    """The real commands write it in tests/tiny/test_own_files_of_runs.py and in the journeys; here every name."""
     run = tmp_path / "run"
     finish(start(run), "old")
-    files = [name.replace("*", "1") for kind in FILE_KINDS for name in kind.names if not name.endswith("/")]
-    for name in sorted({*files, *(f"checkpoint-8/{one}" for one in files), *(f"merged/{one}" for one in files)}):
-        if name not in (CARD, "run_record.json"):
-            note(run / name)
-    for name in (*own_files.GGUF_FILES, ".DS_Store"):
-        note(run / "gguf" / name)
+    for folder, patterns in {".": own_files.AT_THE_TOP, "checkpoint-8": CHECKPOINT, **own_files.IN_A_FOLDER}.items():
+        for pattern in patterns:
+            if folder not in ("checkpoint", "runs") and pattern != RECORD:
+                note(run / folder / pattern.replace("*", "1"))
+        note(run / folder / "._adapter_model.safetensors")
+    shutil.rmtree(run / "checkpoint")
     note(run / "runs" / "Nov30_host" / "events.out.tfevents.1.host.2.0")
+    for place in (run, run / "gguf", run / "runs" / "Nov30_host"):
+        note(place / ".DS_Store")
+    for name in ("report.html", "curves.png"):
+        by_report(run / name)
     note(run / ".writing-abc" / "part")
     note(run / ".run_record.json.123")
+    assert own_files.unknown_files(run, {}) == []
     finish(begin_again(run))
     assert names(tmp_path) == ["run"]
     assert names(run) == ["adapter_config.json", "adapter_model.safetensors", "run_record.json"]
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"])
-def test_vocabulary_files_of_every_kind_of_tokenizer_are_a_runs(name: str, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_of_tokenizer_is_known_by_its_hash(tmp_path: Path) -> None:
     folder = start(tmp_path / "run")
-    for place in (folder.path, add_checkpoint(folder, 8)):
-        (place / name).write_bytes(b"a vocabulary")
-    assert own_files.unknown_files(folder.path) == []
+    with folder.staging(1) as staging:
+        note(staging / "emoji.json")
+        folder.finish(staging, {"settings": SETTINGS})
+    record = json.loads((folder.path / RECORD).read_text())
+    assert own_files.unknown_files(folder.path, record) == []
+    (folder.path / "emoji.json").write_text("edited")
+    assert own_files.unknown_files(folder.path, record) == ["emoji.json"]
+    checkpoint = add_checkpoint(start(tmp_path / "other"), 8)
+    assert own_files.unknown_in(checkpoint) == []
+    note(checkpoint / "emoji.json")
+    assert own_files.unknown_in(checkpoint) == ["emoji.json"]
+
+
+def test_a_plan_writes_nothing_and_is_not_refused(tmp_path: Path) -> None:
+    finish(start(tmp_path / "run"), "old")
+    note(tmp_path / "run" / "notes.txt")
+    claim(tmp_path / "run", overwrite=True, plan=True)
+
+
+def test_a_run_killed_while_its_results_are_moved_knows_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = start(tmp_path / "run"), os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == CARD:
+            raise KeyboardInterrupt
+
+    with folder.staging(1) as staging:
+        note(staging / CARD)
+        note(staging / "adapter_config.json")
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.finish(staging, {"settings": SETTINGS})
+        monkeypatch.undo()
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "en")
+    record = json.loads((folder.path / RECORD).read_text())
+    assert (folder.path / CARD).is_file() and record["status"] == "running"
+    assert own_files.unknown_files(folder.path, record) == []
+
+
+@pytest.mark.parametrize("kill_at", ["record", "card"])
+def test_a_card_that_was_being_rewritten_when_the_process_was_killed_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: str
+) -> None:
+    folder = start(tmp_path / "run")
+    with folder.staging(1) as staging:
+        note(staging / CARD)
+        folder.finish(staging, {"settings": SETTINGS})
+    write, written = manifest.write_atomically, []
+
+    def killed(path: Path, content: str) -> None:
+        if len(written) == ("record", "card").index(kill_at):
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(manifest, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.rewrite_card(folder.path, "a new card")
+    assert written == ["run_record.json"][: len(written)]
+    record = json.loads((folder.path / RECORD).read_text())
+    assert own_files.unknown_files(folder.path, record) == []
 
 
 def test_the_gguf_files_of_every_precision_are_known() -> None:

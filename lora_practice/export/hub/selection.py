@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,12 +11,13 @@ from pathlib import Path
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import text
 from lora_practice.export.hub.secret_patterns import SECRET_NAME
-from lora_practice.run.file_kinds import file_kind
-from lora_practice.run.own_files import DESKTOP_FILES, TEMPORARY
+from lora_practice.run.file_kinds import BEST, file_kind
+from lora_practice.run.own_files import DESKTOP_FILES
 from lora_practice.storage.json_files import read_record
 from lora_practice.storage.manifest import sha256
 
-SKIPPED = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", *DESKTOP_FILES}
+SKIPPED = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".writing-*", *DESKTOP_FILES)
+HALF_WRITTEN = re.compile(r"\..+\.[0-9]+")  # by a process that was killed
 TENSORBOARD = ("runs", "events.out.tfevents.*")  # what is in it is named after this machine
 SENT_TOO = ("LICENSE*", "LICENCE*", "NOTICE*")  # beside what a run writes
 
@@ -69,7 +71,7 @@ def select(folder: Path, include: Sequence[str], exclude_checkpoints: bool) -> S
 
 def is_skipped(name: str) -> bool:
     """Whether a file or folder of this name is never sent."""
-    return name in SKIPPED or bool(TEMPORARY.fullmatch(name)) or _is_tensorboards(name)
+    return _matches(name, SKIPPED) or bool(HALF_WRITTEN.fullmatch(name)) or _is_tensorboards(name)
 
 
 def leads_inside(link: Path, folder: Path) -> bool:
@@ -89,7 +91,7 @@ def _is_sent_by_default(path: Path, written: Mapping[str, object]) -> bool:
     """Whether a run writes a file of this name, or wrote this very one: {name: sha256} in its record."""
     if path.is_dir():
         return False
-    if file_kind(path.name) is not None or _matches(path.name, SENT_TOO):
+    if (path.name != BEST and file_kind(path.name) is not None) or _matches(path.name, SENT_TOO):
         return True
     return path.name in written and path.is_file() and written[path.name] == sha256(path)
 
