@@ -16,13 +16,29 @@ from urllib.parse import urlsplit
 from lora_practice.console.errors import UserError
 from lora_practice.console.text import tell, text
 
-# not among them: what chooses a compiler, or where keys and kernels lie
-ALLOWED = re.compile(
-    r"(HF|HUGGING_FACE|LORA_PRACTICE|WANDB|SWANLAB|TRACKIO)_\w+|HUGGINGFACE_HUB_TOKEN|TRANSFORMERS_CACHE|\w+_(proxy|PROXY)"
-)
 # huggingface_hub reads the first two; the third is older
 TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-SERVER_OF_A_SERVICE = re.compile(r"(WANDB|SWANLAB|TRACKIO)_\w*(URL|HOST|SERVER|ENDPOINT|WEBHOOK)\w*")
+# services that a run can report to: variables that name a server or a place there, and the keys that it would get
+SERVICES = {
+    ("WANDB_BASE_URL",): ("WANDB_API_KEY",),
+    ("SWANLAB_WEB_HOST", "SWANLAB_API_HOST"): ("SWANLAB_API_KEY",),
+    ("TRACKIO_SERVER_URL",): ("TRACKIO_WRITE_TOKEN",),
+    ("TRACKIO_SPACE_ID",): TOKEN_NAMES,
+}
+# not among them: what chooses a compiler, runs code of a data set, or says where keys and kernels lie
+ALLOWED = {
+    *TOKEN_NAMES,
+    *(name for servers, keys in SERVICES.items() for name in (*servers, *keys)),
+    *("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE"),
+    *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SYMLINKS_WARNING"),
+    *("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DISABLE_PROGRESS_BARS"),
+    *("HF_REPO_ID", "HF_USERNAME", "HF_REPO_NAME", "LORA_PRACTICE_CACHE", "LORA_PRACTICE_LANG"),
+    *("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_NOTES", "WANDB_MODE"),
+    *("WANDB_DISABLED", "WANDB_SILENT", "WANDB_WATCH", "WANDB_LOG_MODEL"),
+    *("SWANLAB_PROJECT", "SWANLAB_PROJ_NAME", "SWANLAB_WORKSPACE", "SWANLAB_EXP_NAME", "SWANLAB_MODE"),
+    *("TRACKIO_PROJECT_NAME",),
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+}
 
 
 def load_dotenv_file() -> None:
@@ -32,28 +48,27 @@ def load_dotenv_file() -> None:
         UserError: the file is not UTF-8.
     """
     file = Path.cwd() / ".env"
-    found = {name: value for name, value in _values(file).items() if ALLOWED.fullmatch(name)}
+    found = {name: value for name, value in _values(file).items() if name in ALLOWED}
+    for servers, keys in SERVICES.items():
+        _follow_service(servers, keys, found)
     for name, value in found.items():
-        if not _names_a_strange_server(name, found):
-            os.environ.setdefault(name, value)
-        elif name not in os.environ:
-            service = name.partition("_")[0]
-            zh = f".env 里的 {name} 不起作用：{service} 的密钥不在 .env 里，不会发给那里指定的服务器"
-            en = f"{name} in .env is not followed: no key for {service} stands there, and yours is not for that server"
-            tell(text(zh, en))
-    token = next((os.environ[name] for name in TOKEN_NAMES if os.environ.get(name)), "")
-    if token:
-        os.environ.setdefault("HF_TOKEN", token)
+        os.environ.setdefault(name, value)
+    token = next((os.environ[name] for name in TOKEN_NAMES if os.environ.get(name, "").strip()), "")
+    if token and not os.environ.get("HF_TOKEN", "").strip():
+        os.environ["HF_TOKEN"] = token
     _choose_token(found)
     _suggest_private(file)
 
 
 def is_plain_http(endpoint: str) -> bool:
     """Whether what is sent there can be read on the way: http:// to another machine."""
-    address = urlsplit(endpoint)
+    try:
+        address = urlsplit(endpoint)
+        host = address.hostname or ""
+    except ValueError:  # http://[
+        return True
     if address.scheme.lower() != "http":
         return False
-    host = address.hostname or ""
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -61,24 +76,34 @@ def is_plain_http(endpoint: str) -> bool:
 
 
 def _values(file: Path) -> Mapping[str, str]:
+    """The variables of the file that are not blank. "${HF_TOKEN}" stays as it is: it could name any secret."""
     from dotenv import dotenv_values
 
     try:
-        return {name: value for name, value in dotenv_values(file, encoding="utf-8-sig").items() if value is not None}
+        values = dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except UnicodeDecodeError as error:
         raise UserError(
             text(".env 不是 UTF-8", ".env is not UTF-8"),
             where=str(file),
             fix=text("用 UTF-8 编码另存", "save it in UTF-8"),
         ) from error
+    return {name: value for name, value in values.items() if value is not None and value.strip()}
 
 
-def _names_a_strange_server(name: str, found: Mapping[str, str]) -> bool:
-    """Whether this variable of `.env` names the server of a service whose key does not stand there."""
-    server = SERVER_OF_A_SERVICE.fullmatch(name)
-    if server is None:
-        return False
-    return not any(re.fullmatch(rf"{server.group(1)}_\w*(KEY|TOKEN)", one) for one in found)
+def _follow_service(servers: tuple[str, ...], keys: tuple[str, ...], found: dict[str, str]) -> None:
+    """Let a server that `.env` names have the key that stands there, and no other; without one, do not follow it."""
+    named = [name for name in servers if name in found and name not in os.environ]
+    own = [name for name in keys if name in found]
+    for name in named:
+        if not own:
+            del found[name]
+            service = name.partition("_")[0]
+            zh = f".env 里的 {name} 不起作用：{service} 的密钥不在 .env 里，不会发给那里指定的服务器"
+            en = f"{name} in .env is not followed: no key for {service} stands there, and yours is not for that server"
+            tell(text(zh, en))
+    if named and own:
+        for name in keys:
+            os.environ.pop(name, None)
 
 
 def _choose_token(found: Mapping[str, str]) -> None:

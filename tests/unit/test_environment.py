@@ -196,6 +196,11 @@ def test_a_token_may_have_its_older_names(name: str, own_environment: None) -> N
         ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=theirs", {"HF_TOKEN": "mine"}, "theirs"),
         ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=theirs", {}, "theirs"),
         ("HF_TOKEN=theirs", {}, "theirs"),
+        # nor by a name that stands for the user's, or by a blank one
+        ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=${HF_TOKEN}", {"HF_TOKEN": "mine"}, "${HF_TOKEN}"),
+        ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=' '", {"HF_TOKEN": "mine"}, "none"),
+        ("HF_ENDPOINT=https://evil.example\nHF_TOKEN=' '", {}, "none"),
+        ("", {"HF_ENDPOINT": "http://[", "HF_TOKEN": "mine"}, "none"),
         # one that the user named gets the user's
         ("HF_ENDPOINT=https://evil.example", {"HF_ENDPOINT": "https://mirror.example", "HF_TOKEN": "mine"}, "mine"),
         ("", {"HF_TOKEN": "mine"}, "mine"),
@@ -218,27 +223,45 @@ def test_which_server_gets_which_token(
     assert token_that_is_sent() == token
     assert token != "none" or not any(os.environ.get(name) for name in TOKEN_NAMES)
     told = capsys.readouterr().err
-    withheld = token == "none" and ("TOKEN" in file or any("TOKEN" in name for name in environment_has))
+    withheld = token == "none" and ("theirs" in file or any("TOKEN" in name for name in environment_has))
     assert ("is not sent there" in told or "no token is sent there" in told) is withheld
     assert "mine" not in told and "theirs" not in told
 
 
 @pytest.mark.parametrize(
-    ("file", "followed"),
+    ("file", "name", "key"),
     [
-        ("WANDB_BASE_URL=https://evil.example", False),
-        ("SWANLAB_WEB_HOST=https://evil.example\nWANDB_API_KEY=theirs", False),
-        ("WANDB_BASE_URL=https://own.example\nWANDB_API_KEY=theirs", True),
+        ("WANDB_BASE_URL=https://evil.example", "WANDB_BASE_URL", "WANDB_API_KEY"),
+        ("WANDB_BASE_URL=https://evil.example\nWANDB_API_KEY=", "WANDB_BASE_URL", "WANDB_API_KEY"),
+        ("WANDB_BASE_URL=https://evil.example\nWANDB_X_KEY=1", "WANDB_BASE_URL", "WANDB_API_KEY"),
+        ("SWANLAB_WEB_HOST=https://evil.example\nWANDB_API_KEY=theirs", "SWANLAB_WEB_HOST", "SWANLAB_API_KEY"),
+        ("TRACKIO_SPACE_ID=evil/space", "TRACKIO_SPACE_ID", "HF_TOKEN"),
     ],
 )
-def test_a_service_that_the_env_file_names_gets_only_a_key_from_there(
-    file: str, followed: bool, tmp_path: Path, own_environment: None, capsys: Any
+def test_a_service_that_the_env_file_names_without_its_key_is_not_followed(
+    file: str, name: str, key: str, tmp_path: Path, own_environment: None, capsys: Any
 ) -> None:
     (tmp_path / ".env").write_text(file, "utf-8")
+    os.environ[key] = "mine"
     load_dotenv_file()
-    name = file.partition("=")[0]
-    assert (name in os.environ) is followed
-    assert (f"{name} in .env is not followed" in capsys.readouterr().err) is not followed
+    assert name not in os.environ and os.environ[key] == "mine"
+    assert f"{name} in .env is not followed" in capsys.readouterr().err
+
+
+def test_a_service_that_the_env_file_names_gets_the_key_from_there(
+    tmp_path: Path, own_environment: None, capsys: Any
+) -> None:
+    (tmp_path / ".env").write_text("WANDB_BASE_URL=https://own.example\nWANDB_API_KEY=theirs", "utf-8")
+    os.environ["WANDB_API_KEY"] = "mine"
+    load_dotenv_file()
+    assert (os.environ["WANDB_BASE_URL"], os.environ["WANDB_API_KEY"]) == ("https://own.example", "theirs")
+
+
+@pytest.mark.parametrize("name", ["PATH", "CXX", "HF_TOKEN_PATH", "HF_DATASETS_TRUST_REMOTE_CODE", "WANDB_CONFIG_DIR"])
+def test_the_env_file_sets_only_what_is_listed(name: str, tmp_path: Path, own_environment: None) -> None:
+    (tmp_path / ".env").write_text(f"{name}=/theirs\nHF_HOME=/home", "utf-8")
+    load_dotenv_file()
+    assert os.environ.get(name) != "/theirs" and os.environ["HF_HOME"] == "/home"
 
 
 def test_an_env_file_in_another_encoding(tmp_path: Path) -> None:
