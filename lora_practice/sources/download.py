@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any, Optional, TypeVar
 
 from lora_practice import compat
@@ -53,13 +53,19 @@ def try_again(name: str, fetch: Callable[[], Result], *others: type[BaseExceptio
             f"the download of {name} broke off: trying again in {wait:.0f} s",
         )
         tell(text(zh, en))
-        time.sleep(wait)
+        sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status that an error is about; 0 if it is about none."""
-    return int(getattr(getattr(error, "response", None), "status_code", None) or 0)
+    """The HTTP status that an error is about, or the one that it was raised from; 0 if there is none."""
+    at: Optional[BaseException] = error
+    while at is not None:  # a refusal of the repository arrives as the cause of LocalEntryNotFoundError
+        status = getattr(getattr(at, "response", None), "status_code", None)
+        if status:
+            return int(status)
+        at = at.__cause__
+    return 0
 
 
 def _fetch_once(name: str, patterns: list[str], local_only: bool) -> Path:

@@ -233,9 +233,12 @@ def load_hub_rows(source: Source, config: Optional[str]) -> Any:
     reachable = hub_is_reachable()
     import datasets
 
+    def load() -> Any:
+        return datasets.load_dataset(source.name, config, split="train")  # nosec B615
+
     kinds = compat.network_errors(OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
     try:
-        return try_again(source.name, lambda: datasets.load_dataset(source.name, config, split="train"))  # nosec B615
+        return try_again(source.name, load) if reachable else load()
     except kinds as error:
         if not reachable:
             raise _unreachable(source.name, "--dataset_path") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,38 +116,64 @@ def test_a_model_without_safetensors(hub: HubServer, tmp_path: Path) -> None:
     assert "me/old: this model has no safetensors weights" in refusal_of(find_model, "me/old", is_default=False)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_download_that_breaks_off_is_tried_again(
-    hub: HubServer, tiny_model: Path, times: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before our further tries; neither these nor huggingface_hub's own take any time."""
+    ours: list[float] = []
+    monkeypatch.setattr(download, "sleep", ours.append)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    return ours
+
+
+TRIED_AGAIN = "the download of me/tiny broke off: trying again in"
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_hub_that_fails_while_it_is_asked_for_files_is_asked_three_times_more(
+    hub: HubServer, tiny_model: Path, times: int, waits: list[float], capsys: Any
 ) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(download.time, "sleep", waits.append)
     hub.add_repo("models", "me/tiny", tiny_model)
-    hub.drop("/resolve/", times=times)
+    hub.fail(503, "/api/models/me/tiny", times=times)
+    assert find_model("me/tiny", is_default=True).kind == "hub"
+    assert waits == [1, 2, 4][:times]
+    assert capsys.readouterr().err.count(TRIED_AGAIN) == times
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_download_that_breaks_off_is_tried_again(
+    hub: HubServer, tiny_model: Path, times: int, waits: list[float], capsys: Any
+) -> None:
+    hub.add_repo("models", "me/tiny", tiny_model)
+    hub.drop("/config.json", times=times)
     assert find_model("me/tiny", is_default=False).kind == "hub"
-    told = capsys.readouterr().err.count("the download of me/tiny broke off: trying again in")
-    assert told == len(waits) <= times
+    assert waits == [1, 2, 4][:times]
+    assert capsys.readouterr().err.count(TRIED_AGAIN) == times
 
 
 @pytest.mark.parametrize("is_default", [False, True])
 def test_a_download_that_breaks_off_each_time(
-    hub: HubServer, tiny_model: Path, is_default: bool, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, tiny_model: Path, is_default: bool, waits: list[float], capsys: Any
 ) -> None:
     """A Hub that answered is there: the default, too, is not replaced by the embedded model halfway."""
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
     hub.add_repo("models", "me/tiny", tiny_model)
     hub.drop("/resolve/", times=1000)
     line = refusal_of(find_model, "me/tiny", is_default=is_default)
     assert "me/tiny: the download broke off" in line and "files that arrived whole are kept" in line
+    assert waits == [1, 2, 4]
+    assert capsys.readouterr().err.count(TRIED_AGAIN) == 3
 
 
-def test_a_hub_that_fails_while_it_is_asked_for_files(
-    hub: HubServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+def test_a_hub_that_refuses_is_not_asked_again(hub: HubServer, tiny_model: Path, waits: list[float]) -> None:
     hub.add_repo("models", "me/tiny", tiny_model)
-    hub.fail(503, "/api/models/me/tiny", times=2)
-    assert find_model("me/tiny", is_default=True).kind == "hub"
+    hub.fail(403, "/api/models/me/tiny", times=1000)
+    assert "me/tiny: the download broke off: HTTP 403" in refusal_of(find_model, "me/tiny", is_default=True)
+    assert waits == []
+
+
+def test_a_data_set_without_a_hub_is_not_tried_again(waits: list[float], capsys: Any) -> None:
+    line = refusal_of(find.load_hub_rows, Source("hub", "me/rows", None, "me/rows"), None)
+    assert "--dataset_path me/rows" in line and "nothing is cached" in line
+    assert waits == [] and "trying again" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,9 +69,14 @@ def test_a_hub_that_is_down_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.fail(403)
         assert environment.hub_is_reachable()  # a refusal is an answer
         environment.hub_is_reachable.cache_clear()
-        monkeypatch.setattr(environment, "REACH_SECONDS", 0.8)
+        # by a clock that only our own pauses move: all of that time is over at once, also on a busy machine
+        clock = [0.0]
+        pauses = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda wait: clock.append(clock.pop() + wait))
+        monkeypatch.setattr(environment, "time", pauses)
+        monkeypatch.setattr(environment, "REACH_SECONDS", 60)
         hub.fail(503, times=100)
         assert not environment.hub_is_reachable()
+        assert len(hub.requests) == 1 + 8
         assert environment.hub_trouble() == "the Hub answers with HTTP 503"
     environment.hub_is_reachable.cache_clear()
     assert not environment.hub_is_reachable()
