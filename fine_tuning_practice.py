@@ -77,7 +77,7 @@ class TrainSettings:
     )
     eval_subset_size: int = setting(
         0,
-        "拿出多少行作验证集：不参与训练，只用来测验证损失和困惑度",
+        "划出多少行作验证集：不参与训练，只用来测验证损失和困惑度",
         "rows of the validation set: never trained on, only measured (loss, perplexity)",
         minimum=0,
         common=True,

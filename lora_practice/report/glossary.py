@@ -18,7 +18,7 @@ TERMS = (
     ),
     (
         ("验证集（validation set）", "validation set"),
-        "从数据里拿出来、从不参与训练的几行。它们变好，才说明模型真的学会了，而不是背下来。",
+        "从数据里划出、从不参与训练的几行。它们变好，才说明模型真的学会了，而不是背下来。",
         "Rows set aside and never trained on. Only when these get better has the model learnt, not memorised.",
     ),
     (

@@ -110,7 +110,7 @@ class CurveVerdict:
                 "Even unseen data is predicted almost perfectly (loss near 0): it is learnt, no more training needed.",
             )
         advice = text(
-            "用 --eval_subset_size 拿出一些作验证集，看看没见过的数据怎么样。",
+            "用 --eval_subset_size 划出一些作验证集，看看没见过的数据怎么样。",
             " Add a validation set (--eval_subset_size) to see how it does on unseen ones.",
         )
         return text(
