@@ -152,16 +152,16 @@ class TrainSettings:
     )
     per_device_train_batch_size: int = setting(
         1,
-        "一次前向计算多少行：内存小就用 1",
-        "rows in one forward pass: 1 for little memory",
+        "一次前向计算多少行：内存小就用 1；快速路径只看它与梯度累积次数的乘积",
+        "rows in one forward pass: 1 for little memory; the fast path only uses its product with the accumulation",
         minimum=1,
         maximum=4096,
         section=("训练", "training"),
     )
     gradient_accumulation_steps: int = setting(
         8,
-        "累积几次梯度更新一次参数：默认等效批量 1x8",
-        "forward passes per optimizer step: by default an effective batch of 1x8",
+        "累积几次梯度更新一次参数：默认等效批量 1x8；快速路径只看这个乘积",
+        "forward passes per optimizer step: by default an effective batch of 1x8; the fast path uses only the product",
         minimum=1,
         maximum=4096,
     )
@@ -347,67 +347,68 @@ def claim_folder(settings: TrainSettings) -> tuple[TrainSettings, OutputFolder]:
     compat.check_tracker(settings.report_to)
     if settings.json and not settings.plan:
         raise UserError(text("--json 只和 --plan 一起用", "--json goes with --plan"), fix="--plan --json")
-    overwrite = settings.overwrite or (settings.plan and not settings.resume)  # a plan touches no earlier run
+    # a plan writes nothing, so an earlier run is no obstacle
+    overwrite = settings.overwrite or (settings.plan and not settings.resume)
     return settings, OutputFolder.claim(settings.output_dir, settings.resume, overwrite, asdict(settings))
 
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice.py") -> int:
     """The story of a run, chapter by chapter; what one chapter makes, the next ones use. Returns the exit code."""
-    description = text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA")
-    settings = parse(TrainSettings, argv, prog, description)
+    settings = parse(TrainSettings, argv, prog, text("用 LoRA 微调一个小模型", "fine-tune a small model with LoRA"))
 
     # 1. Claim the output folder; a resumed run takes the settings that are not given from its record there
     prepare_environment()
-    settings, folder = claim_folder(settings)  # folder.resumed: the record of the run that is resumed, {} for a new one
+    settings, folder = claim_folder(settings)  # folder.resumed_record: {} for a new run
 
     # 2. Find the base model and the data: a folder, a file, the Hub, or the embedded ones
-    given = given_by_user(settings, SHIPPED)  # these are used as they are; only defaults may be replaced
-    sources = find_sources(settings, given, folder.resumed)
+    given = given_by_user(settings, SHIPPED)  # used as they are; only defaults may be replaced by the embedded ones
+    sources = find_sources(settings, given, folder.resumed_record)
     sources = replace(sources, model=with_file_digests(sources.model))  # by which --resume knows the base again
-    check_same_base(folder.resumed, sources.model)
-    compat.check_stack()
-    from lora_practice.training import build, plan, plan_text, run  # torch, transformers, TRL and PEFT: seconds to load
+    check_same_base(folder.resumed_record, sources.model)
+    compat.check_torch_version()
+    from lora_practice.training import build, plan, plan_text  # torch, transformers, TRL and PEFT: seconds to load
+    from lora_practice.training import run as training_run
 
     # 3. Choose device and precision; prepare the data: token ids, and labels that train the answers only
     machine = choose_device(read_facts(measure=True), settings.bf16, weights=stored_bytes(sources.model.path))
     tokenizer = load_tokenizer(sources.model, settings.chat_template_path, "chat_template_path" in given)
-    rows = prepare(sources.data, sources.subset, tokenizer, settings)
-    check_same_data(folder.resumed, rows.facts)
+    data = prepare(sources.data, sources.subset, tokenizer, settings)
+    check_same_data(folder.resumed_record, data.facts)
 
-    # 4. Build the model: the frozen base with LoRA beside its linear layers, and the fast engine if it supports them
+    # 4. Build the model: the frozen base with LoRA, and, on a CPU (`--fast auto`), the fast engine if it supports them
     quantization = four_bit(machine.device, machine.precision) if settings.load_in_4bit else {}
     base = load_base(sources.model, weights_dtype(machine, sources.model, settings.fast), **quantization)
     model = add_lora(base, settings, sources.model)
     check_vocabulary(model, tokenizer, sources.model.name)
     engine = build.build_engine(model, settings, machine)
 
-    # 5. Fit a step into memory: fewer rows at once; where not even one row fits, --allow_shorter cuts the rows shorter
-    trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
+    # 5. Fit a step into memory: computed in smaller portions (same rows, same steps); --allow_shorter may cut long rows
+    trainer = build.build_trainer(model, engine, tokenizer, data.train, settings, machine, folder)
     while (fitting_length := build.fit_memory(trainer, settings)) < settings.max_length:
         settings = with_given(settings, max_length=fitting_length)  # recorded as given, so that --resume keeps it
-        rows = prepare(sources.data, sources.subset, tokenizer, settings)
-        trainer = build.build_trainer(model, engine, tokenizer, rows.train, settings, machine, folder)
+        data = prepare(sources.data, sources.subset, tokenizer, settings)
+        trainer = build.build_trainer(model, engine, tokenizer, data.train, settings, machine, folder)
 
     # 6. Try two steps and tell what the run will take; then train, unless only the plan was asked for
     steps = build.steps_of(trainer)
-    estimate = plan.estimate(trainer, sources.model, steps, settings, rows.held_out, sources.downloaded_mb)
-    tell(build.opening_lines(machine, sources.model, sources.data, rows, trainer, estimate))
+    estimate = plan.estimate(trainer, sources.model, steps, settings, data.held_out, sources.downloaded_mb)
+    tell(build.opening_lines(machine, sources.model, sources.data, data, trainer, estimate))
     if settings.plan:
         return plan_text.show_plan(estimate, trainer, settings, machine)
-    record = {**starting_record(settings, machine, sources, rows), "estimate": estimate.record()}
+    record = {**starting_record(settings, machine, sources, data), "estimate": estimate.record()}
     folder.begin(record)
-    record.update(run.train(trainer, rows.held_out, settings))
+    record.update(training_run.train(trainer, data.held_out, settings))
     if record["interrupted"]:
         folder.write_record({**record, "status": "interrupted"})
         tell(how_to_resume(record))
         return 130  # the exit code of Ctrl-C
 
     # 7. Write the results: adapter, tokenizer, model card, and the record last; then what was asked for besides
-    run.finish(trainer, record)
+    training_run.finish(trainer, record)
     if settings.run_inference:
-        record["samples"] = answer_side_by_side(model, tokenizer, rows.held_out_conversations)
-        run.write_card(folder, record)
+        record["samples"] = answer_side_by_side(model, tokenizer, data.held_out_conversations)
+        training_run.write_card(folder, record)
     if settings.merge_adapter:
         tell(merge_sentence(*merge_adapter(folder.path)))
     tell(closing_lines(folder.path, record))

@@ -1,10 +1,12 @@
-"""LoRA fine-tuning for a laptop CPU or an old card. Start at fine_tuning_practice.py; it tells the story in order.
+"""LoRA fine-tuning for a laptop CPU or an old card.
+
+Read examples/minimal.py first, then fine_tuning_practice.py, whose main() tells the story of a run in order.
 
 Its wings (subpackages, and two single files), from low to high. A file imports only wings above its own line here, and
 within a wing there are no cycles (tests/unit/test_wings.py):
 
     console     what a person reads and types: messages in two languages, user errors, settings -> flags, help
-    compat      the only file that asks TRL, transformers and PEFT for their signatures
+    compat      function parameters that differ between library versions (TRL, transformers, PEFT)
     storage     files written whole: JSON, manifest, signature, lock, disk space
     fast        hand-written forward and backward; kernels/ and decode/ inside; imports no other wing
     sources     where model and data come from: Hub, mirror, folder, embedded

@@ -1,4 +1,4 @@
-"""Differences between versions of TRL, transformers, PEFT and huggingface_hub, told by their signatures."""
+"""Differences between versions of TRL, transformers, PEFT and huggingface_hub, told by their function parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_practice.console.text import text
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface-hub", "tokenizers")
 
 
-def check_stack() -> None:
+def check_torch_version() -> None:
     """Refuse a torch version in which resuming cannot work.
 
     Raises:

@@ -19,9 +19,9 @@ from lora_practice.fast.ops import TorchOps, accumulate_dtype
 from lora_practice.fast.step_plan import IdsAndLabels, MicroBatchPlan, count_labels, plan_step
 from lora_practice.fast.weights import Weights, read_weights, restore_storage
 
-# Default token budgets. 300 rows keep a CPU busy, and in fp32 take about as much memory as plain TRL. 16-bit rows take
-# two thirds of that, and each further micro-batch reads all weights once more. A GPU needs larger matmuls.
-CPU_ROWS_FP32, CPU_ROWS_16_BIT, GPU_ROWS = 288, 512, 2048
+# Default token budgets. 300 positions keep a CPU busy, and in fp32 take about as much memory as plain TRL. In 16 bits
+# they take two thirds of that, and each further micro-batch reads all weights once more. A GPU needs larger matmuls.
+CPU_BUDGET_FP32, CPU_BUDGET_16_BIT, GPU_BUDGET = 288, 512, 2048
 
 
 def build(
@@ -38,7 +38,7 @@ def build(
         peft_model: read by `weights.read_weights`, which shares its tensors.
         compute_dtype: dtype of the matmuls. Base weights in the same dtype are shared, others are copied once.
         seed: seed of the dropout masks.
-        token_budget: rows computed at once, at most; bounds memory. None: the defaults above; 0: a whole step at once.
+        token_budget: token positions computed at once, at most. None: the defaults above; 0: a whole step at once.
         share_prefix: compute a beginning that several examples of a step share only once.
         kernels: use compiled kernels where there is a compiler.
 
@@ -50,7 +50,7 @@ def build(
     ops = native.load_kernels(compute_dtype, device) if kernels else TorchOps()
     if token_budget is None:
         is_16_bit = compute_dtype != accumulate_dtype(compute_dtype)
-        token_budget = GPU_ROWS if device.type != "cpu" else CPU_ROWS_16_BIT if is_16_bit else CPU_ROWS_FP32
+        token_budget = GPU_BUDGET if device.type != "cpu" else CPU_BUDGET_16_BIT if is_16_bit else CPU_BUDGET_FP32
     return Engine(weights, compute_dtype, seed, token_budget, share_prefix, ops)
 
 
@@ -87,7 +87,7 @@ class Engine:
         self.lora = LoraWeights([group for layer in weights.layers for group in layer.groups], ops)
 
     def limit_memory(self, token_budget: int, checkpointing: bool = False) -> None:
-        """Set the rows computed at once, between steps. Buffers are reallocated.
+        """Set the token positions computed at once, between steps. Buffers are reallocated.
 
         checkpointing: save only each layer's input, a tenth of its activations, and compute its forward pass twice.
         """
@@ -101,7 +101,7 @@ class Engine:
         """Add the gradients of loss_scale * (sum of token losses) / num_items to .grad of every LoRA parameter.
 
         Args:
-            examples: (input_ids, labels) pairs of one optimizer step, labels unshifted, -100 = not trained.
+            examples: (input_ids, labels) pairs of one optimizer step, labels not shifted, -100 = not trained.
             num_items: divisor; None: the number of trained tokens of these examples.
             loss_scale: for fp16 gradient scaling.
 

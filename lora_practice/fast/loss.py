@@ -66,5 +66,5 @@ def chunks(rows: int, most: int) -> list[tuple[int, int]]:
 
 
 def loss_reference(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The specification, for one example: summed loss in nats of logits (T, V) and unshifted labels (T,)."""
+    """The specification, for one example: summed loss in nats of logits (T, V) and labels (T,), not shifted."""
     return torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")

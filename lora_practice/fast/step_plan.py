@@ -1,7 +1,8 @@
-"""Micro-batches of one optimizer step: no row is computed twice, next to none is padding.
+"""Micro-batches of one optimizer step: no token position is computed twice, next to none is padding.
 
-Terms: a *row* is one token position that the model computes; a micro-batch has n rows. An *example* is a pair
-(input_ids, labels) of equal length T, labels unshifted, -100 = not trained (the Hugging Face convention).
+Terms: a *row* is a row of the matrices (n, K): one token position that the model computes, not a row of the data. An
+*example* is what a row of the data became: a pair (input_ids, labels) of equal length T, labels not shifted, -100 = not
+trained (the Hugging Face convention).
 
 1. Causal shift: row t predicts token t + 1, so an example needs only the rows before its last label.
 2. Shared prefix: examples that begin with the same tokens (the system prompt, the user header) share those rows.
@@ -180,7 +181,7 @@ def rows_and_targets(example: IdsAndLabels) -> tuple[list[int], list[int]]:
 def plan_step(
     examples: Sequence[IdsAndLabels], token_budget: int | None = None, share: bool = True
 ) -> list[MicroBatchPlan]:
-    """Micro-batches of one optimizer step, in the given order, each of at most `token_budget` rows.
+    """Micro-batches of one optimizer step, in the given order, each of at most `token_budget` token positions.
 
     There are as few as the budget allows, and they are as even as their number allows, because the largest one
     determines the memory. An example longer than the budget is a micro-batch of its own. Examples without labels are

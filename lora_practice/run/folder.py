@@ -34,25 +34,26 @@ class OutputFolder:
     """The folder of one run: `claim` checks it and writes nothing, `begin` creates it, `finish` completes it.
 
     Attributes:
-        resumed: record of the run that is resumed; {} for a new run.
+        resumed_record: record of the run that is resumed; {} for a new run.
         checkpoint: the checkpoint to resume from; None for a new run.
         events: what recovery did, for the record: {"step", "kind", "said", "compute_config"} each.
     """
 
     def __init__(
-        self, path: Path, old: Optional[tuple[int, int]] = None, resumed: Optional[dict[str, Any]] = None
+        self, path: Path, old: Optional[tuple[int, int]] = None, resumed_record: Optional[dict[str, Any]] = None
     ) -> None:
         self.path, self._old = path, old  # `old`: lock.folder_identity of the run that this one replaces
         self._record: dict[str, Any] = {}  # last given to write_record
         self._written: dict[str, Any] = {}  # the same, as read_record returns it
         self._locked: Optional[tuple[int, int]] = None  # lock.folder_identity of the folder, locked since `begin`
         self._unlock: Callable[[], Any] = lambda: None
-        self.resumed = resumed or {}
-        self.checkpoint = newest_whole_checkpoint(path) if self.resumed else None
-        self._replaced = lock.kept_aside(path, self.resumed.get("replaces"))
+        self.resumed_record = resumed_record or {}
+        self.checkpoint = newest_whole_checkpoint(path) if self.resumed_record else None
+        self._replaced = lock.kept_aside(path, self.resumed_record.get("replaces"))
         # events after the checkpoint that is resumed belong to steps that are computed again
         at = step_of(self.checkpoint)
-        self.events: list[dict[str, Any]] = [event for event in self.resumed.get("events", []) if event["step"] <= at]
+        recorded = self.resumed_record.get("events", [])
+        self.events: list[dict[str, Any]] = [event for event in recorded if event["step"] <= at]
 
     @classmethod
     def claim(cls, output_dir: str, resume: bool, overwrite: bool, settings: dict[str, Any]) -> OutputFolder:
@@ -109,7 +110,7 @@ class OutputFolder:
         if not resume:
             raise _unfinished_error(path, checkpoints(path))
         check_same_settings(path, record, settings)
-        claimed = cls(path, resumed=record)
+        claimed = cls(path, resumed_record=record)
         if claimed.checkpoint:
             signature.check_signature(
                 claimed.checkpoint, CHECKPOINT_MANIFEST, trusted=bool(settings.get("trust_checkpoint"))
@@ -132,7 +133,7 @@ class OutputFolder:
                 )
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock(self.resumed)
+        self._lock(self.resumed_record)
         for stale in disk.leftovers(self.path, RECORD):  # left by a run that was killed
             shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
         if self._replaced is not None:

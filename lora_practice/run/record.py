@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def starting_record(
-    settings: DataclassInstance, machine: Machine, sources: RunSources, rows: PreparedData
+    settings: DataclassInstance, machine: Machine, sources: RunSources, data: PreparedData
 ) -> dict[str, Any]:
     """The record before the first step. `settings`: TrainSettings."""
     given = given_as_flags(settings)
@@ -40,7 +40,7 @@ def starting_record(
         "given": sorted(given),  # the others had their defaults
         "mark": sign_outward(values),
         "model": sources.model.record(),
-        "data": {**sources.data.record(), "subset": sources.subset, **rows.facts},
+        "data": {**sources.data.record(), "subset": sources.subset, **data.facts},
         "machine": {
             "device": machine.device,
             "precision": machine.precision,

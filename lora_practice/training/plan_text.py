@@ -80,7 +80,7 @@ def plan_as_json(plan: Estimate, trainer: PracticeTrainer, settings: TrainingSet
 def short_of_disk(plan: Estimate, trainer: PracticeTrainer) -> str:
     """A warning for a run that will fill the disk, else ""; a resumed run has written a part of it already."""
     free = round(disk.free_bytes(trainer.folder.path) / 1e6)
-    if trainer.folder.resumed or plan.disk_mb <= free:
+    if trainer.folder.resumed_record or plan.disk_mb <= free:
         return ""
     fewer_would_do = most_checkpoints(trainer, plan.steps) > 2  # with --save_total_limit 1 there are two for a moment
     or_fewer = text("，或 --save_total_limit 1", ", or --save_total_limit 1") if fewer_would_do else ""

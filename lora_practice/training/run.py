@@ -82,20 +82,20 @@ def _measure_after(
     }
 
 
-def finish(trainer: PracticeTrainer, notes: dict[str, Any]) -> None:
+def finish(trainer: PracticeTrainer, record: dict[str, Any]) -> None:
     """Write the adapter, the tokenizer, the model card and the record into the output folder."""
     # a run that was killed while it removed old checkpoints left too many
     own_files.drop_older(checkpoints(trainer.folder.path), trainer.keep_checkpoints)
-    notes["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
+    record["finished_at"] = time.strftime("%Y-%m-%d %H:%M")
     with trainer.folder.staging(30_000_000) as staging:
         trainer.save_model(str(staging))
-        (staging / CARD).write_text(model_card.card(notes), "utf-8")
-        trainer.folder.finish(staging, notes)
+        (staging / CARD).write_text(model_card.card(record), "utf-8")
+        trainer.folder.finish(staging, record)
     (trainer.folder.path / BEST).unlink(missing_ok=True)
 
 
-def write_card(folder: OutputFolder, notes: dict[str, Any]) -> None:
+def write_card(folder: OutputFolder, record: dict[str, Any]) -> None:
     """Write the model card and the record of a finished run again, with what was added to them."""
     with folder.staging(100_000) as staging:
-        (staging / CARD).write_text(model_card.card(notes), "utf-8")
-        folder.finish(staging, notes)
+        (staging / CARD).write_text(model_card.card(record), "utf-8")
+        folder.finish(staging, record)

@@ -107,7 +107,7 @@ def test_a_disk_that_the_run_will_fill_is_pointed_out_and_fewer_checkpoints_wher
             line = plan_text.short_of_disk(training_plan.Estimate(4, 1.0, 4.0, 1500, needed, 0), trainer)
             assert ("only 2 MB of disk are free" in line) == told == bool(line)
             assert ("--save_total_limit 1" in line) == (told and many)
-        trainer.folder = OutputFolder(place / "out", resumed={"status": "running"})  # has written a part already
+        trainer.folder = OutputFolder(place / "out", resumed_record={"status": "running"})  # has written a part already
         assert not plan_text.short_of_disk(training_plan.Estimate(4, 1.0, 4.0, 1500, 5, 0), trainer)
 
 

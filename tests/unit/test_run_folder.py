@@ -457,7 +457,7 @@ def test_a_folder_that_another_run_is_writing_to_is_refused_until_that_run_ends_
     claim(tmp_path / "run", overwrite=True, plan=True)  # a plan writes nothing
     another_run.kill()
     another_run.wait()
-    assert claim(tmp_path / "run", resume=True).resumed["status"] == "running"
+    assert claim(tmp_path / "run", resume=True).resumed_record["status"] == "running"
     claim(tmp_path / "run", overwrite=True).begin({"settings": SETTINGS})
 
 
