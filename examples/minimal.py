@@ -4,8 +4,8 @@ The same training in one file from top to bottom: trl and peft only, none of thi
     python -m lora_practice.sources.embedded   # 一次：把模型和对话放进缓存 / once: puts model and chats into the cache
     python examples/minimal.py 24              # 训练 24 步 / train for 24 steps
 
-fine_tuning_practice.py --embedded --fast off 每一步的 loss 和这里相同；它多做的事：更快、更安全、会解释。
-Each step has the loss of `fine_tuning_practice.py --embedded --fast off`; what that adds is speed, safety and words.
+在 CPU 上，fine_tuning_practice.py --embedded --fast off 每一步的 loss 和这里相同；它多做的事：更快、更安全、会解释。
+On a CPU each step has the loss of `fine_tuning_practice.py --embedded --fast off`, which adds speed, safety and words.
 """
 
 import json
@@ -30,7 +30,8 @@ CACHE = os.environ.get("LORA_PRACTICE_CACHE") or Path(os.environ.get("XDG_CACHE_
 MODEL = Path(CACHE).expanduser() / "SmolLM2-135M-Instruct-q4_1-1"
 CONVERSATIONS = Path(CACHE).expanduser() / "chatterbot-corpus-english-1" / "conversations.jsonl"
 
-# 1. The base model, frozen, and its tokenizer with the chat template
+# 1. The base model and its tokenizer with the chat template. The weights in the cache are fp16, dequantized once from a
+#    Q4_1 GGUF; here they become fp32. Step 3 freezes them.
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
@@ -57,14 +58,16 @@ def tokenize(messages: list[dict[str, str]]) -> dict[str, list[int]]:
 rows = [json.loads(line)["messages"] for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
 dataset = Dataset.from_list([tokenize(messages) for messages in rows])
 
-# 3. LoRA: beside each frozen W (out, in) a trained B A, with A (r, in) random and B (out, r) zero at first:
+# 3. LoRA: get_peft_model freezes each W (out, in) and puts a trained B A beside it, with A (r, in) random and
+#    B (out, r) zero at first:
 #    y = W x + alpha / r * B A dropout(x)   (Hu et al. 2021, https://arxiv.org/abs/2106.09685)
 torch.manual_seed(SEED)
 lora = LoraConfig(r=6, lora_alpha=8, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(model, lora)
 model.print_trainable_parameters()
 
-# 4. Training: one row a forward pass, the gradients of eight passes summed for one optimizer step
+# 4. Training: one row a forward pass. An optimizer step sums the gradients of eight passes; the loss of each pass is
+#    the sum over its trained tokens, divided by the number of trained tokens in all eight: each token counts the same
 arguments = SFTConfig(
     output_dir=str(OUTPUT),
     per_device_train_batch_size=1,
