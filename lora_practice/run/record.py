@@ -62,18 +62,18 @@ def _command(script: str, command: str) -> list[str]:
     return ["lora-practice", command]
 
 
-def opening_line(machine: Machine, base: Source, data: Source, rows: PreparedData, steps: int, seconds: float) -> str:
+def opening_line(machine: Machine, base: Source, source: Source, data: PreparedData, steps: int, seconds: float) -> str:
     """The line at the start of a run: device, precision, model, data, steps, expected time (`seconds`)."""
     where = f"{machine.facts.gpu or 'GPU'}" if machine.device == "cuda" else f"CPU x{machine.facts.cores}"
     embedded = text("（内置）", " (embedded)")
     model = base.name.rpartition("/")[2] + (embedded if base.kind == "embedded" else "")
-    source = data.name.rpartition("/")[2].partition("==")[0] + (embedded if data.kind == "embedded" else "")
-    count = counted(len(rows.train), "row")
+    name = source.name.rpartition("/")[2].partition("==")[0] + (embedded if source.kind == "embedded" else "")
+    count = counted(len(data.train), "row")
     return text(
-        f"{where}，{machine.precision}｜{model}｜{source} {len(rows.train)} 行 {rows.train.tokens} token"
-        f"（训练其中 {rows.train.trained_tokens}）｜{steps} 步，{about(seconds)}",
-        f"{where}, {machine.precision} | {model} | {source}: {count}, {rows.train.tokens} tokens "
-        f"({rows.train.trained_tokens} trained) | {counted(steps, 'step')}, {about(seconds)}",
+        f"{where}，{machine.precision}｜{model}｜{name} {len(data.train)} 行 {data.train.tokens} token"
+        f"（训练其中 {data.train.trained_tokens}）｜{steps} 步，{about(seconds)}",
+        f"{where}, {machine.precision} | {model} | {name}: {count}, {data.train.tokens} tokens "
+        f"({data.train.trained_tokens} trained) | {counted(steps, 'step')}, {about(seconds)}",
     )
 
 

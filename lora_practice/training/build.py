@@ -145,7 +145,7 @@ def build_engine(model: Any, settings: TrainingSettings, machine: Machine) -> Op
 
 
 def opening_lines(
-    machine: Machine, base: Source, data: Source, rows: PreparedData, trainer: PracticeTrainer, plan: Estimate
+    machine: Machine, base: Source, source: Source, data: PreparedData, trainer: PracticeTrainer, plan: Estimate
 ) -> str:
     """The first lines of a run: device, precision, model, data, steps, expected time, memory and disk; and advice."""
     path = text("普通路径（TRL）", "plain path (TRL)")
@@ -160,7 +160,7 @@ def opening_lines(
         f"预计最多占用内存 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",
         f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
     )
-    first_line = record.opening_line(machine, base, data, rows, plan.steps, plan.seconds)
+    first_line = record.opening_line(machine, base, source, data, plan.steps, plan.seconds)
     lines = [first_line, reason, path, *advice, needs, short_of_disk(plan, trainer)]
     return "\n".join(line for line in lines if line)
 
