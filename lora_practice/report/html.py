@@ -64,8 +64,9 @@ def write_report(
         folder / REPORT_PAGE, report_html(replace(verdict, record=record), curve, reasons, picture)
     )
     in_card = record.get("status") == "finished" and is_runs_own_card(folder, record)
+    in_card = in_card and model_card.is_enough_for_a_card(record)
     if record != verdict.record and record.get("status") == "finished":
-        _update_record_and_card(folder, record)
+        _update_record_and_card(folder, record, in_card)
     return folder / REPORT_PAGE, "\n".join([curve.sentence, *_written(folder, in_card)])
 
 
@@ -99,6 +100,7 @@ def report_html(
     if modules:
         shown["modules"] = figures.modules_figure(modules, percent)
     settings = page_content.settings_rows(record, reasons)
+    asked = [one for one in record.get("samples") or () if {"prompt", "base", "adapter"} <= set(one)]
     page = environment.get_template("html.jinja").render(
         t=text,
         language=language(),
@@ -106,7 +108,7 @@ def report_html(
         title=page_content.title(record),
         headline=page_content.headline(record),
         facts=page_content.facts(record),
-        record=record,
+        record={**record, "samples": asked, **{name: record.get(name) or {} for name in ("data", "machine")}},
         verdict=verdict,
         sentence=curve.sentence,
         figures=shown,
@@ -151,10 +153,10 @@ def _check_written_by_report(file: Path) -> None:
         )
 
 
-def _update_record_and_card(folder: Path, record: dict[str, Any]) -> None:
-    """Replace the record, and README.md too where it is still the card that the run wrote: an edited card stays."""
+def _update_record_and_card(folder: Path, record: dict[str, Any], in_card: bool) -> None:
+    """Replace the record, and README.md too if `in_card`: it is still the card that the run wrote."""
     card = folder / CARD
-    if is_runs_own_card(folder, record):
+    if in_card:
         _, begin, proof = card.read_text("utf-8").partition(PROOF[0])
         rewrite_card(folder, model_card.card(record) + (f"\n{begin}{proof}" if begin else ""), record)
     else:

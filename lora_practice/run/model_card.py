@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 from lora_practice.console.text import masked, without_tokens
 from lora_practice.run.settings import shown_settings
+
+# what `card` says of every finished run
+NEEDED = {
+    "settings": ("output_dir",),
+    "model": ("kind", "name", "hub_id", "revision", "note"),
+    "data": (
+        *("kind", "name", "note", "rows_trained", "tokens", "trained_tokens", "rows_held_out"),
+        *("rows_lost", "bad_rows_skipped"),
+    ),
+    "machine": ("device", "precision", "gpu", "cpu"),
+    "versions": (),
+}
+NEEDED_AT_THE_TOP = ("losses", "seconds", "tokens_per_second", "peak_memory_mb")
+
+
+def is_enough_for_a_card(record: Mapping[str, Any]) -> bool:
+    """Whether a record has what `card` needs: every finished run's has, but one that somebody edited may not."""
+    parts: list[tuple[Any, tuple[str, ...]]] = [(record, (*NEEDED_AT_THE_TOP, *NEEDED))]
+    parts += [(record.get(name), fields) for name, fields in NEEDED.items()]
+    if record.get("held_out_loss"):  # only with a validation set
+        parts.append((record["held_out_loss"], ("before", "after")))
+    if (record.get("data") or {}).get("kind") == "hub":
+        parts.append((record["data"], ("hub_id",)))
+    parts += [(entry, ("step", "loss")) for entry in record.get("losses") or ()]
+    parts += [(sample, ("prompt", "base", "adapter")) for sample in record.get("samples") or ()]
+    return all(isinstance(part, Mapping) and set(fields) <= set(part) for part, fields in parts)
 
 
 def card(record: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
+import operator
 import re
 import shutil
 import warnings
@@ -204,6 +206,22 @@ def test_a_card_that_someone_edited_stays_as_it_is(folder):
     assert (folder / "README.md").read_text("utf-8") == "# mine\n"
 
 
+LACKING = """seconds settings settings/output_dir data data/rows_lost machine machine/cpu model model/hub_id versions
+held_out_loss/before losses/0/loss samples/0/prompt samples/0/base"""
+
+
+@pytest.mark.parametrize("place", LACKING.split())
+def test_a_card_of_a_record_that_lacks_what_cards_say_stays_as_it_is(folder, place):
+    """A stranger may have shortened the record, and written the card's hash into it."""
+    *above, name = (int(part) if part.isdigit() else part for part in place.split("/"))
+    record = json.loads((folder / "run_record.json").read_text("utf-8"))
+    del functools.reduce(operator.getitem, above, record)[name]
+    (folder / "run_record.json").write_text(json.dumps(record), "utf-8")
+    card = (folder / "README.md").read_bytes()
+    page, said = reports.write_report(folder, reasons(TrainSettings))
+    assert page.is_file() and "README.md" not in said and (folder / "README.md").read_bytes() == card
+
+
 @pytest.mark.parametrize("name", ["report.html", "curves.png"])
 def test_what_a_report_did_not_write_is_not_replaced(folder, name):
     write(name, b"someone's work")(folder)
@@ -375,8 +393,17 @@ def test_a_strangers_record_puts_no_program_of_its_own_into_the_commands_to_copy
     steps = page_content.next_steps(reports.check_folder(folder), CurveVerdict("falling", 40))
     again = f"{shown} --output_dir {folder}-2 --max_steps 24" if shown else f"lora-practice chat {folder}"
     assert steps[0][1] == again
-    block = html.unescape(report(folder).split('id="repeat"')[1].split("<pre>")[1].split("</pre>")[0])
-    assert block.split("\n")[-1] == shown
+    page = html.unescape(report(folder).split('id="repeat"')[1])
+    block = page.split("<pre>")[1].split("</pre>")[0]
+    assert block.split("\n")[1:] == ["", shown][: 1 + bool(shown)]
+    assert ("Here the training command is left out" in page) is (not shown)
+
+
+def test_a_command_that_some_shell_would_read_otherwise_is_left_out_with_a_word(folder, monkeypatch):
+    edit("run_record.json", command="lora-practice train --dataset_path 'R&D.jsonl'")(folder)
+    assert "the training command is left out" in report(folder) and "R&amp;D" not in report(folder)
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    assert "这里不列训练命令" in report(folder)
 
 
 def test_what_to_install_is_this_projects_own_libraries():
