@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Optional
 
@@ -39,11 +40,18 @@ def flush_to_disk(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically: a reader sees the old content or the new, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file atomically: a reader sees the old content or the new, never a part.
+
+    The temporary file beside it is new, with a name that nobody can foresee: no link can wait there for the content.
+    """
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
+    scratch = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}")
     try:
-        scratch.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        with open(scratch, "xb") as file:
+            file.write(data)
         os.replace(scratch, path)
+    except FileExistsError:  # a file or link that is not ours
+        raise
     except BaseException:  # a full disk, Ctrl-C
         scratch.unlink(missing_ok=True)
         raise

@@ -358,6 +358,17 @@ def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
     assert file.read_text() == "old"
 
 
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest.secrets, "randbelow", lambda _: 7)
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / f".{RECORD}.7").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        manifest.write_atomically(tmp_path / RECORD, "new")
+    assert (tmp_path / "mine").read_text() == "precious" and names(tmp_path) == [f".{RECORD}.7", "mine"]
+
+
 def test_a_checkpoints_record_is_the_runs(tmp_path: Path) -> None:
     checkpoint = add_checkpoint(start(tmp_path / "run", kind="embedded"), 1)
     record = run_folder.read_record(checkpoint)
