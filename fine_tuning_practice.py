@@ -393,7 +393,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = "fine_tuning_practice
     # 6. Try two steps and tell what the run will take; then train, unless only the plan was asked for
     steps = build.steps_of(trainer)
     estimate = plan.estimate(trainer, sources.model, steps, settings, data.held_out, sources.downloaded_mb)
-    tell(build.opening_lines(machine, sources.model, sources.data, data, trainer, estimate))
+    tell(build.opening_lines(machine, sources.model, sources.data, data, trainer, estimate, settings.plan))
     if settings.plan:
         return plan_text.show_plan(estimate, trainer, settings, machine)
     record = {**starting_record(settings, machine, sources, data), "estimate": estimate.record()}

@@ -64,7 +64,7 @@ def choose_device(facts: Facts, bf16: bool = False, device: str = "auto", weight
     card_advice = ""
     if problem and problem.cure:
         card_advice = text(f"要用显卡：{problem.cure}", f"to use the card: {problem.cure}")
-    advice = [one for one in (card_advice, _bf16_advice(facts, bf16), _load_advice(facts)) if one]
+    advice = [one for one in (card_advice, _bf16_advice(facts, bf16), load_advice(facts)) if one]
     reason = text("按要求用 CPU", "CPU as asked")
     if problem:
         reason = problem.what
@@ -97,11 +97,21 @@ def bf16_speed_text(speed: float) -> str:
     return text(zh, en)
 
 
-def _load_advice(facts: Facts) -> str:
-    """What other programs' use of the CPU means for training; "" while they leave the usable cores alone."""
+def load_advice(facts: Facts, is_estimated: bool = False) -> str:
+    """What other programs' use of the CPU means for training; "" while they leave the usable cores alone.
+
+    Args:
+        is_estimated: the time of the training was measured while they ran.
+    """
     if facts.busy_cores < BUSY_CORES:
         return ""
     busy = f"{facts.busy_cores:.1f}"
+    if is_estimated:
+        return text(
+            f"其他程序正占用 {busy} 核（可用 {facts.cores} 核）：时间是在这种情况下估计的，关掉它们会更快",
+            f"other programs keep {busy} of {counted(facts.cores, 'core')} busy, which the expected time includes: "
+            "it is faster without them",
+        )
     return text(
         f"其他程序正占用 {busy} 核（可用 {facts.cores} 核）：训练可能要用两倍甚至更长的时间",
         f"other programs keep {busy} of {counted(facts.cores, 'core')} busy: training may take twice as long or more",

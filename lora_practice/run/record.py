@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from lora_practice import __version__, compat
 from lora_practice.console.settings import as_flags, given_as_flags
@@ -62,18 +62,21 @@ def _command(script: str, command: str) -> list[str]:
     return ["lora-practice", command]
 
 
-def opening_line(machine: Machine, base: Source, source: Source, data: PreparedData, steps: int, seconds: float) -> str:
-    """The line at the start of a run: device, precision, model, data, steps, expected time (`seconds`)."""
+def opening_line(
+    machine: Machine, base: Source, source: Source, data: PreparedData, steps: int, seconds: Optional[float]
+) -> str:
+    """The line at the start of a run: device, precision, model, data, steps, expected time (`seconds`, if given)."""
     where = f"{machine.facts.gpu or 'GPU'}" if machine.device == "cuda" else f"CPU x{machine.facts.cores}"
     embedded = text("（内置）", " (embedded)")
     model = base.name.rpartition("/")[2] + (embedded if base.kind == "embedded" else "")
     name = source.name.rpartition("/")[2].partition("==")[0] + (embedded if source.kind == "embedded" else "")
     count = counted(len(data.train), "row")
+    time_zh, time_en = ("", "") if seconds is None else (f"，{about(seconds)}", f", {about(seconds)}")
     return text(
         f"{where}，{machine.precision}｜{model}｜{name} {len(data.train)} 行 {data.train.tokens} token"
-        f"（训练其中 {data.train.trained_tokens}）｜{steps} 步，{about(seconds)}",
+        f"（训练其中 {data.train.trained_tokens}）｜{steps} 步{time_zh}",
         f"{where}, {machine.precision} | {model} | {name}: {count}, {data.train.tokens} tokens "
-        f"({data.train.trained_tokens} trained) | {counted(steps, 'step')}, {about(seconds)}",
+        f"({data.train.trained_tokens} trained) | {counted(steps, 'step')}{time_en}",
     )
 
 

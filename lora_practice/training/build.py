@@ -14,7 +14,7 @@ from lora_practice.console.text import tell, text
 from lora_practice.data.collator import Collator, packed_dataset
 from lora_practice.data.examples import Examples
 from lora_practice.data.prepare import PreparedData
-from lora_practice.machine.device import Machine
+from lora_practice.machine.device import Machine, load_advice
 from lora_practice.model.load import torch_dtype
 from lora_practice.model.lora import keep_trained_in_fp32
 from lora_practice.model.pissa import ranks_saved
@@ -25,8 +25,8 @@ from lora_practice.training import messages
 from lora_practice.training.callbacks import Progress, SaveOnInterrupt
 from lora_practice.training.events import MaxLengthLowered
 from lora_practice.training.memory_fit import ComputeConfig, DoesNotFit, MemoryDemand, bytes_per_token
-from lora_practice.training.plan import Estimate
-from lora_practice.training.plan_text import short_of_disk
+from lora_practice.training.plan import Estimate, steps_per_epoch
+from lora_practice.training.plan_text import many_checkpoints, short_of_disk
 from lora_practice.training.settings import DEFAULT_LOGGING_STEPS, TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
@@ -145,9 +145,19 @@ def build_engine(model: Any, settings: TrainingSettings, machine: Machine) -> Op
 
 
 def opening_lines(
-    machine: Machine, base: Source, source: Source, data: PreparedData, trainer: PracticeTrainer, plan: Estimate
+    machine: Machine,
+    base: Source,
+    source: Source,
+    data: PreparedData,
+    trainer: PracticeTrainer,
+    plan: Estimate,
+    is_plan: bool,
 ) -> str:
-    """The first lines of a run: device, precision, model, data, steps, expected time, memory and disk; and advice."""
+    """The first lines of a run: device, precision, model, data, steps, expected time, memory and disk; and advice.
+
+    Args:
+        is_plan: the plan follows, and tells time, memory and disk.
+    """
     path = text("普通路径（TRL）", "plain path (TRL)")
     if trainer.engine is not None:
         name = trainer.engine.ops.name
@@ -156,12 +166,14 @@ def opening_lines(
     reason = machine.reason if has_card else ""  # that a machine without a card uses its CPU needs no reason
     # PiSSA and OLoRA need weights in fp32
     advice = [line for line in machine.advice.splitlines() if ranks_saved(trainer.model) == 1 or "--bf16" not in line]
+    advice = [load_advice(machine.facts, True) if line == load_advice(machine.facts) else line for line in advice]
     needs = text(
         f"预计最多占用内存 {plan.peak_memory_mb} MB，磁盘 {plan.disk_mb} MB",
         f"expected: {plan.peak_memory_mb} MB of memory at most, {plan.disk_mb} MB of disk",
     )
-    first_line = record.opening_line(machine, base, source, data, plan.steps, plan.seconds)
-    lines = [first_line, reason, path, *advice, needs, short_of_disk(plan, trainer)]
+    first_line = record.opening_line(machine, base, source, data, plan.steps, None if is_plan else plan.seconds)
+    disk = short_of_disk(plan, trainer) or many_checkpoints(plan, trainer)
+    lines = [first_line, reason, path, *advice, "" if is_plan else needs, disk]
     return "\n".join(line for line in lines if line)
 
 
@@ -169,8 +181,7 @@ def steps_of(trainer: PracticeTrainer) -> int:
     """Optimizer steps of the whole run."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
-    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
-    return math.ceil(steps_per_epoch * trainer.args.num_train_epochs)
+    return math.ceil(steps_per_epoch(trainer) * trainer.args.num_train_epochs)
 
 
 def fit_memory(trainer: PracticeTrainer, settings: TrainingSettings) -> int:

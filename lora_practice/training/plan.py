@@ -22,6 +22,8 @@ from lora_practice.sources.find import Source
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
+CHECKPOINT_BYTES_PER_SECOND = 60e6  # written, hashed and flushed
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -33,6 +35,8 @@ class Estimate:
     peak_memory_mb: int
     disk_mb: int
     download_mb: int
+    checkpoint_mb: int = 0  # each one
+    writing_seconds: float = 0.0  # of `seconds`, for all checkpoints
 
     def record(self) -> dict[str, Any]:
         """For run_record.json, beside the `seconds` and `peak_memory_mb` that the run itself took."""
@@ -59,14 +63,18 @@ def estimate(
     by_steps = trainer.args.max_steps > 0
     rows_trained = steps * rows_per_step if by_steps else len(lengths) * trainer.args.num_train_epochs
     # an evaluation is a forward pass, half of training on as many tokens
-    rows_evaluated = _evaluations(settings, steps) * held_out.tokens / mean_length / 2
+    rows_evaluated = _evaluations(trainer, settings, steps) * held_out.tokens / mean_length / 2
     share_left = 1.0 - step_of(trainer.folder.checkpoint) / max(1, steps)
+    checkpoint_size = checkpoint_bytes(trainer, base)
+    writing_seconds = share_left * checkpoints_written(trainer, steps) * checkpoint_size / CHECKPOINT_BYTES_PER_SECOND
     return Estimate(
         steps=steps,
         step_seconds=step_seconds,
-        seconds=step_seconds * (rows_trained + rows_evaluated) / rows_per_step * share_left,
+        seconds=step_seconds * (rows_trained + rows_evaluated) / rows_per_step * share_left + writing_seconds,
         peak_memory_mb=round(most_held(trainer.args.device) / 1e6),
         disk_mb=round(disk_bytes(trainer, base, steps, settings.merge_adapter) / 1e6),
+        checkpoint_mb=round(checkpoint_size / 1e6),
+        writing_seconds=writing_seconds,
         download_mb=round(download_mb),
     )
 
@@ -170,26 +178,53 @@ def most_held(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
-def _evaluations(settings: TrainingSettings, steps: int) -> int:
+def steps_per_epoch(trainer: PracticeTrainer) -> int:
+    """Optimizer steps of one pass over the data."""
+    rows_per_step = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    dataset: Any = trainer.train_dataset
+    return math.ceil(len(dataset) / rows_per_step)
+
+
+def _epochs_ended(trainer: PracticeTrainer, steps: int) -> int:
+    """Epochs that end in `steps` steps; the last step ends one too."""
+    return math.ceil(steps / steps_per_epoch(trainer))
+
+
+def _evaluations(trainer: PracticeTrainer, settings: TrainingSettings, steps: int) -> int:
     """How often the held-out rows are evaluated while training."""
-    often = {"no": 0, "steps": math.ceil(steps / settings.eval_steps), "epoch": math.ceil(settings.num_train_epochs)}
+    often = {"no": 0, "steps": math.ceil(steps / settings.eval_steps), "epoch": _epochs_ended(trainer, steps)}
     return often[settings.eval_strategy]
 
 
 def disk_bytes(trainer: PracticeTrainer, base: Source, steps: int, merge: bool) -> int:
-    """Bytes on disk: adapter, tokenizers, checkpoints with two moments for each trained weight, and merged model."""
-    model = trainer.model
-    trained = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
-    adapter = trained * ranks_saved(model)
-    tokenizer = sum(file.stat().st_size for file in Path(base.path or "").glob("*.json") if file.is_file())
+    """Bytes on disk: adapter and tokenizer, checkpoints, and merged model."""
     merged = stored_bytes(base.path) if merge else 0
-    checkpoint = adapter + 2 * trained + tokenizer
-    return adapter + tokenizer + most_checkpoints(trainer, steps) * checkpoint + merged
+    checkpoint = checkpoint_bytes(trainer, base)
+    return _result_bytes(trainer, base) + most_checkpoints(trainer, steps) * checkpoint + merged
+
+
+def checkpoint_bytes(trainer: PracticeTrainer, base: Source) -> int:
+    """Bytes of one checkpoint: adapter and tokenizer, and two moments for each trained weight."""
+    return _result_bytes(trainer, base) + 2 * _trained_bytes(trainer)
+
+
+def _result_bytes(trainer: PracticeTrainer, base: Source) -> int:
+    tokenizer = sum(file.stat().st_size for file in Path(base.path or "").glob("*.json") if file.is_file())
+    return _trained_bytes(trainer) * ranks_saved(trainer.model) + tokenizer
+
+
+def _trained_bytes(trainer: PracticeTrainer) -> int:
+    return sum(parameter.numel() * 4 for parameter in trainer.model.parameters() if parameter.requires_grad)
 
 
 def most_checkpoints(trainer: PracticeTrainer, steps: int) -> int:
     """The most checkpoints on the disk at one time: the oldest is deleted after the newest is written."""
+    number = checkpoints_written(trainer, steps)
+    return min(number, (trainer.keep_checkpoints or number) + 1)
+
+
+def checkpoints_written(trainer: PracticeTrainer, steps: int) -> int:
+    """Checkpoints that a whole run writes; one of them after its last step."""
     arguments = trainer.args
-    written = {"no": 0, "epoch": math.ceil(arguments.num_train_epochs), "steps": steps // arguments.save_steps + 1}
-    number = written[str(getattr(arguments.save_strategy, "value", arguments.save_strategy))]
-    return int(min(number, (trainer.keep_checkpoints or number) + 1))
+    often = {"no": 0, "epoch": _epochs_ended(trainer, steps), "steps": math.ceil(steps / arguments.save_steps)}
+    return often[str(getattr(arguments.save_strategy, "value", arguments.save_strategy))]

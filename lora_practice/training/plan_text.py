@@ -7,15 +7,17 @@ import json
 import torch
 
 from lora_practice.console.terminal import aligned
-from lora_practice.console.text import tell, text
+from lora_practice.console.text import counted, tell, text
 from lora_practice.machine.device import Machine, bf16_speed_text
 from lora_practice.machine.speed import bf16_speed
 from lora_practice.model.pissa import changes_base, ranks_saved
 from lora_practice.run.record import about
 from lora_practice.storage import disk
-from lora_practice.training.plan import Estimate, most_checkpoints, row_lengths
+from lora_practice.training.plan import Estimate, checkpoints_written, most_checkpoints, row_lengths
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
+
+MANY = 5  # checkpoints that are kept without a word
 
 
 def show_plan(plan: Estimate, trainer: PracticeTrainer, settings: TrainingSettings, machine: Machine) -> int:
@@ -58,7 +60,8 @@ def plan_text(plan: Estimate, trainer: PracticeTrainer, settings: TrainingSettin
         text("哪些参数会改变它（按实测的一步推算）：", "what would change it, derived from the measured step:")
     )
     lines += [f"  {flag}\n      {effect}" for flag, effect in changes(plan, trainer, settings, machine)]
-    return "\n".join([*lines, text("这只是计划，什么都没有写。", "Only a plan: nothing was written.")])
+    without_plan = text("去掉 --plan 就开始训练。", "Leave out --plan to train.")
+    return "\n".join([*lines, text("这只是计划，什么都没有写。", "Only a plan: nothing was written."), without_plan])
 
 
 def plan_as_json(plan: Estimate, trainer: PracticeTrainer, settings: TrainingSettings, machine: Machine) -> str:
@@ -89,6 +92,20 @@ def short_of_disk(plan: Estimate, trainer: PracticeTrainer) -> str:
         f"only {free} MB of disk are free: a save will stop the run; free some",
     )
     return line + or_fewer
+
+
+def many_checkpoints(plan: Estimate, trainer: PracticeTrainer) -> str:
+    """A line where a run keeps more than MANY checkpoints, with the flag that keeps fewer; else ""."""
+    number = checkpoints_written(trainer, plan.steps)
+    if trainer.keep_checkpoints or number <= MANY:
+        return ""
+    by_epoch = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) == "epoch"
+    steps, size = int(trainer.args.save_steps), number * plan.checkpoint_mb
+    often = text("每个 epoch", "each epoch") if by_epoch else text(f"每 {steps} 步", f"every {counted(steps, 'step')}")
+    return text(
+        f"{often}存一个检查点，共 {number} 个，约 {size} MB；可以加 --save_total_limit 2",
+        f"a checkpoint {often}, {number} in all, about {size} MB; --save_total_limit 2 keeps fewer",
+    )
 
 
 def changes(

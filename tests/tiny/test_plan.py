@@ -35,7 +35,8 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_them(fast: str, packing:
             before = torch.get_rng_state()
             plan = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 4, trainer.asked, Examples(), 0)
             assert torch.equal(torch.get_rng_state(), before)
-            assert plan.steps == 4 and plan.seconds == pytest.approx(4 * plan.step_seconds) and plan.step_seconds > 0
+            assert plan.steps == 4 and plan.step_seconds > 0 < plan.writing_seconds
+            assert plan.seconds == pytest.approx(4 * plan.step_seconds + plan.writing_seconds)
             assert plan.peak_memory_mb == pytest.approx(peak_memory() / 1e6, abs=5)  # the peak so far
             assert all(one.grad is None for one in trainer.model.parameters())
         notes = run(trainer)
@@ -91,6 +92,40 @@ def test_the_disk_of_a_plan_is_the_most_that_the_run_ever_holds(kept: Optional[i
     needed = most + adapter  # which is written when the last checkpoint is there
     assert 0.9 * needed < 1e6 * told.disk_mb + 5e5  # it is rounded
     assert 1e6 * told.disk_mb - 5e5 < needed + 3 * adapter  # a checkpoint holds two moments of each weight too
+
+
+@pytest.mark.parametrize("kept", [None, 2])
+def test_steps_beyond_one_pass_write_a_checkpoint_at_the_end_of_each_epoch(
+    kept: Optional[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--max_steps stands for as many passes as it takes; num_train_epochs says nothing of them."""
+    changed = {"save_strategy": "epoch", "max_steps": 16, "gradient_accumulation_steps": 8, "save_total_limit": kept}
+    trainer = trainer_of(tmp_path / "out", examples=rows(14), **changed)  # two steps each
+    told = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 16, trainer.asked, Examples(), 0)
+    written, drop_older = [], own_files.drop_older
+    monkeypatch.setattr(own_files, "drop_older", lambda *args: (written.append(1), drop_older(*args)))
+    run(trainer)
+    assert training_plan.checkpoints_written(trainer, 16) == len(written) == 8
+    assert training_plan.most_checkpoints(trainer, 16) == (3 if kept else 8)
+    assert training_plan.checkpoints_written(trainer, 15) == 8  # the last epoch is cut short
+    assert told.writing_seconds == pytest.approx(
+        8 * training_plan.checkpoint_bytes(trainer, Source("folder", "x", tmp_path)) / 60e6
+    )
+    for lang, words in (("zh", "每个 epoch 存一个检查点，共 8 个"), ("en", "a checkpoint each epoch, 8 in all")):
+        monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
+        line = plan_text.many_checkpoints(told, trainer)
+        assert (words in line and "--save_total_limit 2" in line) == (kept is None) == bool(line)
+    short = training_plan.Estimate(10, 1.0, 10.0, 1500, 1, 0)  # five checkpoints
+    assert plan_text.many_checkpoints(short, trainer) == ""
+
+
+def test_evaluations_at_the_end_of_epochs_follow_from_the_steps(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "out", max_steps=18, eval_strategy="epoch", eval_subset_size=4)
+    held_out = rows(4)
+    told = training_plan.estimate(trainer, Source("folder", "x", tmp_path), 18, trainer.asked, held_out, 0)
+    tokens = sum(training_plan.row_lengths(trainer))
+    evaluated = 3 * held_out.tokens / 2 / (tokens / 6)  # in steps: twelve rows are six of them, and one pass
+    assert told.seconds - told.writing_seconds == pytest.approx((18 + evaluated) * told.step_seconds, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_practice.console.errors import UserError
-from lora_practice.machine.device import choose_device
+from lora_practice.machine.device import choose_device, load_advice
 from lora_practice.machine.facts import Facts
 from lora_practice.machine.gpu_problems import gpu_problem
 from lora_practice.machine.gpus import runs_on
@@ -206,3 +206,14 @@ def test_other_programs_are_mentioned_from_half_a_core_on(monkeypatch: pytest.Mo
     )
     monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
     assert "其他程序正占用 1.0 核（可用 2 核）" in choose_device(busy).advice
+
+
+@pytest.mark.parametrize(("lang", "word"), [("zh", "关掉它们会更快"), ("en", "faster without them")])
+def test_an_estimate_measured_beside_other_programs_is_not_doubled_once_more(
+    lang: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
+    busy = dataclasses.replace(d.LAPTOP, cores=2, busy_cores=1.0)
+    told = load_advice(busy, is_estimated=True)
+    assert word in told and "两倍" not in told and "twice" not in told
+    assert load_advice(dataclasses.replace(busy, busy_cores=0.4), is_estimated=True) == ""
