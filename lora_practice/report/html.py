@@ -24,7 +24,7 @@ from lora_practice.report.checks import USES, FolderVerdict, check_folder
 from lora_practice.report.glossary import glossary
 from lora_practice.report.loss_curve import CurveVerdict, judge_curve
 from lora_practice.report.picture import curves_png
-from lora_practice.report.points import held_out_points, logged_points
+from lora_practice.report.points import held_out_points, logged_points, passes_over_data
 from lora_practice.run import model_card
 from lora_practice.run.file_kinds import CARD, CURVES, FIRST_ROW_MARKS, REPORT_MARK, REPORT_PAGE
 from lora_practice.run.folder import PROOF, record_text, rewrite_card
@@ -56,7 +56,7 @@ def write_report(
         raise UserError(what, str(folder), text("用训练的输出文件夹", "name the output folder of a run"))
     for name in (REPORT_PAGE, CURVES):
         _check_written_by_report(folder / name)
-    curve = judge_curve(logged_points(record, "loss"), held_out_points(record))
+    curve = judge_curve(logged_points(record, "loss"), held_out_points(record), passes_over_data(record))
     record.update({"samples": samples} if samples else {}, curves=CURVES)
     picture = curves_png(record)
     manifest.write_atomically(folder / CURVES, picture)

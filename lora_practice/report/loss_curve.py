@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
-from lora_practice.console.text import text
+from lora_practice.console.text import counted, text
 from lora_practice.report.points import Point
 
 FEWEST = 8  # logged losses that a trend of the training loss needs
@@ -22,15 +22,20 @@ NEAR_ZERO = 0.2  # nats per token, a perplexity of 1.22: next to nothing is left
 class CurveVerdict:
     """The judgement of one curve.
 
-    kind: "too few", "broken", "diverges", "overfits", "worse", "unchanged", "better", "learnt", "falling" or "flat".
+    kind: "too few", "broken", "diverges", "overfits", "worse", "unchanged", "better", "learnt", "falling", "flat", or
+        "unread": level at the end, before the data was passed over once.
     step: the optimizer step where it happened ("broken", "diverges", "overfits" only).
     unseen: whether held-out losses decided; has_held_out: whether there were any.
+    passes: over the data ("unread" only).
+    all_steps: the number of steps, where each of them was logged ("too few" only).
     """
 
     kind: str
     step: Optional[int] = None
     unseen: bool = False
     has_held_out: bool = False
+    passes: Optional[float] = None
+    all_steps: Optional[int] = None
 
     @property
     def sentence(self) -> str:
@@ -40,6 +45,13 @@ class CurveVerdict:
             return self._learnt()
         if self.kind in ("falling", "flat") and self.has_held_out and not self.unseen:
             return self._better_with_trend()
+        if self.kind == "too few" and self.all_steps:
+            few = counted(self.all_steps, "step")
+            return text(
+                f"只有 {self.all_steps} 步，看不出趋势：训练久一些。", f"Only {few}: no trend to see. Train longer."
+            )
+        if self.kind == "unread":
+            return self._unread()
         subject = text("没见过的数据上，", "On unseen data ") if self.unseen else ""
         the_loss = subject + text("loss ", "the loss " if self.unseen else "The loss ")
         return {
@@ -103,6 +115,16 @@ class CurveVerdict:
             "little.",
         )
 
+    def _unread(self) -> str:
+        passes = f"{self.passes or 0.0:.2g}"
+        so_far_zh, so_far_en = "loss 到最后基本持平", "The loss was level at the end"
+        if self.has_held_out:
+            so_far_zh, so_far_en = "没见过的数据上变好了", "It got better on unseen data"
+        return text(
+            f"{so_far_zh}；数据只过了 {passes} 遍，可以多训练一些。",
+            f"{so_far_en}; that was {passes} passes over the data: it can train longer.",
+        )
+
     def _learnt(self) -> str:
         if self.unseen:
             return text(
@@ -119,13 +141,23 @@ class CurveVerdict:
         ) + ("" if self.has_held_out else advice)
 
 
-def judge_curve(losses: Sequence[Point], held_out: Sequence[Point] = ()) -> CurveVerdict:
+def judge_curve(
+    losses: Sequence[Point], held_out: Sequence[Point] = (), passes: Optional[float] = None
+) -> CurveVerdict:
     """Judge a curve.
 
     Args:
         losses: (step, training loss), each the mean over the steps since the point before.
         held_out: (step, loss on rows never trained on), measured on the same rows each time.
+        passes: over the data in these steps; None where it is not known.
     """
+    verdict = _judge(losses, held_out)
+    if verdict.kind == "flat" and passes is not None and round(passes, 2) < 1:
+        return replace(verdict, kind="unread", passes=passes)
+    return verdict
+
+
+def _judge(losses: Sequence[Point], held_out: Sequence[Point]) -> CurveVerdict:
     broken = [step for step, loss in [*losses, *held_out] if not math.isfinite(loss)]
     if broken:
         return CurveVerdict("broken", min(broken))
@@ -181,7 +213,10 @@ def _judge_training(losses: Sequence[Point], has_held_out: bool) -> CurveVerdict
     if rises_from is not None:
         return CurveVerdict("diverges", rises_from, has_held_out=has_held_out)
     if len(losses) < FEWEST:
-        return CurveVerdict("better" if has_held_out else "too few", None, has_held_out, has_held_out)
+        if has_held_out:
+            return CurveVerdict("better", None, True, True)
+        is_each_logged = bool(losses) and len(losses) == losses[-1][0]
+        return CurveVerdict("too few", all_steps=len(losses) if is_each_logged else None)
     values = [loss for _, loss in losses]
     deviation, window = _deviation(values), _window(len(values))
     means = [_mean(values[i : i + window]) for i in range(len(values) - window + 1)]

@@ -223,7 +223,7 @@ def _more_training(verdict: FolderVerdict, curve: CurveVerdict) -> list[tuple[st
     if curve.kind in ("diverges", "broken") and rate:
         lower = text("用三分之一的学习率重新训练", "train again with a third of the learning rate")
         return [(lower, f"{again} --learning_rate {rate / 3:.1g}")]
-    if curve.kind in ("falling", "unchanged") and epochs:
+    if curve.kind in ("falling", "unchanged", "unread") and epochs:
         longer = text("训练两倍的时间，看看会不会更好", "train twice as long, and see whether it gets better")
         flag = f"--max_steps {2 * steps}" if steps and steps > 0 else f"--num_train_epochs {2 * epochs:g}"
         return [(longer, f"{again} {flag}")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 Point = tuple[int, float]  # (optimizer step, value)
 
@@ -23,6 +24,18 @@ def logged_points(record: Mapping[str, Any], key: str) -> list[Point]:
     """(step, value) of everything that was logged under `key`, among the losses or the pace."""
     logged = [*(record.get("losses") or ()), *(record.get("pace") or ())]
     return [(int(one["step"]), float(one[key])) for one in logged if one.get(key) is not None]
+
+
+def passes_over_data(record: Mapping[str, Any]) -> Optional[float]:
+    """How often a run passed over its data; None where the record does not tell (packed rows are fewer than it has)."""
+    settings = record.get("settings") or {}
+    found = [settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")]
+    found += [record.get("steps"), (record.get("data") or {}).get("rows_trained")]
+    counts = [one for one in found if isinstance(one, int) and one > 0]
+    if settings.get("packing") or len(counts) < len(found):
+        return None
+    batch, micro_batches, steps, rows = counts
+    return steps / math.ceil(rows / (batch * micro_batches))
 
 
 def intervals(points: Sequence[Point]) -> list[tuple[int, int]]:

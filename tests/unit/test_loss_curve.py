@@ -9,7 +9,7 @@ import pytest
 
 from lora_practice.console.terminal import columns
 from lora_practice.report.loss_curve import FEWEST, CurveVerdict, judge_curve, smoothed
-from lora_practice.report.points import intervals
+from lora_practice.report.points import intervals, passes_over_data
 
 
 def curve(shape, count=60, noise=0.15, seed=0, every=10):
@@ -144,13 +144,48 @@ def test_few_points_are_not_judged():
     assert judge_curve([]).kind == judge_curve(curve(falling, FEWEST - 1)).kind == "too few"
 
 
+def test_where_each_step_was_logged_nobody_is_told_to_log_more_often():
+    each = judge_curve([(step, 3.0 - step / 10) for step in range(1, 5)])
+    assert each.kind == "too few" and each.sentence == "Only 4 steps: no trend to see. Train longer."
+    assert "--logging_steps 1" in judge_curve([(1, 3.0), (10, 2.0), (20, 1.9)]).sentence
+
+
+@pytest.mark.parametrize("held_out", [(), [(0, 2.0), (600, 1.6)], [(0, 2.0), (300, 1.6), (600, 1.6)]])
+def test_before_the_data_was_passed_over_once_more_training_is_not_said_to_bring_little(held_out):
+    assert judge_curve(curve(settled), held_out, passes=1.0).kind == "flat"
+    found = judge_curve(curve(settled), held_out, passes=0.21)
+    assert found.kind == "unread" and "0.21 passes over the data" in found.sentence and "little" not in found.sentence
+    assert found.sentence.startswith("It got better on unseen data" if held_out else "The loss was level")
+
+
+def test_passes_over_the_data_are_counted_in_whole_steps():
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "packing": False}
+    record = {"steps": 24, "settings": settings, "data": {"rows_trained": 900}}
+    assert passes_over_data(record) == pytest.approx(24 / 113)
+    assert passes_over_data({**record, "steps": 113}) == 1
+    for unknown in ({"settings": {**settings, "packing": True}}, {"data": {}}, {"steps": None}, {"settings": {}}):
+        assert passes_over_data({**record, **unknown}) is None
+
+
 def test_smoothing_keeps_a_straight_line_and_its_length():
     line = [float(i) for i in range(50)]
     assert smoothed(line)[10:40] == pytest.approx(line[10:40])
     assert len(smoothed(line)) == 50
 
 
-ALL = ("too few", "broken", "diverges", "overfits", "worse", "unchanged", "better", "learnt", "falling", "flat")
+ALL = (
+    "too few",
+    "broken",
+    "diverges",
+    "overfits",
+    "worse",
+    "unchanged",
+    "better",
+    "learnt",
+    "falling",
+    "flat",
+    "unread",
+)
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
