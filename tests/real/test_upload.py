@@ -77,6 +77,8 @@ def test_checkpoints_stay_here_unless_they_are_asked_for(hub, upload, flags):
 
 def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub, upload):
     done = upload("--dry-run", HF_TOKEN="", HF_REPO_ID="")
+    named = upload("--dry-run", "--repo-id", "somebody/my-lora", HF_TOKEN="")
+    assert "private repository somebody/my-lora (nothing was sent)" in named.stdout
     assert done.returncode == 0, done.stderr
     assert "adapter_model.safetensors" in done.stdout and "kB" in done.stdout and "private" in done.stdout
     assert done.stdout.splitlines()[-1].split()[1:] == ["kB", "checkpoint-2/", "--include", "checkpoint-2"]

@@ -18,7 +18,7 @@ from upload_harness import ROOT, make_adapter_folder
 from lora_practice.console.errors import UserError
 from lora_practice.export.hub.client import HubClient, redact
 from lora_practice.export.hub.package import pack_folder
-from lora_practice.export.hub.permissions import check_permission, resolve_repo_id
+from lora_practice.export.hub.permissions import check_permission, planned_repo_id, resolve_repo_id
 from lora_practice.export.hub.upload import differences, human_size, listing
 from lora_practice.sources.environment import check_token
 
@@ -52,6 +52,24 @@ def test_the_repository_comes_from_the_flag_then_the_id_then_user_and_name():
 def test_a_name_that_the_hub_would_refuse_is_refused_here(name):
     with pytest.raises(UserError, match="--repo_id"):
         resolve_repo_id(name, {})
+    if name:
+        with pytest.raises(UserError, match="--repo_id"):
+            planned_repo_id(name, {})  # the dry run says so already
+
+
+def test_a_dry_run_needs_no_repository():
+    assert planned_repo_id("", {}) == ""
+    assert planned_repo_id("", {"HF_USERNAME": "ann", "HF_REPO_NAME": "name"}) == "ann/name"
+
+
+@pytest.mark.parametrize(
+    ("lang", "words"), [("zh", "只能用英文字母、数字和 - _ ."), ("en", "letters of English, digits")]
+)
+def test_a_name_in_chinese_is_not_said_to_lack_its_owner(lang, words, monkeypatch):
+    monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
+    with pytest.raises(UserError) as refused:
+        resolve_repo_id("你的名字/仓库名", {})
+    assert words in refused.value.what and "作者/名字" not in str(refused.value)
 
 
 @pytest.mark.parametrize("token", ["", "sh0rt", TOKEN + "\n" + TOKEN, "令牌" * 9])

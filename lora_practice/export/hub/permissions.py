@@ -18,10 +18,7 @@ def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
     Raises:
         UserError: none is set, or the Hub takes no such name.
     """
-    user, name = env.get("HF_USERNAME", "").strip(), env.get("HF_REPO_NAME", "").strip()
-    chosen = given.strip() or env.get("HF_REPO_ID", "").strip() or name
-    if chosen and "/" not in chosen and user:
-        chosen = f"{user}/{chosen}"
+    chosen = _chosen_repo(given, env)
     example = text("例如 --repo_id 你的用户名/my-lora", "for example --repo_id your-name/my-lora")
     if not chosen:
         zh, en = "没有指定上传到哪个仓库", "no repository to upload to"
@@ -30,8 +27,22 @@ def resolve_repo_id(given: str, env: Mapping[str, str]) -> str:
     good = re.fullmatch(rf"{part}/(?:{part}|_[\w.-]*)", chosen, re.ASCII) and len(chosen) <= 96
     if not good or "--" in chosen or ".." in chosen or chosen.endswith(".git"):
         zh, en = f"不是 作者/名字 的形式：{chosen!r}", f"not of the form owner/name: {chosen!r}"
+        if re.fullmatch(r"[^/\s]+/[^/\s]+", chosen):
+            zh = f"仓库名只能用英文字母、数字和 - _ . ，不能有 -- 或 ..，最多 96 个字符：{chosen!r}"
+            en = f"the Hub takes letters of English, digits and - _ . (no -- or ..), 96 at most: {chosen!r}"
         raise UserError(text(zh, en), "--repo_id", example)
     return chosen
+
+
+def planned_repo_id(given: str, env: Mapping[str, str]) -> str:
+    """`resolve_repo_id`, but "" where no repository is named: a dry run needs none."""
+    return resolve_repo_id(given, env) if _chosen_repo(given, env) else ""
+
+
+def _chosen_repo(given: str, env: Mapping[str, str]) -> str:
+    user, name = env.get("HF_USERNAME", "").strip(), env.get("HF_REPO_NAME", "").strip()
+    chosen = given.strip() or env.get("HF_REPO_ID", "").strip() or name
+    return f"{user}/{chosen}" if chosen and "/" not in chosen and user else chosen
 
 
 def check_permission(identity: Mapping[str, Any], repo_id: str) -> None:

@@ -20,7 +20,12 @@ from lora_practice.console.terminal import aligned
 from lora_practice.console.text import tell, text, visible
 from lora_practice.export.hub.client import HubClient, configure_hub_library, plain_transfer
 from lora_practice.export.hub.package import UploadPackage, pack_folder
-from lora_practice.export.hub.permissions import check_connection_settings, check_permission, resolve_repo_id
+from lora_practice.export.hub.permissions import (
+    check_connection_settings,
+    check_permission,
+    planned_repo_id,
+    resolve_repo_id,
+)
 from lora_practice.export.hub.selection import LeftOut
 from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 from lora_practice.sources.environment import check_token, hub_endpoint, prepare_environment
@@ -86,7 +91,7 @@ def upload_folder(settings: UploadSettings) -> str:
     for note in package.notes:
         tell(note)
     if settings.dry_run:
-        print(listing(package, settings.public))
+        print(listing(package, settings.public, planned_repo_id(settings.repo_id, os.environ)))
         return ""
     if package.left_out:
         names = ", ".join(_one_line(name) for name, _ in _grouped(package.left_out))
@@ -192,13 +197,14 @@ def differences(package: UploadPackage, listed: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def listing(package: UploadPackage, public: bool) -> str:
-    """The dry run's table: sizes and names, their sum, then what is left out and how to send it."""
+def listing(package: UploadPackage, public: bool, repo_id: str = "") -> str:
+    """The dry run's table: sizes and names, their sum and where they would go, what is left out and how to send it."""
     rows = [f"{human_size(file.size):>10}  {_one_line(file.name)}" for file in package.files]
     kind = text("公开", "public") if public else text("私有", "private")
     count, size = len(rows), human_size(package.size)
-    zh = f"共 {count} 个文件，{size}，{kind}仓库（只是列出，没有上传）"
-    rows.append(text(zh, f"{count} files, {size}, {kind} repository (nothing was sent)"))
+    place = repo_id and f" {repo_id}"
+    zh = f"共 {count} 个文件，{size}，{kind}仓库{place}（只是列出，没有上传）"
+    rows.append(text(zh, f"{count} files, {size}, {kind} repository{place} (nothing was sent)"))
     if package.left_out:
         rows += ["", text("默认不上传；要上传就加上右边的选项：", "left out; to send them too, add:")]
         rows += aligned(
