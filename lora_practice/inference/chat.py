@@ -17,6 +17,7 @@ from lora_practice.inference.samples import piped, print_answer, system_messages
 from lora_practice.sources.embedded import cache_dir
 from lora_practice.storage.json_files import parse_object
 
+SAVED = "chat.jsonl"  # where /save writes without a name
 COMMANDS = (  # each: command (zh), command (en), what it does (zh), what it does (en)
     ("/help", "/help", "显示这些说明", "show these lines"),
     ("/reset", "/reset", "清空对话历史，重新开始", "forget the conversation and start over"),
@@ -35,8 +36,8 @@ COMMANDS = (  # each: command (zh), command (en), what it does (zh), what it doe
     (
         "/save 文件名",
         "/save FILE",
-        "把对话存为一行训练数据（JSONL）；可以追加",
-        "save the conversation as a row of training data",
+        f"把对话存为一行训练数据，可以追加；不写文件名就存到 {SAVED}",
+        f"save the conversation as a row of training data; without FILE in {SAVED}",
     ),
     ("/exit", "/exit", "退出，也可以按 Ctrl-D", "leave; so does Ctrl-D"),
 )
@@ -120,11 +121,13 @@ class Chat:
         tell(text(zh, en))
 
     def _save(self, name: str) -> None:
-        if not name:
-            raise UserError(text("存到哪个文件？/save 文件名.jsonl", "where to? /save name.jsonl"))
         if self.messages == system_messages(self.system):
             raise UserError(text("还没有对话", "there is no conversation yet"))
-        file = Path(name).expanduser()
+        file = Path(name or SAVED).expanduser()
+        if (
+            file.suffix.lower() not in (".jsonl", ".ndjson") and not file.is_dir()
+        ):  # by which --dataset_path knows such a file
+            file = file.with_name(f"{file.name}.jsonl")
         rows = append_conversation(file, self.messages)
         zh, en = f"已存到 {file}（第 {rows} 行", f"saved to {file} (row {rows}"
         tell(text(f"{zh}；可以用作 --dataset_path）", f"{en}; it can serve as --dataset_path)"))

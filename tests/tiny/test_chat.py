@@ -112,6 +112,21 @@ def test_saved_conversations_are_training_data_a_row_each(chat, capsys, tmp_path
     assert file.read_bytes().startswith(first)
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("", "chat.jsonl"), (" mine", "mine.jsonl"), (" a.txt", "a.txt.jsonl"), (" A.JSONL", "A.JSONL")],
+)
+def test_what_is_saved_has_a_name_that_the_training_takes(chat, capsys, tmp_path, words, name):
+    from lora_practice.data.conversations import read_file
+
+    chat.handle("hello")
+    chat.messages[-1]["content"] = "fine"
+    chat.handle(f"/save{words}")
+    assert f"saved to {name} (row 1; it can serve as --dataset_path)" in capsys.readouterr().err
+    (row,) = read_file(tmp_path / name)
+    assert list(row.messages) == chat.messages
+
+
 @pytest.mark.parametrize("content", ["my notes\n", '{"prompt": "a", "completion": "b"}\n', "[]\n", "\xff\n"])
 def test_a_file_of_another_kind_is_not_saved_to(chat, capsys, tmp_path, content):
     file = tmp_path / "notes.jsonl"
@@ -127,7 +142,7 @@ def test_a_file_of_another_kind_is_not_saved_to(chat, capsys, tmp_path, content)
     ("words", "said"),
     [
         ("/adapter", "/adapter off or /adapter on"),
-        ("/save", "where to?"),
+        ("/save .", "Is a directory"),
         ("/save no/such/folder/x.jsonl", "No such file or directory"),
         ("/rset", "no such command: /rset"),
         ("long " * 3000, "tokens; the model takes"),
