@@ -40,9 +40,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
+        if self.details:  # each with a cure of its own: that of the whole is the last line
+            return "\n".join([f"{place}{self.what}", *(f"  {one}" for one in self.details), *filter(None, [self.fix])])
         cure = f" {text('→', '->')} {self.fix}" if self.fix else ""
-        below = "".join(f"\n  {one}" for one in self.details) + "\n" if self.details else ""
-        return f"{place}{self.what}{below}{cure}"
+        return f"{place}{self.what}{cure}"
 
 
 def reason_of(error: BaseException) -> str:

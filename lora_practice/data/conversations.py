@@ -12,10 +12,11 @@ Each of them but `text` may carry `system` (text) and, for pairs, `history` ([[u
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from lora_practice.console.text import text
 from lora_practice.data.bad_row import BadRow
@@ -38,6 +39,7 @@ PAIRS = (
     ("question", "answer"),
     ("query", "response"),
 )
+KNOWN_KEYS = {"messages", "conversations", "text", *(key for pair in PAIRS for key in pair)}
 SHAPES = "messages | conversations | " + " | ".join(f"{ask} + {answer}" for ask, answer in PAIRS) + " | text"
 
 
@@ -151,12 +153,27 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
                 return ask, answer
         if "text" in present:
             return "text", ""
+    keys = [str(key)[:30] for key in list(row)[:8]]
+    fix = text(f"改成其中一种：{SHAPES}", f"use one of: {SHAPES}")
+    if misspelt := _misspelt(keys):
+        wrong, right = misspelt
+        fix = text(f"{wrong!r} 是不是 {right!r}？把它改过来", f"did you mean {right!r} by {wrong!r}? rename it")
     raise bad_row(
         text("无法识别这一行的格式", "no known shape of row"),
-        text(f"改成其中一种：{SHAPES}", f"use one of: {SHAPES}"),
-        text("这一行的键：", "its keys are ")
-        + (", ".join(repr(str(key)[:30]) for key in list(row)[:8]) or text("（没有）", "(none)")),
+        fix,
+        text("这一行的键：", "its keys are ") + (", ".join(map(repr, keys)) or text("（没有）", "(none)")),
     )
+
+
+def _misspelt(keys: Sequence[str]) -> Optional[tuple[str, str]]:
+    """(a key, the known key that it is nearly) where that one would complete the row; None if there is none."""
+    lowered = {key.strip().lower(): key for key in keys}
+    unknown = [low for low, key in lowered.items() if key not in KNOWN_KEYS]
+    wanted = [key for pair in PAIRS for key, other in (pair, pair[::-1]) if other in lowered]
+    for known in [*wanted, "messages", "conversations", "text"]:
+        if near := difflib.get_close_matches(known, unknown, n=1, cutoff=0.8):
+            return lowered[near[0]], known
+    return None
 
 
 def _pair(row: Mapping[str, Any], ask: str, answer: str) -> list[Message]:

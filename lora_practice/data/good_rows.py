@@ -95,8 +95,8 @@ def _refusal(tally: Tally, where: str) -> UserError:
     return UserError(
         text(f"读到 {total} 行，其中坏行 {tally.bad} 行：", f"{counted(tally.bad, 'bad row')} among the {total} read:"),
         where,
-        text("修正它们，或加 --skip_bad_rows 跳过", "mend them, or leave them out with --skip_bad_rows")
+        text("改好这些行，或加 --skip_bad_rows 跳过", "mend these rows, or leave them out with --skip_bad_rows")
         if tally.good
-        else text("没有一行可用：请先修正它们", "not one row can be used: mend them (--skip_bad_rows cannot help)"),
+        else text("没有一行可用：先改好这些行", "not one row can be used: mend these (--skip_bad_rows cannot help)"),
         shown,
     )

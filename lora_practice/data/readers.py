@@ -18,7 +18,7 @@ from lora_practice.console.text import text
 from lora_practice.data.bad_row import BLANK, MAX_ROW, BadRow, Lines, Located, RowTooLong, too_long
 from lora_practice.data.encoding import detect_encoding
 from lora_practice.data.json_reader import json_rows
-from lora_practice.sources.find import DATA_SUFFIXES
+from lora_practice.sources.find import DATA_SUFFIXES, no_such_data_file
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,7 @@ def open_rows(path: str | Path, check_columns: Optional[Callable[[Sequence[str]]
                 text(f"指定其中一个文件（{accepted}）", f"name one file inside it ({accepted})"),
             )
         if not path.exists():
-            raise UserError(
-                text("找不到数据文件", "no such data file"),
-                str(path),
-                text("检查路径是否写对", "check the spelling of the path"),
-            )
+            raise no_such_data_file(str(path))
         if path.suffix.lower() not in DATA_SUFFIXES:
             raise UserError(
                 text(f"不支持的文件类型 {path.suffix!r}", f"unknown kind of file {path.suffix!r}"),

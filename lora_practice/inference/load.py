@@ -133,7 +133,10 @@ def _local_folder(model_dir: str) -> Path:
         raise UserError(
             text("没有这个文件夹", "no such folder"),
             where=model_dir,
-            fix=text("先训练：python fine_tuning_practice.py", "train first: python fine_tuning_practice.py"),
+            fix=text(
+                "检查路径；还没训练过就先训练：python fine_tuning_practice.py",
+                "check the path, or train first: python fine_tuning_practice.py",
+            ),
         )
     return fetch_repository(model_dir)
 

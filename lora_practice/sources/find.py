@@ -197,7 +197,17 @@ def find_template(name: str) -> Path:
         if name == embedded.MODEL_HUB_ID:
             return embedded.model_dir()
         raise _unreachable(name, "--chat_template_path")
-    raise UserError(text("没有这个聊天模板", "no such chat template"), where=f"--chat_template_path {name}")
+    raise UserError(
+        text("没有这个聊天模板", "no such chat template"),
+        where=f"--chat_template_path {name}",
+        fix=text("检查路径，或写 Hub 上的名字（作者/模型）", "check the path, or give a Hub name (owner/model)"),
+    )
+
+
+def no_such_data_file(path: str) -> UserError:
+    """The error for a path to data where no file is."""
+    fix = text("检查路径；Hub 上的数据集写 作者/名字", "check the path; a Hub data set is owner/name")
+    return UserError(text("没有这个数据文件", "no such data file"), where=path, fix=fix)
 
 
 def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> Source:
@@ -207,11 +217,7 @@ def find_dataset(path: str, is_default: bool, want_embedded: bool = False) -> So
     file = expand_home(path)
     if file.exists() or file.suffix.lower() in DATA_SUFFIXES or not is_hub_id(path):
         if not file.exists():
-            raise UserError(
-                text("没有这个数据文件", "no such data file"),
-                where=path,
-                fix=text("检查路径；Hub 上的数据集写 作者/名字", "check the path; a Hub data set is owner/name"),
-            )
+            raise no_such_data_file(path)
         return Source("file", file.name, file)
     if hub_is_reachable() or not is_default:
         return Source("hub", path, None, path)

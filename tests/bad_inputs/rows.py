@@ -49,6 +49,9 @@ BAD_LINES = [  # (one line of JSONL, a part of the English complaint)
     ('{"foo": 1, "bar": 2}', "'foo', 'bar'"),
     ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "no known shape"),
     ('{"instruction": "a"}', "no known shape"),
+    ('{"instruction": "a", "ouput": "b"}', "did you mean 'output' by 'ouput'?"),
+    ('{"Question": "a", "Answer": "b"}', "did you mean 'answer' by 'Answer'?"),
+    ('{"mesages": []}', "did you mean 'messages' by 'mesages'?"),
     ('{"output": "a"}', "no known shape"),
     ('{"Text": "a"}', "'Text'"),
 ]

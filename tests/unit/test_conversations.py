@@ -86,6 +86,7 @@ def test_bad_rows_are_told_together_with_a_count_and_the_flag(monkeypatch: pytes
     said = str(caught.value)
     assert said.count("\n  hub/set:row ") == 5 and "hub/set:row 1: nothing to learn from" in said
     assert "8 bad rows among the 12 read" in said and "and 3 more" in said and "--skip_bad_rows" in said
+    assert said.splitlines()[-1] == "mend these rows, or leave them out with --skip_bad_rows"  # each has its own arrow
 
 
 def test_skipped_rows_are_counted_by_cause_never_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
