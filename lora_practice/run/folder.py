@@ -106,7 +106,7 @@ class OutputFolder:
                 own_files.check_all_known(own_files.unknown_files(path, record), path)
             return cls(path, old=lock.folder_identity(path))
         if record.get("status") == "finished":
-            raise _finished_error(path, record)
+            raise _finished_error(path, record, resume)
         if not resume:
             raise _unfinished_error(path, checkpoints(path))
         check_same_settings(path, record, settings)
@@ -339,17 +339,20 @@ def _nothing_to_resume_error(path: Path) -> UserError:
     )
 
 
-def _finished_error(path: Path, record: dict[str, Any]) -> UserError:
+def _finished_error(path: Path, record: dict[str, Any], resume: bool) -> UserError:
     """The error for a folder that holds a finished run, without --overwrite."""
     when, steps = record.get("finished_at", "?"), record.get("steps", "?")
-    return UserError(
-        text(f"这里已有训练完成的结果（{when}，{steps} 步）", f"a finished run is here ({when}, {steps} steps)"),
-        where=str(path),
-        fix=text(
-            "要保留它：换一个 --output_dir；要覆盖它：--overwrite",
-            "to keep it, choose another --output_dir; to replace it, --overwrite",
-        ),
+    fix = text(
+        "要保留它：换一个 --output_dir；要覆盖它：--overwrite",
+        "to keep it, choose another --output_dir; to replace it, --overwrite",
     )
+    if resume:
+        fix = text(
+            "它不用继续；要继续别的训练，用 --output_dir 指定它的文件夹",
+            "nothing is left to go on with; to resume another run, name its folder with --output_dir",
+        )
+    what = text(f"这里已有训练完成的结果（{when}，{steps} 步）", f"a finished run is here ({when}, {steps} steps)")
+    return UserError(what, where=str(path), fix=fix)
 
 
 def _unfinished_error(path: Path, checkpoints: list[Path]) -> UserError:

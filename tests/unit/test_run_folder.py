@@ -105,7 +105,8 @@ def test_a_finished_run_is_named_and_kept(tmp_path: Path) -> None:
     for options in ({}, {"resume": True}):
         line = refusal(tmp_path / "run", **options)
         assert "a finished run is here (2024-05-06 07:08, 7 steps)" in line
-        assert "--overwrite" in line
+        assert ("--overwrite" in line) == (not options)  # who wants to go on is not led to delete it
+        assert "--output_dir" in line
 
 
 def test_an_unfinished_run_offers_resume(tmp_path: Path) -> None:
