@@ -24,6 +24,8 @@ from lora_practice.storage.disk import staging
 from lora_practice.storage.lock import free_name_beside
 from lora_practice.storage.safetensors_header import stored_dtype
 
+ROUNDING = 0.5  # the largest difference of a logit that rounding to 16 bits explains; measured: docs/export.md
+
 
 def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
     """Write DIR/merged/ from the finished adapter in DIR; no training is needed.
@@ -76,17 +78,26 @@ def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
 
 
 def merge_sentence(target: Path, difference: float) -> str:
-    """The result of `merge_adapter` in a sentence."""
+    """The result of `merge_adapter` in a sentence, with the reason for the difference where there is a harmless one."""
+    why_zh, why_en = "", ""
+    if difference <= ROUNDING and stored_dtype(target) in ("float16", "bfloat16"):
+        why_zh, why_en = "：权重舍入到 16 位造成的，正常", ": rounding to 16 bits, as expected"
     return text(
-        f"合并好的模型在 {target}/（与适配器的 logits 最多差 {difference:.4f}）",
-        f"the merged model is in {target}/ (its logits differ from the adapter's by {difference:.4f} at most)",
+        f"合并好的模型在 {target}/（与适配器的 logits 最多差 {difference:.4f}{why_zh}）",
+        f"the merged model is in {target}/ (its logits differ from the adapter's by {difference:.4f} at most{why_en})",
     )
+
+
+def merged_next(target: Path) -> str:
+    """The next command after a merge."""
+    return text("下一步，和它聊聊：", "next, talk to it:") + f"\n  lora-practice chat {shlex.quote(str(target))}"
 
 
 def check_has_adapter(folder: Path) -> None:
     """UserError if there is no adapter in `folder`."""
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(text("这里没有适配器", "no adapter here"), where=str(folder))
+        fix = text("检查路径，或先训练：lora-practice train", "check the path, or train first: lora-practice train")
+        raise UserError(text("这里没有适配器", "no adapter here"), where=str(folder), fix=fix)
 
 
 def move_into_place(written: Path, target: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from lora_practice.console.errors import UserError
-from lora_practice.console.text import tell, text
+from lora_practice.console.text import counted, tell, text
 from lora_practice.data.chat_template import render, token_ids_of
 from lora_practice.export import llama_cpp
+from lora_practice.export.merge import ROUNDING
 from lora_practice.inference.chat_model import as_chat_model, decoder_of
 from lora_practice.inference.load import find_base, folder_source, tokenizer_for, with_adapter
 from lora_practice.model.load import load_base
@@ -24,7 +25,7 @@ from lora_practice.run.folder import PROOF, rewrite_card
 GREEDY, LONGEST = 16, 256  # tokens that must agree; tokens in which an answer should end
 # Largest difference of a log-probability, in nats, by what rounds it. merged/ rounds W + (alpha/r) B A to the base's 16
 # bits: what is below half a unit in the last place of W vanishes. Measured: docs/export.md.
-BOUNDS = {MERGED: 0.5, "f16": 0.55, "q8_0": 2.75, ADAPTER_GGUF: 0.3}
+BOUNDS = {MERGED: ROUNDING, "f16": 0.55, "q8_0": 2.75, ADAPTER_GGUF: 0.3}
 BEGIN, END = PROOF
 _ASK = {"role": "user", "content": "What is the capital of France?"}
 PROMPTS: tuple[list[dict[str, str]], ...] = (
@@ -177,9 +178,18 @@ def result_table(results: Sequence[FormResult]) -> str:
         f"parity check ({count} prompts): same first {GREEDY} tokens, largest logit difference,\n"
         f"answers that end within {LONGEST} tokens",
     )
-    unchecked = _unchecked(results)
-    note = text(f"（{unchecked} 种没有检查）", f" ({unchecked} not checked)") if unchecked else ""
-    return "\n".join([head, *rows, overall_verdict(results) + note])
+    return "\n".join([head, *rows, _last_line(results)])
+
+
+def _last_line(results: Sequence[FormResult]) -> str:
+    """The verdict; where forms were not checked, on which ones it is, how many were not, and why."""
+    verdict, skipped = overall_verdict(results), [result for result in results if result.skipped]
+    if not skipped:
+        return verdict
+    checked = text("、", ", ").join(result.form for result in results[1:] if not result.skipped)
+    said = f"{checked} {verdict}" if checked and verdict == "PASS" else verdict
+    forms = text(f"；{len(skipped)} 种 GGUF ", f"; {counted(len(skipped), 'GGUF form')} ")
+    return said + forms + skipped[0].skipped
 
 
 def overall_verdict(results: Sequence[FormResult]) -> str:

@@ -79,7 +79,8 @@ def test_merging_needs_no_second_training_and_is_not_done_twice(copied, tmp_path
     shutil.rmtree(copied / "merged")
     command = ("-m", "lora_practice.cli", "merge", "copy")
     done = succeeded(run(tmp_path, *command))
-    assert "copy/merged/" in done.stderr
+    assert "copy/merged/" in done.stderr and "rounding to 16 bits, as expected" in done.stderr
+    assert done.stderr.rstrip().endswith("\n  lora-practice chat copy/merged")  # what to do next
     one, two = (load_file(place / "merged" / "model.safetensors") for place in (copied, trained.folder))
     assert all(one[name].equal(two[name]) for name in two)
     refused(run(tmp_path, *command), "already merged", "to use it: lora-practice chat", "merged")

@@ -106,6 +106,17 @@ def test_an_earlier_export_is_replaced_only_when_asked(run, monkeypatch):
     assert unknown_in(run / "gguf") == unknown_in(run / "merged") == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "difference", "said"), [("float16", 0.0484, True), ("bfloat16", 0.6, False), ("float32", 0.0, False)]
+)
+def test_a_difference_that_rounding_explains_is_said_to_be_harmless(tmp_path, dtype, difference, said):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(2, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors")
+    sentence = merge.merge_sentence(tmp_path, difference)
+    assert f"{difference:.4f}" in sentence and ("rounding to 16 bits, as expected" in sentence) == said
+
+
 def test_an_earlier_merge_is_replaced_only_when_asked_and_only_by_a_whole_one(run, monkeypatch):
     merge.merge_adapter(run)
     before = (run / "merged" / "model.safetensors").read_bytes()
@@ -214,7 +225,13 @@ def test_a_merge_that_lost_the_adapter_fails(run, monkeypatch):
 def test_a_pass_says_how_many_forms_were_not_checked(tmp_path, skipped, said):
     lines = [parity.FormResult("adapter (PEFT)", 0.0, ended=4, same_tokens=4)]
     lines.append(parity.FormResult("merged-f16.gguf", 0.3, ended=4, same_tokens=4, skipped=skipped))
-    assert parity.result_table(lines).splitlines()[-1] == said
+    assert parity.result_table(lines).splitlines()[-1] == ("PASS; 1 GGUF form not here" if skipped else "PASS")
+    lines.insert(1, parity.FormResult("merged/", 0.5, ended=4, same_tokens=4))
+    last = parity.result_table(lines).splitlines()[-1]
+    assert last == ("merged/ PASS; 1 GGUF form not here" if skipped else "PASS")  # no GGUF is said to pass unchecked
+    lines[1].faults.append("logits too far off")
+    assert parity.result_table(lines).splitlines()[-1].startswith("FAIL")
+    del lines[1]
     (tmp_path / "README.md").write_text("# out\n", "utf-8")
     parity.write_to_card(tmp_path, lines, "peft 1")
     assert f"## Exported forms: {said}\n" in (tmp_path / "README.md").read_text("utf-8")
