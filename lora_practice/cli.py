@@ -152,8 +152,8 @@ def check_data(
 
 
 @command(
-    "和训练好的模型聊天（选项同 inference.py）",
-    "chat with the trained model (options of inference.py)",
+    "回答一个问题，或逐行回答管道里的问题（选项同 inference.py）",
+    "answer a question, or each line of a pipe (options of inference.py)",
     _inference_settings,
 )
 def infer(ctx: typer.Context) -> None:
@@ -175,7 +175,8 @@ def merge(folder: Folder = DEFAULT_FOLDER, overwrite: OverwriteMerged = False) -
     prepare_environment()
     from lora_practice.export import merge as export_merge
 
-    tell(export_merge.merge_sentence(*export_merge.merge_adapter(folder, overwrite)))
+    target, difference = export_merge.merge_adapter(folder, overwrite)
+    tell(export_merge.merge_sentence(target, difference) + "\n" + export_merge.merged_next(target))
 
 
 @command(
@@ -214,7 +215,8 @@ def report(folder: Folder = DEFAULT_FOLDER, answers: Answers = False) -> None:
         samples = compare.samples(str(folder), _machine())
     page, sentence = write_report(folder, reasons(TrainSettings), samples)
     tell(sentence)
-    print(page)
+    if not sys.stdout.isatty():  # for a program; a person has the command that opens it
+        print(page)
 
 
 def _machine() -> Any:

@@ -15,7 +15,7 @@ from lora_practice.report.adapter_stats import AdapterStats
 from lora_practice.report.base_weights import base_matrices, matrix_of
 from lora_practice.report.files import FolderEntry
 from lora_practice.run.file_kinds import CARD, CHECKPOINT_MANIFEST
-from lora_practice.run.folder import checkpoints
+from lora_practice.run.folder import DEFAULT_OUTPUT_DIR, checkpoints
 from lora_practice.run.resume import another_base
 from lora_practice.sources import embedded
 from lora_practice.sources.find import Source
@@ -59,12 +59,13 @@ def check_folder(folder: Path) -> FolderVerdict:
     Raises:
         UserError: there is no such folder, or nothing that a run leaves is in it.
     """
+    fix = text("检查路径；训练结果默认在 ", "check the path; by default a run is in ") + DEFAULT_OUTPUT_DIR
     if not folder.is_dir():
-        raise UserError(text("没有这个文件夹", "no such folder"), str(folder))
+        raise UserError(text("没有这个文件夹", "no such folder"), str(folder), fix)
     record = read_record(folder) or {}
     entries = files.list_entries(folder, record if not folder.name.startswith("checkpoint-") else None)
     if not any(entry.kind for entry in entries):
-        raise UserError(text("这里没有训练写出的文件", "nothing that a run writes is here"), str(folder))
+        raise UserError(text("这里没有训练写出的文件", "nothing that a run writes is here"), str(folder), fix)
     findings = [f"{entry.name}: {entry.fault}" for entry in entries if entry.fault]
     config: dict[str, Any] = {}
     adapter: Optional[AdapterStats] = None
@@ -239,7 +240,8 @@ def _sharing_use(
     on_hub = adapter_config.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")
     if config and not on_hub:
         return Use(False, text("底座不在 Hub 上，别人没有", "its base is not on the Hub: nobody else has it"))
-    return Use(True, f"lora-practice upload --local_dir {folder} --repo_id …")
+    place = "" if str(folder) == DEFAULT_OUTPUT_DIR else f"--local_dir {folder} "  # which `upload` takes by itself
+    return Use(True, f"lora-practice upload {place}--repo_id …")
 
 
 def _resuming_use(folder: Path, record: Mapping[str, Any]) -> Use:

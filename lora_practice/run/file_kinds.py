@@ -190,8 +190,8 @@ FILE_KINDS = (
     ),
     FileKind(
         ("checkpoint-*/",),
-        "检查点：第 N 步的全部状态",
-        "a checkpoint: the whole state after N steps",
+        "检查点：训练到这一步的全部状态",
+        "a checkpoint: the whole state after that step",
         "--resume；训练完成后可删",
         "--resume; not needed after the run",
         ("resuming",),

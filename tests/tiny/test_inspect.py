@@ -20,6 +20,7 @@ from lora_practice.report.base_weights import relative_changes
 from lora_practice.report.checks import Use, check_folder
 from lora_practice.report.folder_text import verdict_as_json, verdict_lines
 from lora_practice.run.file_kinds import file_kind
+from lora_practice.run.folder import DEFAULT_OUTPUT_DIR
 from lora_practice.storage import manifest, signature
 
 
@@ -201,6 +202,22 @@ def test_what_is_missing_and_what_is_damaged_are_told_apart_and_no_name_is_split
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_default_folder_needs_no_flag_to_be_uploaded(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    edit("run_record.json", lambda record: record["model"].update(hub_id="ann/base"))(folder)
+    assert check_folder(folder).uses["sharing"].why == f"lora-practice upload --local_dir {folder} --repo_id …"
+    (tmp_path / DEFAULT_OUTPUT_DIR).parent.mkdir()
+    folder.rename(tmp_path / DEFAULT_OUTPUT_DIR)
+    assert check_folder(Path(DEFAULT_OUTPUT_DIR)).uses["sharing"].why == "lora-practice upload --repo_id …"
+
+
+def test_a_folder_that_is_not_there_comes_with_a_remedy(tmp_path):
+    with pytest.raises(
+        UserError, match=f"no such folder -> check the path; by default a run is in {DEFAULT_OUTPUT_DIR}"
+    ):
+        check_folder(tmp_path / "nope")
+
+
 def test_every_line_fits_eighty_columns_in_both_languages(folder, language, monkeypatch):
     monkeypatch.setenv("LORA_PRACTICE_LANG", language)
     monkeypatch.chdir(folder.parent)
