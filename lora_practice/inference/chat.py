@@ -37,7 +37,7 @@ COMMANDS = (  # each: command (zh), command (en), what it does (zh), what it doe
         "/save 文件名",
         "/save FILE",
         f"把对话存为一行训练数据，可以追加；不写文件名就存到 {SAVED}",
-        f"save the conversation as a row of training data; without FILE in {SAVED}",
+        f"save the conversation as training data ({SAVED} if no FILE)",
     ),
     ("/exit", "/exit", "退出，也可以按 Ctrl-D", "leave; so does Ctrl-D"),
 )

@@ -45,20 +45,13 @@ class CurveVerdict:
             return self._learnt()
         if self.kind in ("falling", "flat") and self.has_held_out and not self.unseen:
             return self._better_with_trend()
-        if self.kind == "too few" and self.all_steps:
-            few = counted(self.all_steps, "step")
-            return text(
-                f"只有 {self.all_steps} 步，看不出趋势：训练久一些。", f"Only {few}: no trend to see. Train longer."
-            )
+        if self.kind == "too few":
+            return self._too_few()
         if self.kind == "unread":
             return self._unread()
         subject = text("没见过的数据上，", "On unseen data ") if self.unseen else ""
         the_loss = subject + text("loss ", "the loss " if self.unseen else "The loss ")
         return {
-            "too few": text(
-                "记录的点太少，看不出趋势：加 --logging_steps 1 每一步都记录，或者训练久一些。",
-                "Too few points to see a trend: log more often (--logging_steps 1), or train longer.",
-            ),
             "broken": text(
                 f"第 {n} 步的 loss 不再是有效的数字，训练失败。把 learning_rate 调到三分之一，或者换一种精度再试。",
                 f"At step {n} the loss stopped being a number: the run failed. Divide learning_rate by 3, or change "
@@ -115,6 +108,19 @@ class CurveVerdict:
             "little.",
         )
 
+    def _too_few(self) -> str:
+        if self.all_steps:
+            few = counted(self.all_steps, "step")
+            zh, en = (
+                f"只有 {self.all_steps} 步，看不出趋势：训练久一些。",
+                f"Only {few}: no trend to see. Train longer.",
+            )
+            return text(zh, en)
+        return text(
+            "记录的点太少，看不出趋势：加 --logging_steps 1 每一步都记录，或者训练久一些。",
+            "Too few points to see a trend: log more often (--logging_steps 1), or train longer.",
+        )
+
     def _unread(self) -> str:
         passes = f"{self.passes or 0.0:.2g}"
         so_far_zh, so_far_en = "loss 到最后基本持平", "The loss was level at the end"
@@ -122,7 +128,7 @@ class CurveVerdict:
             so_far_zh, so_far_en = "没见过的数据上变好了", "It got better on unseen data"
         return text(
             f"{so_far_zh}；数据只过了 {passes} 遍，可以多训练一些。",
-            f"{so_far_en}; that was {passes} passes over the data: it can train longer.",
+            f"{so_far_en} after only {passes} passes over the data: more training may well help.",
         )
 
     def _learnt(self) -> str:

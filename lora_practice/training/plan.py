@@ -22,7 +22,7 @@ from lora_practice.sources.find import Source
 from lora_practice.training.settings import TrainingSettings
 from lora_practice.training.trainer import PracticeTrainer
 
-CHECKPOINT_BYTES_PER_SECOND = 60e6  # written, hashed and flushed
+CHECKPOINT_BYTES_PER_SECOND = 60e6  # roughly, on two cores: serialized, hashed, flushed to the disk
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def many_checkpoints(plan: Estimate, trainer: PracticeTrainer) -> str:
         return ""
     by_epoch = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) == "epoch"
     steps, size = int(trainer.args.save_steps), number * plan.checkpoint_mb
-    often = text("每个 epoch", "each epoch") if by_epoch else text(f"每 {steps} 步", f"every {counted(steps, 'step')}")
+    often = text("每个 epoch ", "each epoch") if by_epoch else text(f"每 {steps} 步", f"every {counted(steps, 'step')}")
     return text(
         f"{often}存一个检查点，共 {number} 个，约 {size} MB；可以加 --save_total_limit 2",
         f"a checkpoint {often}, {number} in all, about {size} MB; --save_total_limit 2 keeps fewer",

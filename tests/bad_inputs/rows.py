@@ -50,7 +50,7 @@ BAD_LINES = [  # (one line of JSONL, a part of the English complaint)
     ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "no known shape"),
     ('{"instruction": "a"}', "no known shape"),
     ('{"instruction": "a", "ouput": "b"}', "did you mean 'output' by 'ouput'?"),
-    ('{"Question": "a", "Answer": "b"}', "did you mean 'answer' by 'Answer'?"),
+    ('{"Question": "a", "Answer": "b"}', "did you mean 'question' by 'Question'?"),
     ('{"mesages": []}', "did you mean 'messages' by 'mesages'?"),
     ('{"output": "a"}', "no known shape"),
     ('{"Text": "a"}', "'Text'"),

@@ -201,10 +201,10 @@ def test_what_is_missing_and_what_is_damaged_are_told_apart_and_no_name_is_split
     assert words[1] == "adapter_config.json; damaged: adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
 def test_the_default_folder_needs_no_flag_to_be_uploaded(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    edit("run_record.json", lambda record: record["model"].update(hub_id="ann/base"))(folder)
+    model = json.loads((folder / "run_record.json").read_text("utf-8"))["model"]
+    edit("run_record.json", model={**model, "hub_id": "ann/base"})(folder)
     assert check_folder(folder).uses["sharing"].why == f"lora-practice upload --local_dir {folder} --repo_id …"
     (tmp_path / DEFAULT_OUTPUT_DIR).parent.mkdir()
     folder.rename(tmp_path / DEFAULT_OUTPUT_DIR)
@@ -218,6 +218,7 @@ def test_a_folder_that_is_not_there_comes_with_a_remedy(tmp_path):
         check_folder(tmp_path / "nope")
 
 
+@pytest.mark.parametrize("language", ["zh", "en"])
 def test_every_line_fits_eighty_columns_in_both_languages(folder, language, monkeypatch):
     monkeypatch.setenv("LORA_PRACTICE_LANG", language)
     monkeypatch.chdir(folder.parent)
