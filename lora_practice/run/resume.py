@@ -84,8 +84,9 @@ def _check_outward(now: Mapping[str, Any], before: Mapping[str, Any], again: lis
     named = ", ".join(f"--{name} {str(before[name])[:80]}" for name in found)
     raise UserError(
         text(
-            f"这份训练记录不是你在这台机器上写的，其中指向外部的参数没有采用：{named}",
-            f"not written by you on this machine, so what leads out of the folder is not taken from it: {named}",
+            f"认不出这份训练记录是你在这台机器上写的（也可能是旧版本写的），其中指向外部的参数没有采用：{named}",
+            "not known to be written by you on this machine (it may be an earlier version's), "
+            f"so what leads out of the folder is not taken from it: {named}",
         ),
         where=f"{now['output_dir']}/{RECORD}",
         fix=text(

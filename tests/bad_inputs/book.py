@@ -148,6 +148,10 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "this link leads nowhere": (lambda place: link("new", "gone")(place.path), TRAIN),
     "this folder holds other files; nothing is written to it": (nothing, (*TRAIN, "--output_dir", "base")),
     "a finished run is here": (nothing, (*TRAIN, "--output_dir", "out")),
+    "it holds files that we did not write, which --overwrite does not delete": (
+        out(write("notes.txt", b"mine")),
+        (*TRAIN, "--output_dir", "out", "--overwrite"),
+    ),
     "an unfinished run is here": (out(stop), (*TRAIN, "--output_dir", "out")),
     "another run is writing to this folder": (held, (*TRAIN, "--output_dir", "out")),
     "there is no run to resume here": (nothing, (*TRAIN, "--resume")),
@@ -158,7 +162,7 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "the base model is not what this run began with": (out(stop, edit(RECORD, model=BASE_BEFORE)), TRUSTED),
     "the data is not what this run began with": (out(stop, edit(RECORD, data=DATA_BEFORE)), TRUSTED),
     "not saved by you on this machine": (out(stop), RESUME),
-    "not written by you on this machine": (
+    "not known to be written by you on this machine": (
         out(stop, edit(RECORD, settings={"dataset_path": "theirs.jsonl"})),
         (*STOPPED, "--resume"),
     ),

@@ -262,7 +262,7 @@ def test_what_a_strangers_record_names_outside_its_folder_is_not_taken(
     else:
         record["mark"] = mark
     told = refusal_of(settings_as_begun, begun("--resume", "--output_dir", "here"), record)
-    assert told.startswith("here/run_record.json: ") and "not written by you on this machine" in told
+    assert told.startswith("here/run_record.json: ") and "not known to be written by you on this machine" in told
     assert all(f"--{name} {record['settings'][name]}" in told for name in OUTWARD) and "lora_r" not in told
     assert settings_as_begun(begun("--resume", *ELSEWHERE), record).lora_r == 8  # the ways out that the line names
     assert settings_as_begun(begun("--resume", "--trust_checkpoint"), record).report_to == "wandb"
