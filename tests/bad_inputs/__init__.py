@@ -48,8 +48,9 @@ def refusal(said: Said) -> str:
     errors = [number for number, line in enumerate(lines) if line.startswith(("Error: ", "错误："))]
     assert len(errors) == 1, said.err
     told = lines[errors[0] :]
-    # below the line may stand the first few bad rows, indented, and the cure
-    assert all(line.startswith(("  ", " ->", " →")) for line in told[1:]), said.err
+    # below the line may stand the first few bad rows, indented, each with its cure, and in the end one for all of them
+    assert len(told) == 1 or (len(told) > 2 and not told[-1].startswith(" ")), said.err
+    assert all(line.startswith("  ") for line in told[1:-1]), said.err
     assert len(told) <= 8 and all(len(line) < 1500 for line in told), said.err
     return "\n".join(told)
 

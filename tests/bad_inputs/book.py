@@ -239,8 +239,11 @@ PROVOKED: dict[str, tuple[Prepare, tuple[str, ...]]] = {
         lambda place: (place.patch.setenv("HF_TOKEN", FINE_TOKEN), place.hub.fail(403, "/repos/create", times=9)),
         (*UPLOAD, "--repo-id", "alice/x"),
     ),
-    "looks like a secret (…): refused, nothing was sent": (out(write(".env", b"A=1")), UPLOAD),
-    "this link leads outside the folder, or to itself: refused": (out(link("notes", "../rows.jsonl")), UPLOAD),
+    "looks like a secret (…): refused, nothing was sent": (out(write("LICENSE", b"hf_" + b"Ab1" * 12)), UPLOAD),
+    "this link leads outside the folder, or to itself: refused": (
+        out(link("notes", "../rows.jsonl")),
+        (*UPLOAD, "--include", "notes"),
+    ),
     "offline mode is on, so nothing can be uploaded": (
         lambda place: (place.patch.setenv("HF_HUB_OFFLINE", "1"), place.patch.setenv("HF_TOKEN", WRITE_TOKEN)),
         (*UPLOAD, "--repo-id", "alice/x"),
