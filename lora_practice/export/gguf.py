@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def check_export(folder: Path) -> list[parity.FormResult]:
         UserError: nothing is exported yet.
     """
     if not (folder / GGUF).is_dir() or not (folder / MERGED).is_dir():
-        fix = f"lora-practice export {folder}"
+        fix = f"lora-practice export {shlex.quote(str(folder))}"
         raise UserError(text("还没有导出", "nothing is exported here"), where=str(folder), fix=fix)
     base, versions = find_base(folder), compat.installed()
     assert base.path is not None

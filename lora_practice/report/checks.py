@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ def _inference_use(
         return Use(False, blocking[0])
     if adapter is not None and adapter.is_zero:
         return Use(True, text("能用，但回答和底座一样", "it works, but answers as the base does"))
-    return Use(True, f"lora-practice chat {folder}")
+    return Use(True, f"lora-practice chat {shlex.quote(str(folder))}")
 
 
 def _missing(config: Mapping[str, Any], entries: Sequence[FolderEntry]) -> list[str]:
@@ -217,7 +218,7 @@ def _unfinished(folder: Path) -> str:
     whole = _whole_checkpoints(folder)
     if not whole:
         return text("训练还没完成，完成时才写适配器", "the run is not finished: the adapter is written at its end")
-    command = f"lora-practice chat {whole[-1]}"
+    command = f"lora-practice chat {shlex.quote(str(whole[-1]))}"
     return text(f"训练还没完成，可以先用检查点：{command}", f"the run is not finished; a checkpoint answers: {command}")
 
 
@@ -240,7 +241,9 @@ def _sharing_use(
     on_hub = adapter_config.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")
     if config and not on_hub:
         return Use(False, text("底座不在 Hub 上，别人没有", "its base is not on the Hub: nobody else has it"))
-    place = "" if str(folder) == DEFAULT_OUTPUT_DIR else f"--local_dir {folder} "  # which `upload` takes by itself
+    place = (
+        "" if str(folder) == DEFAULT_OUTPUT_DIR else f"--local_dir {shlex.quote(str(folder))} "
+    )  # which `upload` takes by itself
     return Use(True, f"lora-practice upload {place}--repo_id …")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
@@ -85,7 +86,7 @@ class OutputFolder:
             raise UserError(
                 text("这是一个检查点，不是训练的输出文件夹", "this is a checkpoint, not the folder of a run"),
                 where=str(path),
-                fix=f"--output_dir {path.parent}",
+                fix=f"--output_dir {shlex.quote(str(path.parent))}",
             )
         if not path.exists() or all(own_files.is_nobodys(entry) for entry in path.iterdir()):
             if resume:
@@ -200,7 +201,7 @@ class OutputFolder:
         signature.sign_checkpoint(staged, CHECKPOINT_MANIFEST)
         manifest.flush_to_disk(staged)
         target = self.path / staged.name
-        if target.exists() and not own_files.delete_checkpoint(target):
+        if os.path.lexists(target) and not own_files.delete_checkpoint(target):
             os.replace(target, lock.free_name_beside(target))
         os.replace(staged, target)
         found = checkpoints(self.path)

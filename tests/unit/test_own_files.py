@@ -230,6 +230,25 @@ def test_an_old_checkpoint_with_the_users_notes_stays(tmp_path: Path) -> None:
     assert (kept / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_what_stands_in_the_place_of_a_checkpoint_is_put_beside_it(tmp_path: Path, kind: str) -> None:
+    folder = start(tmp_path / "run")
+    whole, place = add_checkpoint(folder, 9), folder.path / "checkpoint-12"
+    if kind == "file":
+        note(place)
+    else:
+        place.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nowhere"))
+        note(tmp_path / "elsewhere" / "mine.txt")
+    folder._unlock()
+    resumed = claim(tmp_path / "run", resume=True)
+    assert resumed.checkpoint == whole
+    resumed.begin({"settings": SETTINGS})
+    assert (add_checkpoint(resumed, 12, keep=1) / "adapter_model.safetensors").is_file()
+    (kept,) = folder.path.glob("checkpoint-12.replaced-*")
+    assert kept.is_symlink() or kept.read_text() == "mine"
+    assert kind != "link" or (kept / "mine.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("place", ["merged", "gguf"])
 def test_a_link_or_a_file_in_the_place_of_a_result_is_the_users(tmp_path: Path, place: str) -> None:
     note(tmp_path / place)
