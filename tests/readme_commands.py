@@ -10,7 +10,7 @@ from typing import Union
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"zh": ROOT / "README.md", "en": ROOT / "README.en.md"}
-TRANSLATED = {"你的名字/仓库名": "your-name/repository", "本页网址": "address-of-this-page"}
+TRANSLATED = {"本页网址": "address-of-this-page"}
 TRAINED = "python fine_tuning_practice.py --embedded --overwrite"
 FOLDER = "outputs/SmolLM2-FT-MyDataset"
 SHORT = "--max_steps 2 --train_subset_size 24"

@@ -20,6 +20,7 @@ from lora_practice.inference.load import find_base, folder_source
 from lora_practice.model import adapter_config
 from lora_practice.model.load import load_tokenizer, stored_bytes
 from lora_practice.run.file_kinds import ADAPTER_GGUF, GGUF, MERGED
+from lora_practice.run.folder import writing_into
 from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
 
@@ -51,15 +52,16 @@ def export_gguf(
     assert base.path is not None
     config = gguf_writer.writable_config(base.path)
     gguf_tokenizer.split_name(folder if (folder / "tokenizer.json").is_file() else base.path)
-    if not (folder / MERGED).exists():
-        tell(merge_sentence(*merge_adapter(folder)))
-    tell(text("正在写 GGUF……", "writing GGUF ..."))
-    with staging(folder, 3 * stored_bytes(folder / MERGED)) as scratch:
-        written = scratch / GGUF
-        written.mkdir()
-        _write_gguf(folder, written, precisions, config)
-        move_into_place(written, target)
-    return check_export(folder)
+    with writing_into(folder):
+        if not (folder / MERGED).exists():
+            tell(merge_sentence(*merge_adapter(folder)))
+        tell(text("正在写 GGUF……", "writing GGUF ..."))
+        with staging(folder, 3 * stored_bytes(folder / MERGED)) as scratch:
+            written = scratch / GGUF
+            written.mkdir()
+            _write_gguf(folder, written, precisions, config)
+            move_into_place(written, target)
+        return check_export(folder)
 
 
 def check_export(folder: Path) -> list[parity.FormResult]:

@@ -19,6 +19,7 @@ from lora_practice.model import adapter_files
 from lora_practice.model.adapter_config import ADAPTER_CONFIG
 from lora_practice.model.load import load_base
 from lora_practice.run.file_kinds import MERGED
+from lora_practice.run.folder import writing_into
 from lora_practice.run.own_files import check_all_known, unknown_in
 from lora_practice.storage.disk import staging
 from lora_practice.storage.lock import free_name_beside
@@ -39,7 +40,8 @@ def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
         The merged folder, and the largest difference of a logit between adapter and merged model.
 
     Raises:
-        UserError: DIR holds no adapter or a damaged one, its base cannot be found, or DIR/merged exists.
+        UserError: DIR holds no adapter or a damaged one, its base cannot be found, DIR/merged exists, or another
+            process is writing into DIR.
     """
     target = folder / MERGED
     check_has_adapter(folder)
@@ -51,6 +53,11 @@ def merge_adapter(folder: Path, overwrite: bool = False) -> tuple[Path, float]:
             fix=text(f"重新合并：--overwrite；直接用它：{use_it}", f"merge again: --overwrite; to use it: {use_it}"),
         )
     check_all_known(unknown_in(target), target)
+    with writing_into(folder):
+        return _merge(folder, target)
+
+
+def _merge(folder: Path, target: Path) -> tuple[Path, float]:
     import torch
 
     base = find_base(folder)

@@ -241,9 +241,8 @@ def _sharing_use(
     on_hub = adapter_config.HUB_NAME.fullmatch(named) or (record.get("model") or {}).get("hub_id")
     if config and not on_hub:
         return Use(False, text("底座不在 Hub 上，别人没有", "its base is not on the Hub: nobody else has it"))
-    place = (
-        "" if str(folder) == DEFAULT_OUTPUT_DIR else f"--local_dir {shlex.quote(str(folder))} "
-    )  # which `upload` takes by itself
+    is_default = str(folder) == DEFAULT_OUTPUT_DIR  # which `upload` takes by itself
+    place = "" if is_default else f"--local_dir {shlex.quote(str(folder))} "
     return Use(True, f"lora-practice upload {place}--repo_id …")
 
 

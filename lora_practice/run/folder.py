@@ -135,8 +135,7 @@ class OutputFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock(self.resumed_record)
-        for stale in disk.leftovers(self.path, RECORD):  # left by a run that was killed
-            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+        _remove_leftovers(self.path)
         if self._replaced is not None:
             record["replaces"] = str(self._replaced)
         self.write_record({**record, "status": "running"})
@@ -304,6 +303,33 @@ def newest_whole_checkpoint(folder: Path) -> Optional[Path]:
         )
     tell(text("还没有检查点，从第一步开始", "there is no checkpoint yet: starting at the first step"))
     return None
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Lock an output folder while `merge` or `export` writes into it, and remove what a killed one left there.
+
+    Within a process that has locked the folder already nothing is done.
+
+    Raises:
+        UserError: another process is writing to it.
+    """
+    if lock.is_locked_here(folder):
+        yield
+        return
+    with _lock_errors():
+        unlock = lock.lock_folder(folder)
+    try:
+        if lock.is_locked_here(folder):  # not where the system has no locks: another process may be writing
+            _remove_leftovers(folder)
+        yield
+    finally:
+        unlock()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for stale in disk.leftovers(folder, RECORD):
+        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
 
 
 @contextmanager

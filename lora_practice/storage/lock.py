@@ -86,6 +86,11 @@ def lock_folder(folder: Path) -> Callable[[], None]:
     return unlock
 
 
+def is_locked_here(folder: Path) -> bool:
+    """Whether this process has locked the folder."""
+    return folder_identity(folder) in _held
+
+
 def folder_identity(folder: Path) -> Optional[tuple[int, int]]:
     """(device, inode) of the folder; None if it does not exist."""
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,6 +137,27 @@ def test_an_earlier_merge_is_replaced_only_when_asked_and_only_by_a_whole_one(ru
     merge.merge_adapter(run, overwrite=True)
     assert (run / "merged" / "model.safetensors").read_bytes() == before
     assert not list(run.glob(".writing-*"))
+
+
+def test_a_merge_removes_what_a_killed_one_left_and_waits_for_no_other(run, monkeypatch):
+    (run / ".writing-killed").mkdir()
+    (run / ".writing-killed" / "model.safetensors").write_bytes(b"half")
+    merge.merge_adapter(run)
+    assert not list(run.glob(".writing-*"))
+    code = "import sys, time; from pathlib import Path; from lora_practice.storage import lock\n"
+    code += "lock.lock_folder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    other = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, env=env)
+    try:
+        assert other.stdout and other.stdout.readline().strip() == b"locked"
+        (run / ".writing-other").mkdir()
+        for write in (merge.merge_adapter, gguf.export_gguf):
+            with pytest.raises(UserError, match="another run is writing to this folder"):
+                write(run, overwrite=True)
+        assert (run / ".writing-other").is_dir()
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_what_comes_into_merged_while_it_is_made_again_is_kept(run, monkeypatch, capsys):
