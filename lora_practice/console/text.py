@@ -10,14 +10,20 @@ from typing import Any
 
 from lora_practice.console.terminal import fit_to_terminal
 
-# control characters, which in a file's name or in data could steer the terminal or hide a part of a line
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# control characters, which in a file's name or in data could steer the terminal or hide a part of a line, and characters
+# that nobody sees: zero-width spaces, tags (the joiners, which emoji and scripts need, stay)
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+    r"\u00ad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f]"
+)
 # A Hub token does not begin inside a word; the last letter of an escape (\\n, \\u003d, %3D, %253D, =3D) is no word
 TOKEN = re.compile(
     r"(?:(?<![A-Za-z0-9])|(?<=\\[abefnrtv0])|(?<=\\[0-7]{3})|(?<=\\x[0-9a-fA-F]{2})|(?<=\\u[0-9a-fA-F]{4})"
     r"|(?<=\\U[0-9a-fA-F]{8})|(?<=%[0-9a-fA-F]{2})|(?<=%25[0-9a-fA-F]{2})|(?<==[0-9A-F]{2}))"
     r"(?:hf_(?:[a-z]{3,6}_)?|api_org_)[A-Za-z0-9]{20,}"
 )
+
+_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")  # of an address: https://name:password@host
 
 
 def language() -> str:
@@ -46,9 +52,9 @@ def visible(words: str) -> str:
 
 
 def without_tokens(words: str) -> str:
-    """The words with HF_TOKEN, and anything that looks like a Hub token, replaced by "***"."""
+    """The words with HF_TOKEN, anything that looks like a Hub token, and passwords in addresses replaced by "***"."""
     own = os.environ.get("HF_TOKEN", "").strip()
-    return TOKEN.sub("***", words.replace(own, "***") if len(own) >= 8 else words)
+    return _PASSWORD.sub("***", TOKEN.sub("***", words.replace(own, "***") if len(own) >= 8 else words))
 
 
 def masked(value: Any) -> Any:

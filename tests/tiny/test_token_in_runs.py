@@ -91,3 +91,13 @@ def test_a_run_leaves_files_with_the_rights_of_the_umask_and_without_the_token(
         assert oct(stat.S_IMODE(one.stat().st_mode)) == oct(wanted), one
         assert one.is_dir() or TOKEN.encode() not in one.read_bytes(), one
     assert "my token is ***" in json.loads((tmp_path / "out/run_record.json").read_text("utf-8"))["data"]["first_row"]
+
+
+def test_doctor_hides_the_password_of_a_mirror(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:geheim@127.0.0.1:9")
+    for words in (("doctor",), ("doctor", "--json")):
+        said = enter(cli, capsys, *words)
+        assert "127.0.0.1:9" in said.out and "geheim" not in said.out + said.err

@@ -42,6 +42,23 @@ def test_an_unexpected_error_without_a_token_is_pythons_own() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            "https://me:Geheim/1@mirror.example/api",
+            "https://me:Geheim/1@mirror.example/api",
+        ),  # no address: a "/" ends it
+        ("https://me:geheim@mirror.example cannot be reached", "https://***@mirror.example cannot be reached"),
+        ("proxy http://:geheim@10.0.0.1:8080, socks5://u:p%40ss@h", "proxy http://***@10.0.0.1:8080, socks5://***@h"),
+        ("https://mirror.example:8080/a@b:c", "https://mirror.example:8080/a@b:c"),
+        ("git://git@example.org/x", "git://git@example.org/x"),  # a name alone is no password
+    ],
+)
+def test_a_password_in_an_address_is_hidden(words: str, shown: str) -> None:
+    assert without_tokens(words) == shown
+
+
+@pytest.mark.parametrize(
     "words", ["hf_transformers_backend", "shf_" + "a" * 40, "hf_short", "HuggingFaceTB/SmolLM2-135M", "checkpoint-100"]
 )
 def test_what_is_no_token_is_left_as_it_is(words: str) -> None:

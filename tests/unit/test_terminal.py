@@ -8,6 +8,7 @@ import re
 import pytest
 
 from lora_practice.console.terminal import StreamPrinter, columns, fit_to_terminal
+from lora_practice.console.text import visible
 
 STORY = "I'm sorry for your loss. I'm here to help you with any printer issues you're experiencing, if any.\n\n" * 3
 MIXED = "验证集从不参与训练：它变差而训练还在变好，就是过拟合（overfitting）。看 lora-practice report 的曲线，" * 3
@@ -76,3 +77,17 @@ def test_of_an_answer_no_more_than_a_word_waits() -> None:
     assert screen.getvalue() == "one two three"
     typing.end()
     assert screen.getvalue() == "one two three four"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("a\x1b[31mb\r\x07", "a\\x1b[31mb\\r\\x07"),
+        ("ab\u202ecd\u2066", "ab\\u202ecd\\u2066"),
+        ("pass\u200bword\ufeff\u00ad", "pass\\u200bword\\ufeff\\xad"),
+        ("hi\U000e0041\U000e007f", "hi\\U000e0041\\U000e007f"),  # tags: text that nobody sees
+        ("你好\t👩‍👩‍👧 नमस्ते\n", "你好\t👩‍👩‍👧 नमस्ते\n"),  # joiners of emoji, marks of scripts
+    ],
+)
+def test_what_nobody_sees_or_what_steers_a_terminal_is_shown_as_its_code(words: str, shown: str) -> None:
+    assert visible(words) == shown

@@ -15,6 +15,7 @@ from typing import Any, Callable, Optional
 
 from lora_practice.compat import libraries, network_errors
 from lora_practice.console.errors import UserError
+from lora_practice.console.text import without_tokens
 from lora_practice.machine.facts import Facts
 from lora_practice.sources import embedded, environment
 from lora_practice.sources.find import MODEL_FILES
@@ -107,7 +108,10 @@ def read_surroundings(plan: PlannedRun, facts: Facts) -> Surroundings:
             Need(plan.dataset_path, data_here, None if data_here else data()),
         ),
         hub=Hub(
-            environment.hub_endpoint(), reachable, offline, *((identity() or ("unchecked", "")) if token else NO_TOKEN)
+            without_tokens(environment.hub_endpoint()),
+            reachable,
+            offline,
+            *((identity() or ("unchecked", "")) if token else NO_TOKEN),
         ),
         compiler=_compiler() if facts.torch else None,
         versions=libraries(),
