@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_practice.console.terminal import fit_to_terminal
 
-# control characters, which in a file's name or in data could steer the terminal or hide a part of a line, and characters
-# that nobody sees: zero-width spaces, tags (the joiners, which emoji and scripts need, stay)
+# control characters, which in a file's name or in data could steer the terminal or hide a part of a line, and what
+# nobody sees: zero-width spaces, tags (the joiners, which emoji and scripts need, stay)
 _CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
     r"\u00ad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f]"
