@@ -66,7 +66,7 @@ install_all() { # EXTRA
     elif [ "$PYTHON" != "$PWD/.venv/bin/python" ]; then
         versions=/dev/null
     fi
-    say "安装其余依赖……" "installing the other dependencies ..."
+    say "安装其余依赖（可能要几分钟）……" "installing the other dependencies (this may take some minutes) ..."
     run_module pip install --disable-pip-version-check -q -c <(grep -v '^torch==' "$versions") -e ".${1:+[$1]}"
 }
 

@@ -57,6 +57,9 @@ class Completion:
     type: str = "plain"
 
 
+FOLDER_FLAGS = ("model_dir", "local_dir", "output_dir", "folder")  # with which other commands and programs name one
+
+
 class Commands(TyperGroup):
     """All commands."""
 
@@ -127,6 +130,9 @@ def _as_user_error(error: Any, prog: str) -> UserError:
         near = [shown_flag(flag) for flag in error.possibilities or []]
         hint = text(f"，是不是 {near[0]}？", f", did you mean {near[0]}?") if near else ""
         what = text(f"没有 {error.option_name} 这个选项{hint}", f"unknown flag {error.option_name}{hint}")
+        if error.option_name.replace("-", "_").lstrip("_") in FOLDER_FLAGS and _takes_a_folder(context):
+            fix = text("文件夹直接写在命令后面：", "the folder goes without a flag: ")
+            return UserError(what, fix=f"{fix}{context.command_path} outputs/mine")
     elif kind == "MissingParameter":
         what = text(f"缺少 {name}", f"{name} is missing")
     elif kind == "BadOptionUsage":
@@ -135,10 +141,14 @@ def _as_user_error(error: Any, prog: str) -> UserError:
     elif kind == "UsageError":  # the only one left: words too many
         what = text("多余的参数：", "unexpected argument: ") + error.message.rpartition("(")[2].rstrip(").")
     elif (least := _least(parameter)) is not None:
-        what = text(f"{name} 要的是 >= {least} 的整数", f"{name} needs a whole number >= {least}")
+        what = text(f"{name} 应是 >= {least} 的整数", f"{name} needs a whole number >= {least}")
     else:
         what = text(f"{name} 的值不对：{error.message}", f"{name}: {error.message}")
     return UserError(what, fix=f"{context.command_path if context else prog} --help")
+
+
+def _takes_a_folder(context: Any) -> bool:
+    return context is not None and any(one.name == "folder" for one in context.command.params)
 
 
 def _least(parameter: Any) -> Optional[int]:

@@ -275,7 +275,7 @@ def _convert(raw: str, kind: Any, field: dataclasses.Field) -> Any:
 
 def _expected(field: dataclasses.Field, wanted: str, got: Any) -> str:
     shown = repr(got) if len(repr(got)) <= LONGEST_SHOWN else repr(got)[:LONGEST_SHOWN] + "..."
-    return text(f"--{field.name} 要的是{wanted}，得到 {shown}", f"--{field.name} needs {wanted}, got {shown}")
+    return text(f"--{field.name} 应是{wanted}，写的是 {shown}", f"--{field.name} needs {wanted}, got {shown}")
 
 
 def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:

@@ -115,7 +115,7 @@ def move_into_place(written: Path, target: Path) -> None:
     if unknown_in(target):
         kept = free_name_beside(target)
         os.replace(target, kept)
-        zh, en = f"里面有不是我们写的文件，留在 {kept}", f"it holds files that we did not write: kept in {kept}"
+        zh, en = f"里面有别的文件，留在 {kept}", f"it holds files that we did not write: kept in {kept}"
         tell(f"{target}: {text(zh, en)}")
     elif target.exists():
         os.replace(target, written.with_name("old"))

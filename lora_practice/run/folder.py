@@ -189,7 +189,7 @@ class OutputFolder:
         if record is not None and own_files.is_record_of_a_run(record) and own_files.delete_run(folder, record):
             return
         if folder.exists():
-            zh, en = "里面有不是我们写的文件，没有删", "it holds files that we did not write: not deleted"
+            zh, en = "里面有别的文件，没有删除", "it holds files that we did not write: not deleted"
             tell(f"{folder}: {text(zh, en)}")
 
     def add_checkpoint(self, staged: Path, keep: Optional[int]) -> None:

@@ -48,7 +48,7 @@ def card(record: dict[str, Any]) -> str:
                 _metadata(model, data),
                 f"# {Path(record['settings']['output_dir']).name}",
                 f"LoRA adapter for `{true_base}`, trained with lora-finetune-practice. "
-                "（用 lora-finetune-practice 在弱机器上训练的 LoRA 适配器。）",
+                "（用 lora-finetune-practice 在配置不高的电脑上训练的 LoRA 适配器。）",
                 "## Base model\n\n" + _about_base(model),
                 "## Data\n\n" + _about_data(data),
                 "## How it went\n\n" + _losses(record),

@@ -119,11 +119,11 @@ def check_all_known(names: Sequence[str], folder: Path) -> None:
     first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
     raise UserError(
         text(
-            f"里面有不是我们写的文件，--overwrite 不会删它们：{first}",
+            f"里面有别的文件，--overwrite 不会删除：{first}",
             f"it holds files that we did not write, which --overwrite does not delete: {first}",
         ),
         where=str(folder),
-        fix=text("把它们移到别处，或换一个文件夹", "move them elsewhere, or choose another folder"),
+        fix=text("移到别处，或换一个文件夹", "move them elsewhere, or choose another folder"),
     )
 
 

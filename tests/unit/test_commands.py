@@ -14,7 +14,7 @@ from typing import Any, Callable
 import pytest
 from test_entry_points import CLI, HEAVY, run
 
-from lora_practice.cli import app
+from lora_practice.cli import app, main
 from lora_practice.console.terminal import columns
 
 COMMANDS = [info.callback.__name__.replace("_", "-") for info in app.registered_commands if info.callback]
@@ -78,6 +78,18 @@ def test_without_a_folder_a_command_takes_the_default_one(command: str, tmp_path
     assert "(default outputs/SmolLM2-FT-MyDataset" in re.sub(r"\s+", " ", page)
 
 
+@pytest.mark.parametrize("command", ["chat", "compare", "merge", "export", "inspect", "report"])
+def test_a_folder_given_with_the_flag_of_another_command_is_answered_with_the_right_form(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lang, said in (("en", "the folder goes without a flag: "), ("zh", "文件夹直接写在命令后面：")):
+        monkeypatch.setenv("LORA_PRACTICE_LANG", lang)
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--model-dir", "outputs/mine"])
+        assert ended.value.code == 2
+        assert f"{said}lora-practice {command} outputs/mine" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "zh", "en"),
     [
@@ -85,7 +97,7 @@ def test_without_a_folder_a_command_takes_the_default_one(command: str, tmp_path
         (["--versio"], "没有 --versio 这个选项，是不是 --version？", "unknown flag --versio, did you mean --version?"),
         (["check-data"], "缺少 文件", "FILE is missing"),
         (["compare", "a", "--max-new-token=3"], "是不是 --max_new_tokens？", "did you mean --max_new_tokens?"),
-        (["compare", "a", "--max-new-tokens=0"], "--max_new_tokens 要的是 >= 1 的整数", "a whole number >= 1"),
+        (["compare", "a", "--max-new-tokens=0"], "--max_new_tokens 应是 >= 1 的整数", "a whole number >= 1"),
         (
             ["chat", "a", "--system"],
             "--system 后面要有一个值 → lora-practice",
