@@ -94,3 +94,4 @@ trainer.train()
 # 5. The adapter: adapter_model.safetensors (A and B), adapter_config.json, and the tokenizer with its template
 trainer.save_model(str(OUTPUT))
 trainer.save_state()  # trainer_state.json: the losses
+print(f"适配器在 / the adapter is in: {OUTPUT}")

@@ -141,7 +141,7 @@ def _as_user_error(error: Any, prog: str) -> UserError:
     elif kind == "UsageError":  # the only one left: words too many
         what = text("多余的参数：", "unexpected argument: ") + error.message.rpartition("(")[2].rstrip(").")
     elif (least := _least(parameter)) is not None:
-        what = text(f"{name} 应是 >= {least} 的整数", f"{name} needs a whole number >= {least}")
+        what = text(f"{name} 应是不小于 {least} 的整数", f"{name} needs a whole number >= {least}")
     else:
         what = text(f"{name} 的值不对：{error.message}", f"{name}: {error.message}")
     return UserError(what, fix=f"{context.command_path if context else prog} --help")

@@ -73,7 +73,7 @@ def parse(cls: type[_Settings], argv: Sequence[str] | None, prog: str, descripti
         except ValueError as problem:
             issues.append(str(problem))
     if issues:
-        raise UserError("; ".join(issues), fix=_see_help(prog))
+        raise UserError(text("；", "; ").join(issues), fix=_see_help(prog))
     result = cls(**chosen)
     validate(result)
     vars(result)[_GIVEN] = frozenset(chosen)
@@ -94,7 +94,7 @@ def validate(values: Any) -> None:
         except ValueError as problem:
             issues.append(str(problem))
     if issues:
-        raise UserError("; ".join(issues))
+        raise UserError(text("；", "; ").join(issues))
 
 
 def given_by_user(values: Any, shipped: Mapping[str, Any]) -> frozenset[str]:
@@ -297,10 +297,10 @@ def _check(value: Any, kind: Any, field: dataclasses.Field) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(_expected(field, text("有限的数", "a finite number"), value))
-    for bound, bad, sign in (
-        (limits["minimum"], lambda b: value < b, ">="),
-        (limits["maximum"], lambda b: value > b, "<="),
-        (limits["above"], lambda b: value <= b, ">"),
+    for bound, bad, zh, en in (
+        (limits["minimum"], lambda b: value < b, "不小于", ">="),
+        (limits["maximum"], lambda b: value > b, "不大于", "<="),
+        (limits["above"], lambda b: value <= b, "大于", ">"),
     ):
         if bound is not None and bad(bound):
-            raise ValueError(_expected(field, text(f" {sign} {bound} 的值", f"a value {sign} {bound}"), value))
+            raise ValueError(_expected(field, text(f"{zh} {bound} 的数", f"a value {en} {bound}"), value))

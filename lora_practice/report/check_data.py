@@ -87,7 +87,8 @@ def _print(console: Console, found: Survey, max_length: int) -> None:
     for kind, title in _titles().items():
         listed = [one for one in found.problems if one.kind == kind]
         if listed:
-            console.print(f"\n[{'red' if kind == 'bad' else 'yellow'}]{title} ({found.counts[kind]})[/]")
+            count = text(f"（{found.counts[kind]}）", f" ({found.counts[kind]})")
+            console.print(f"\n[{'red' if kind == 'bad' else 'yellow'}]{title}{count}[/]")
             for one in listed:
                 console.print(Text(fit_to_terminal(f"  {_line(one)}", sys.stdout)))
             if found.counts[kind] > len(listed):

@@ -17,7 +17,7 @@ BAR = 20  # characters of the longest bar
 USE_NAMES = {
     "inference": ("推理", "inference"),
     "sharing": ("分享", "sharing"),
-    "resuming": ("续训", "resuming"),
+    "resuming": ("继续训练", "resuming"),
 }
 
 

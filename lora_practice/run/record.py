@@ -73,7 +73,7 @@ def opening_line(
     count = counted(len(data.train), "row")
     time_zh, time_en = ("", "") if seconds is None else (f"，{about(seconds)}", f", {about(seconds)}")
     return text(
-        f"{where}，{machine.precision}｜{model}｜{name} {len(data.train)} 行 {data.train.tokens} token"
+        f"{where}，{machine.precision}｜{model}｜{name} {len(data.train)} 行，{data.train.tokens} token"
         f"（训练其中 {data.train.trained_tokens}）｜{steps} 步{time_zh}",
         f"{where}, {machine.precision} | {model} | {name}: {count}, {data.train.tokens} tokens "
         f"({data.train.trained_tokens} trained) | {counted(steps, 'step')}{time_en}",

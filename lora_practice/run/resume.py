@@ -102,7 +102,11 @@ def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, 
     fixed = [name for name in settings if name in before and name not in FREE_ON_RESUME]
     changed = [name for name in fixed if before[name] != settings[name]]
     if changed:
-        listed = ", ".join(f"{name}: {str(before[name])[:80]} -> {settings[name]}" for name in changed)
+        pairs = [(name, str(before[name])[:80], settings[name]) for name in changed]
+        listed = text(
+            "，".join(f"{name}：{then} → {now}" for name, then, now in pairs),
+            ", ".join(f"{name}: {then} -> {now}" for name, then, now in pairs),
+        )
         raise UserError(
             text(f"参数变了，不是同一次训练：{listed}", f"not the same run any more: {listed}"),
             where=str(path),
@@ -177,7 +181,7 @@ def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
         what = text(f"{zh}：行数一样（{now[0]}），内容或顺序不同", f"{en}: {now[0]} rows, but not the same ones")
     else:
         what = text(
-            f"{zh}：{then[0]} 行 {then[1]} token -> {now[0]} 行 {now[1]} token",
+            f"{zh}：{then[0]} 行、{then[1]} token → {now[0]} 行、{now[1]} token",
             f"{en}: {then[0]} rows, {then[1]} tokens -> {now[0]} rows, {now[1]} tokens",
         )
     fix = text("把数据改回来，或用另一个 --output_dir", "bring the data back, or use another --output_dir")

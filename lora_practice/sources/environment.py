@@ -180,7 +180,7 @@ def check_token(token: str) -> str:
     """The token, if it has the form of one. Raises UserError, which does not show it."""
     fix = text(f"在 {TOKEN_PAGE} 新建，写进环境变量或 .env", f"make one at {TOKEN_PAGE}; set it, or put it in .env")
     if not token:
-        raise UserError(text("没有设置 HF_TOKEN", "HF_TOKEN is not set"), "HF_TOKEN", fix)
+        raise UserError(text("没有设置 HF_TOKEN", "HF_TOKEN is not set"), fix=fix)
     if not re.fullmatch(r"[!-~]{8,}", token):
         zh, en = (
             "不像 token（太短，或有空格、中文等字符）",
@@ -212,7 +212,6 @@ def check_login(skip: bool) -> None:
             return
         raise UserError(
             text("Hub 不接受 HF_TOKEN", "the Hub does not accept HF_TOKEN"),
-            where="HF_TOKEN",
             fix=text("换一个 token，或加 --skip_login 不登录", "use another token, or --skip_login to go without"),
         ) from error
     tell(text(f"已登录 Hugging Face：{name}", f"logged in to Hugging Face as {name}"))

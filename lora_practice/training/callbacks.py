@@ -53,8 +53,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "eval_loss" in logs:
-            name = text("验证损失", "validation loss")
-            words = f"{name} {logs['eval_loss']:.3f}, {text('困惑度', 'perplexity')} {logs['eval_perplexity']:.2f}"
+            loss, perplexity = f"{logs['eval_loss']:.3f}", f"{logs['eval_perplexity']:.2f}"
+            words = text(f"验证损失 {loss}，困惑度 {perplexity}", f"validation loss {loss}, perplexity {perplexity}")
             self.bar.clear()
             tell(f"{text('步', 'step')} {state.global_step}/{state.max_steps}  {words}")
         if not logs or "loss" not in logs:

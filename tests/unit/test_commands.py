@@ -97,7 +97,7 @@ def test_a_folder_given_with_the_flag_of_another_command_is_answered_with_the_ri
         (["--versio"], "没有 --versio 这个选项，是不是 --version？", "unknown flag --versio, did you mean --version?"),
         (["check-data"], "缺少 文件", "FILE is missing"),
         (["compare", "a", "--max-new-token=3"], "是不是 --max_new_tokens？", "did you mean --max_new_tokens?"),
-        (["compare", "a", "--max-new-tokens=0"], "--max_new_tokens 应是 >= 1 的整数", "a whole number >= 1"),
+        (["compare", "a", "--max-new-tokens=0"], "--max_new_tokens 应是不小于 1 的整数", "a whole number >= 1"),
         (
             ["chat", "a", "--system"],
             "--system 后面要有一个值 → lora-practice",

@@ -190,7 +190,7 @@ def _conclusion(report: MachineReport) -> list[str]:
         why = text("显卡用不了，见上", "the card cannot be used, see above") if shown_above else why
         plain = facts.instructions is not None and not facts.cpu_bf16
         why += text("；CPU 没有 bf16 指令", "; the CPU has no bf16 instructions") if plain else ""
-        why = f"CPU, {machine.precision}{text('：', ': ')}{why}"
+        why = f"CPU{text('，', ', ')}{machine.precision}{text('：', ': ')}{why}"
     sentence = text(f"训练会用 {why}", f"Training will use {why}")
     cures = [one.cure for one in findings if one.cure]
     # the card's fix stands among the findings already
