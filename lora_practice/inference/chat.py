@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional
 
 from lora_practice.console.errors import UserError
 from lora_practice.console.terminal import aligned
-from lora_practice.console.text import tell, text
+from lora_practice.console.text import tell, text, visible
 from lora_practice.inference.chat_model import ChatModel, without_adapter
 from lora_practice.inference.samples import piped, print_answer, system_messages
 from lora_practice.sources.embedded import cache_dir
@@ -55,12 +55,14 @@ class Chat:
 
     Attributes:
         active: the chat model that answers now, `adapted` or its base.
+        echo: print each question before its answer, since a piped one is not seen otherwise.
         messages: the conversation so far, the system prompt included.
     """
 
     def __init__(self, chat_model: ChatModel, system: str = "", **options: Any) -> None:
         self.adapted, self.active, self.options = chat_model, chat_model, options
         self.base: Optional[ChatModel] = None
+        self.echo = False
         self.system = system
         self.messages = system_messages(system)
 
@@ -89,6 +91,8 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         asked = {"role": "user", "content": question}
+        if self.echo:
+            print(f"> {visible(question)}", flush=True)
         try:
             answer = print_answer(self.active, [*self.messages, asked], **self.options)
         except KeyboardInterrupt:  # ends this answer, not the chat
@@ -175,6 +179,7 @@ def chat_loop(name: str, chat_model: ChatModel, system: str = "", **options: Any
     """
     chat = Chat(chat_model, system, **options)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    chat.echo = not sys.stdin.isatty()
     if is_interactive:
         tell(text(f"和 {name} 聊天", f"a chat with {name}"))
         tell(guide())

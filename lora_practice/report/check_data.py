@@ -47,7 +47,7 @@ def print_survey(
     if as_json:
         print(json.dumps(as_dict(found, max_length), ensure_ascii=False, indent=2))
     else:
-        _print(console, found, max_length)
+        _print(console, found, max_length, base)
     return 0 if found.trainable else 1
 
 
@@ -73,8 +73,8 @@ def as_dict(found: Survey, max_length: int) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, found: Survey, max_length: int) -> None:
-    for line in aligned(_facts(found)):
+def _print(console: Console, found: Survey, max_length: int, base: find.Source) -> None:
+    for line in aligned(_facts(found, base)):
         console.print(Text(line))
     bars = histogram(found.lengths)
     if bars:
@@ -104,12 +104,16 @@ def _print(console: Console, found: Survey, max_length: int) -> None:
     console.print(Text("\n" + _verdict(found)))
 
 
-def _facts(found: Survey) -> list[tuple[str, str]]:
-    shapes = ", ".join(f"{shape} ({rows})" if len(found.shapes) > 1 else shape for shape, rows in found.shapes.items())
+def _facts(found: Survey, base: find.Source) -> list[tuple[str, str]]:
+    comma = text("，", ", ")
+    shapes = comma.join(
+        shape + (text(f"（{rows}）", f" ({rows})") if len(found.shapes) > 1 else "")
+        for shape, rows in found.shapes.items()
+    )
     bad = found.counts["bad"]
     rows = text(f"{found.good} 行可用", f"{found.good} usable") + (text(f"，{bad} 行坏", f", {bad} bad") if bad else "")
-    kind = found.path.suffix.lower()[1:] + (f", {found.encoding}" if found.encoding else "")
-    turns = ", ".join(
+    kind = found.path.suffix.lower()[1:] + (f"{comma}{found.encoding}" if found.encoding else "")
+    turns = comma.join(
         text(f"{n} 条：{rows} 行", f"{n} in {counted(rows, 'row')}") for n, rows in sorted(found.turns.items())[:4]
     )
     system = text(f"{found.with_system} 行有", f"in {counted(found.with_system, 'row')}")
@@ -119,13 +123,23 @@ def _facts(found: Survey) -> list[tuple[str, str]]:
         f"{found.tokens}, {found.trained_tokens} of them trained ({share})",
     )
     return [
-        (text("文件", "file"), visible(f"{found.path} ({kind})")),
+        (text("文件", "file"), visible(text(f"{found.path}（{kind}）", f"{found.path} ({kind})"))),
         (text("格式", "shape"), shapes or "-"),
         (text("行", "rows"), rows),
-        (text("每行消息数", "messages"), (turns or "-") + (", ..." if len(found.turns) > 4 else "")),
+        (text("每行消息数", "messages"), (turns or "-") + (text("，……", ", ...") if len(found.turns) > 4 else "")),
         (text("系统提示", "system prompt"), system),
         ("token", tokens),
+        (text("分词器", "tokenizer"), _tokenizer_name(base)),
     ]  # fmt: skip
+
+
+def _tokenizer_name(base: find.Source) -> str:
+    """Whose tokenizer counted; if it is the default, the flag that chooses another."""
+    name = visible(base.name)
+    if base.kind != "embedded":
+        return name
+    name = name.rpartition("/")[2]
+    return text(f"{name}（内置；换一个用 --model_name）", f"{name} (embedded; another: --model_name)")
 
 
 def _titles() -> dict[str, str]:
@@ -176,6 +190,12 @@ def _show(console: Console, rows: list[Any], number: int, tokenizer: Any, max_le
     zh = f"{row.origin}：{total} token，训练 {trained} 个（{how}），· 是 token 的分界"
     en = f"{row.origin}: {total} tokens, {trained} trained ({how}), · parts two tokens"
     console.print(Text(text(zh, en)))
+    if any(piece.tokens > 1 for piece in parts):
+        zh, en = (
+            "（一个字可能由几个 token 组成，中间不画分界）",
+            "(one character may be several tokens: no · within it)",
+        )
+        console.print(Text(text(zh, en)))
     console.print(_row_text(parts, colour))
     for line in encoder.lost.lines(max_length):
         console.print(Text(line))

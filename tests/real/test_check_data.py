@@ -21,6 +21,7 @@ def test_a_good_file_is_ready_and_plain_when_piped(embedded_rows: Path, tmp_path
         assert done.returncode == 0
         assert done.stdout.rstrip().endswith(verdict)
         assert "\x1b" not in done.stdout
+        assert "--model_name" in done.stdout and "SmolLM2-135M-Instruct" in done.stdout  # whose tokenizer counted
         assert all(columns(line) <= 80 for line in done.stdout.splitlines() if str(embedded_rows) not in line)
 
 
@@ -39,6 +40,7 @@ def test_a_chinese_row_is_shown_in_whole_characters_with_its_trained_part_marked
     (tmp_path / "own.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "gb18030")
     shown = check(tmp_path, "own.jsonl", "--show", "1").stdout
     assert shown.startswith("own.jsonl:1: ")
+    assert "(one character may be several tokens: no · within it)" in shown
     assert "〔鑫·源·是·一·家·公·司· 🙂·<|im_end|>〕" in shown
     assert "\ufffd" not in shown
     parts = json.loads(check(tmp_path, "own.jsonl", "--show", "1", "--json").stdout)["pieces"]
@@ -50,6 +52,8 @@ def test_problems_and_mistakes_end_with_their_own_codes(tmp_path: Path) -> None:
     done = check(tmp_path, "own.jsonl")
     assert done.returncode == 1
     assert "own.jsonl:2: broken JSON" in done.stdout
+    plain = check(tmp_path, "own.jsonl", "--show", "1").stdout
+    assert "trained" in plain and "several tokens" not in plain
     for flags, word in (
         (["own.jsonl", "--show", "2"], "own.jsonl:2: broken JSON"),
         (["own.jsonl", "--show", "9"], "there is no row 9"),

@@ -94,7 +94,8 @@ def test_a_piped_chat_answers_each_line_and_hears_the_base(trained, tmp_path):
     options: dict = {"input": lines, "capture_output": True, "text": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path / "home"), **options)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "\x1b" not in done.stdout
-    adapted, bare = (line.strip() for line in done.stdout.splitlines() if line.strip())
+    asked, adapted, once_more, bare = (line.strip() for line in done.stdout.splitlines() if line.strip())
+    assert asked == once_more == f"> {question}"
     assert sample["adapter"].strip().startswith(adapted[:20]) and sample["base"].strip().startswith(bare[:20])
     assert json.loads((tmp_path / "kept.jsonl").read_text("utf-8"))["messages"][0]["content"] == question
 

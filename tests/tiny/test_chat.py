@@ -54,7 +54,9 @@ def test_a_pipe_asks_a_question_a_line_and_must_be_utf_8(chat_model, monkeypatch
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/system Be brief.\nagain"))
     chat_module.chat_loop("out", chat_model, max_new_tokens=4)
     shown = capsys.readouterr()
-    assert len([*filter(None, shown.out.splitlines())]) == 2 and "system prompt: Be brief." in shown.err
+    asked, answer, again, another = filter(None, shown.out.splitlines())
+    assert (asked, again) == ("> hello", "> again") and not (answer + another).startswith(">")
+    assert "system prompt: Be brief." in shown.err
     for errors in ("strict", "surrogateescape"):  # the second where the locale is C
         pipe = io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="utf-8", errors=errors)
         monkeypatch.setattr("sys.stdin", pipe)
