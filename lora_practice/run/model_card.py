@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -20,6 +21,11 @@ NEEDED = {
     ),
     "machine": ("device", "precision", "gpu", "cpu"),
     "versions": (),
+}
+LOST_WORDS = {
+    "cut": "ending cut at max_length",
+    "nothing": "nothing to train on",
+    "rewritten": "trained on the last answer only",
 }
 NEEDED_AT_THE_TOP = ("losses", "seconds", "tokens_per_second", "peak_memory_mb")
 
@@ -99,10 +105,20 @@ def _about_data(data: dict[str, Any]) -> str:
         + (f", {data['rows_held_out']} rows for validation" if data["rows_held_out"] else "")
         + "."
     )
-    lost = {**data["rows_lost"], **data["bad_rows_skipped"]}
-    if lost:
-        words += " Lost: " + ", ".join(f"{count} ({kind})" for kind, count in lost.items()) + "."
+    if lost := _lost(data):
+        words += " Lost: " + ", ".join(f"{count} ({why})" for why, count in lost.items()) + "."
     return words + (" They stood in for the default data set, which the Hub did not give." if data["note"] else "")
+
+
+def _lost(data: dict[str, Any]) -> dict[str, int]:
+    """Rows that were not trained whole, by cause. Causes that the record has in Chinese count together."""
+    lost: dict[str, int] = {}
+    for kind, count in data["rows_lost"].items():
+        lost[LOST_WORDS.get(kind, kind)] = count
+    for cause, count in data["bad_rows_skipped"].items():
+        why = "bad rows" if re.search(r"[\u4e00-\u9fff]", cause) else cause
+        lost[why] = lost.get(why, 0) + count
+    return lost
 
 
 def _losses(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Card and report show the same settings: those that made the result what it is."""
+"""Card and report show the same settings, those that made the result what it is; the card is in one language."""
 
 from __future__ import annotations
 
@@ -63,3 +63,17 @@ def test_a_setting_that_an_embedded_model_or_data_set_replaced_is_not_shown(
 def test_the_report_shows_what_the_card_shows() -> None:
     record = a_record("embedded", "embedded")
     assert [row.name for row in page_content.settings_rows(record, {})] == in_the_card(record) == ["lora_r"]
+
+
+@pytest.mark.parametrize(
+    ("causes", "told"),
+    [
+        ({"broken JSON": 2}, "Lost: 3 (ending cut at max_length), 2 (broken JSON)."),
+        ({"JSON 格式有误": 2, "内容是空的": 1}, "Lost: 3 (ending cut at max_length), 3 (bad rows)."),
+        ({}, "Lost: 3 (ending cut at max_length)."),
+    ],
+)
+def test_the_card_counts_what_was_lost_in_english_whatever_the_users_language(causes: dict, told: str) -> None:
+    record = a_record("hub", "hub")
+    record["data"].update(rows_lost={"cut": 3}, bad_rows_skipped=causes)
+    assert told in model_card.card(record)
