@@ -161,7 +161,7 @@ def _shape(row: Mapping[str, Any]) -> tuple[str, str]:
     raise bad_row(
         text("无法识别这一行的格式", "no known shape of row"),
         fix,
-        text("这一行的键：", "its keys are ") + (", ".join(map(repr, keys)) or text("（没有）", "(none)")),
+        text("这一行的键：", "its keys are ") + (text("、", ", ").join(map(repr, keys)) or text("（没有）", "(none)")),
     )
 
 

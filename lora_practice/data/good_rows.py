@@ -32,9 +32,11 @@ class Tally:
         parts = []
         for cause, count in self.causes.items():
             origins = [bad.origin for bad in self.first if bad.cause == cause]
-            more = "..." if count > len(origins) else ""
-            parts.append(f"{cause} x{count}" + (f" ({', '.join(origins)}{more and ', ' + more})" if origins else ""))
-        return text(f"跳过 {self.bad} 行坏数据：", f"{counted(self.bad, 'bad row')} left out: ") + "; ".join(parts)
+            shown = text("、", ", ").join([*origins, *(["..."] if count > len(origins) else [])])
+            parts.append(f"{cause} x{count}" + (text(f"（{shown}）", f" ({shown})") if origins else ""))
+        return text(f"跳过 {self.bad} 行坏数据：", f"{counted(self.bad, 'bad row')} left out: ") + text(
+            "；", "; "
+        ).join(parts)
 
 
 class GoodRows:

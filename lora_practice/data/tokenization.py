@@ -62,7 +62,8 @@ class LostRows:
             ),
         }
         return [
-            f"{text(str(n), counted(n, 'row'))} {sentence[kind]}: {', '.join(self.origins[kind][:3])}"
+            f"{text(str(n), counted(n, 'row'))} {sentence[kind]}{text('：', ': ')}"
+            + text("、", ", ").join(self.origins[kind][:3])
             for kind, n in self.counts.items()
         ]
 

@@ -116,7 +116,7 @@ def check_all_known(names: Sequence[str], folder: Path) -> None:
     """Raise UserError, which names the first three, if there are files that no run of ours wrote."""
     if not names:
         return
-    first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    first = text("、", ", ").join(names[:3]) + (" ..." if len(names) > 3 else "")
     raise UserError(
         text(
             f"里面有别的文件，--overwrite 不会删除：{first}",

@@ -104,7 +104,7 @@ def check_same_settings(path: Path, record: dict[str, Any], settings: dict[str, 
     if changed:
         pairs = [(name, str(before[name])[:80], settings[name]) for name in changed]
         listed = text(
-            "，".join(f"{name}：{then} → {now}" for name, then, now in pairs),
+            "，".join(f"{name} 从 {then} 改成 {now}" for name, then, now in pairs),
             ", ".join(f"{name}: {then} -> {now}" for name, then, now in pairs),
         )
         raise UserError(
@@ -181,7 +181,7 @@ def check_same_data(resumed: dict[str, Any], facts: dict[str, Any]) -> None:
         what = text(f"{zh}：行数一样（{now[0]}），内容或顺序不同", f"{en}: {now[0]} rows, but not the same ones")
     else:
         what = text(
-            f"{zh}：{then[0]} 行、{then[1]} token → {now[0]} 行、{now[1]} token",
+            f"{zh}：原来 {then[0]} 行、{then[1]} token，现在 {now[0]} 行、{now[1]} token",
             f"{en}: {then[0]} rows, {then[1]} tokens -> {now[0]} rows, {now[1]} tokens",
         )
     fix = text("把数据改回来，或用另一个 --output_dir", "bring the data back, or use another --output_dir")

@@ -85,7 +85,7 @@ class Progress(TrainerCallback):
         speed = f"{self.tokens_seen() / elapsed:.0f} tok/s"
         memory = f"{peak_memory() / 1e9:.1f} GB"
         parts = (self.loss, speed, text("剩 ", "") + clock(left) + text("", " left"), memory)
-        return ", ".join(part for part in parts if part)
+        return text("，", ", ").join(part for part in parts if part)
 
 
 class SaveOnInterrupt(TrainerCallback):

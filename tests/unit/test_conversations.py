@@ -98,6 +98,9 @@ def test_skipped_rows_are_counted_by_cause_never_dropped_in_silence(monkeypatch:
     assert tally.causes == {"nothing to learn from": 2, "content is empty": 1}
     expected = "3 bad rows left out: nothing to learn from x2 (s:row 1, s:row 3); content is empty x1 (s:row 2)"
     assert str(tally) == expected
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    said = str(collect(read_dataset(rows, "s"), None, skip_bad_rows=True)[1])
+    assert said.startswith("跳过 3 行坏数据：") and "x2（s:row 1、s:row 3）；" in said
     assert str(collect(read_dataset(rows[:1], "s"), None, skip_bad_rows=True)[1]) == ""
 
 

@@ -173,10 +173,13 @@ def test_a_copied_checkpoint_is_whole(tmp_path: Path) -> None:
     assert manifest.folder_fault(tmp_path / "copy", CHECKPOINT_MANIFEST) == ""
 
 
-def test_changed_settings_are_named(tmp_path: Path) -> None:
+def test_changed_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_checkpoint(start(tmp_path / "run"), 1)
     line = refusal(tmp_path / "run", resume=True, lora_r=8, seed=7)
     assert "lora_r: 6 -> 8, seed: 42 -> 7" in line
+    monkeypatch.setenv("LORA_PRACTICE_LANG", "zh")
+    line = refusal(tmp_path / "run", resume=True, lora_r=8, seed=7)
+    assert "参数变了，不是同一次训练：lora_r 从 6 改成 8，seed 从 42 改成 7 →" in line
     assert claim(tmp_path / "run", resume=True, logging_steps=1).checkpoint is not None
 
 

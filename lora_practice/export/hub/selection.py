@@ -111,7 +111,7 @@ def _check_matches_something(pattern: str, folder: Path, offered: Sequence[str])
         what = text("从不上传：里面的文件名带着这台机器的名字", "never sent: its files are named after this machine")
         raise UserError(what, f"--include {pattern}", text("去掉这个选项", "leave this flag out"))
     what = text("没有这个文件或文件夹", "no such file or folder here")
-    there = text("这里有：", "here are: ") + ", ".join(offered) if offered else ""
+    there = text("这里有：", "here are: ") + text("、", ", ").join(offered) if offered else ""
     raise UserError(what, f"--include {pattern}", there)
 
 

@@ -168,7 +168,7 @@ def verify(api: Any, client: HubClient, package: UploadPackage, oid: str) -> Non
         if attempt < LISTINGS:
             client.pause(2.0)
     raise UserError(
-        text("上传后核对不符：", "the server does not hold what was sent: ") + "; ".join(problems[:6]),
+        text("上传后核对不符：", "the server does not hold what was sent: ") + text("；", "; ").join(problems[:6]),
         client.repo_id,
         text(
             "再运行一次；如果还是不符，看看仓库里有没有 .gitignore",
