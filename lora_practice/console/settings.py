@@ -73,11 +73,16 @@ def parse(cls: type[_Settings], argv: Sequence[str] | None, prog: str, descripti
         except ValueError as problem:
             issues.append(str(problem))
     if issues:
-        raise UserError(text("；", "; ").join(issues), fix=_see_help(prog))
+        raise UserError(_joined(issues), fix=_see_help(prog))
     result = cls(**chosen)
     validate(result)
     vars(result)[_GIVEN] = frozenset(chosen)
     return result
+
+
+def _joined(issues: Sequence[str]) -> str:
+    """All mistakes in one line; in Chinese a question mark ends its sentence alone."""
+    return text("；", "; ").join(issues).replace("？；", "？")
 
 
 def validate(values: Any) -> None:
@@ -94,7 +99,7 @@ def validate(values: Any) -> None:
         except ValueError as problem:
             issues.append(str(problem))
     if issues:
-        raise UserError(text("；", "; ").join(issues))
+        raise UserError(_joined(issues))
 
 
 def given_by_user(values: Any, shipped: Mapping[str, Any]) -> frozenset[str]:
