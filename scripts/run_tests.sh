@@ -28,7 +28,8 @@ took set-up
 "$PYTHON" -m bandit -q -c pyproject.toml -r lora_practice fine_tuning_practice.py inference.py scripts
 took checks
 if [ $# -gt 0 ]; then
-    exec "$PYTHON" -m pytest --cov=lora_practice --cov-report=term "$@"
+    case " $* " in *" -s "* | *" --pdb "* | *" -n"*) exec "$PYTHON" -m pytest "$@" ;; esac
+    exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 fi
 # two files at a time, each on one core; each tier in a process of its own, since tests/unit holds that it loads no torch
 side_by_side=(-n 2 --dist loadfile --no-loadscope-reorder --cov=lora_practice --cov-append)
