@@ -128,9 +128,8 @@ class Chat:
         if self.messages == system_messages(self.system):
             raise UserError(text("还没有对话", "there is no conversation yet"))
         file = Path(name or SAVED).expanduser()
-        if (
-            file.suffix.lower() not in (".jsonl", ".ndjson") and not file.is_dir()
-        ):  # by which --dataset_path knows such a file
+        is_known_type = file.suffix.lower() in (".jsonl", ".ndjson")  # to --dataset_path
+        if not is_known_type and not file.is_dir():
             file = file.with_name(f"{file.name}.jsonl")
         rows = append_conversation(file, self.messages)
         zh, en = f"已存到 {file}（第 {rows} 行", f"saved to {file} (row {rows}"

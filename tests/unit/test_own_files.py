@@ -15,7 +15,7 @@ from run_folders import SETTINGS, add_checkpoint, begin_again, claim, finish, na
 from lora_practice.export import gguf, gguf_writer
 from lora_practice.run import folder as run_folder
 from lora_practice.run import own_files
-from lora_practice.run.file_kinds import CARD, REPORT_MARK
+from lora_practice.run.file_kinds import CARD, REPORT_MARK, file_kind
 from lora_practice.storage import manifest
 from lora_practice.storage.json_files import RECORD
 
@@ -172,6 +172,13 @@ def test_a_card_that_was_being_rewritten_when_the_process_was_killed_is_known(
     assert written == ["run_record.json"][: len(written)]
     record = json.loads((folder.path / RECORD).read_text())
     assert own_files.unknown_files(folder.path, record) == []
+
+
+def test_every_name_that_a_run_writes_is_explained_too() -> None:
+    """By file_kinds, which inspect, the report and the upload go by: the two lists do not part."""
+    places = {name: patterns for name, patterns in own_files.IN_A_FOLDER.items() if name not in ("gguf", "runs")}
+    names = {one.replace("*", "1") for patterns in (own_files.AT_THE_TOP, *places.values()) for one in patterns}
+    assert {name for name in names if file_kind(name) is None} == set()
 
 
 def test_the_gguf_files_of_every_precision_are_known() -> None:
